@@ -7,11 +7,14 @@
 //! `dlsym` and `dlopen` take is made anew there.)
 //!
 //! # Safety
-//! Functions are looked up by name in objects that are loaded, and such an object is pinned
-//! (`RTLD_NODELETE`) before its address is handed out, so the address stays good for the process.
-//! Who calls one vouches for its type.
+//! This module looks functions up by name in loaded objects. It pins an object (`RTLD_NODELETE`)
+//! before it returns an address in it, so the address stays valid until the process ends. The
+//! caller is responsible for the function's type.
 
-#![allow(unsafe_code, reason = "dlsym and its kin; see the Safety section")]
+#![allow(
+    unsafe_code,
+    reason = "dlsym, dlopen and dladdr; see the Safety section"
+)]
 
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
@@ -19,17 +22,17 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::ptr::{self, NonNull};
 
-/// A library that may be loaded, by how its file's name begins.
+/// The prefix of a library's file name.
 pub(crate) const UCM: &CStr = c"libucm";
 pub(crate) const UCS: &CStr = c"libucs";
 pub(crate) const FABRIC: &CStr = c"libfabric";
-/// What Open MPI's libraries share, its patcher included.
+/// The library that all of Open MPI's libraries use; it has Open MPI's patcher.
 pub(crate) const OPAL: &CStr = c"libopen-pal";
 
 /// Returns the function `symbol` of the loaded library whose file name begins with `library`.
 pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
-    // SAFETY: the name is a live string; `RTLD_NEXT` looks behind the object of this caller, so it
-    // cannot be our own.
+    // SAFETY: the name is a live string. `RTLD_NEXT` searches the objects after this one, so it
+    // does not find our own function.
     let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
     let found = NonNull::new(next)
         .or_else(|| in_loaded(library, symbol))
@@ -38,7 +41,8 @@ pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>>
     Some(found)
 }
 
-/// The program itself has the library inside, and shows its functions. It stands in front of this
+/// Looks in the program itself, which may have the library statically linked and export its
+/// functions. `RTLD_NEXT` does not search the program, because the program comes before this
 /// object.
 fn in_program(symbol: &CStr) -> Option<NonNull<c_void>> {
     // SAFETY: a live string; the default scope is searched.
@@ -57,10 +61,11 @@ fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
         let handle = open(file, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
         // SAFETY: the handle is open, the name a live string.
         let found = NonNull::new(unsafe { libc::dlsym(handle.as_ptr(), symbol.as_ptr()) });
-        // SAFETY: the handle is `dlopen`'s, closed once; the object stays, since it was loaded
-        // before.
+        // SAFETY: the handle comes from `dlopen` and is closed once. The object stays loaded,
+        // because it was loaded before.
         unsafe { libc::dlclose(handle.as_ptr()) };
-        // A handle also shows what the library depends on, which may be this one.
+        // A look-up in a handle also searches the library's dependencies, which may include this
+        // library.
         found.filter(|found| object(*found).is_some_and(|name| is_same(&name, file)))
     })
 }
@@ -71,7 +76,7 @@ fn loaded(library: &CStr) -> Vec<CString> {
     let mut found: Vec<CString> = Vec::new();
     for path in maps.split(|byte| *byte == b'\n').filter_map(path) {
         let file = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
-        // libfabric.so.1, and what Python's wheels call it: libfabric-0a1b2c3d.so.1.
+        // libfabric.so.1, or a name from a Python wheel: libfabric-0a1b2c3d.so.1.
         let rest = file.strip_prefix(library.to_bytes());
         let fits = rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-"));
         // A file has several mappings, one after the other.
@@ -102,7 +107,7 @@ fn pin(address: NonNull<c_void>) {
     }
 }
 
-/// The name by which the loader knows the object around `address`.
+/// Returns the loader's name of the object around `address`.
 fn object(address: NonNull<c_void>) -> Option<CString> {
     let mut info = libc::Dl_info {
         dli_fname: ptr::null(),
@@ -110,7 +115,7 @@ fn object(address: NonNull<c_void>) -> Option<CString> {
         dli_sname: ptr::null(),
         dli_saddr: ptr::null_mut(),
     };
-    // SAFETY: it fills in the structure it is given.
+    // SAFETY: `dladdr` only writes to `info`.
     let found = unsafe { libc::dladdr(address.as_ptr(), &raw mut info) };
     if found == 0 || info.dli_fname.is_null() {
         return None;
@@ -146,17 +151,17 @@ mod tests {
         assert_eq!(
             found.as_ptr().addr(),
             (libc::getpid as *const ()).addr(),
-            "the one that we link with"
+            "the one that this program links with"
         );
         assert!(object(found).is_some_and(|name| name.to_string_lossy().contains("libc.so")));
         assert!(in_loaded(c"libc", c"mmun_there_is_none").is_none());
         assert!(
             in_loaded(c"lib", c"getpid").is_none(),
-            "a part of a name is none"
+            "the middle of a name does not match"
         );
         assert!(
             in_program(c"main").is_none(),
-            "this object's own are not found"
+            "this object's own functions are not found"
         );
     }
 }

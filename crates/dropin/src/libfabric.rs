@@ -1,9 +1,9 @@
 //! libfabric: our memory monitor, imported before a provider opens a domain.
 //!
-//! libfabric reads which monitor is the default when a domain is opened; importing is possible as
-//! soon as the library has initialised itself, which its `fi_getinfo` does. So the monitor is
-//! imported after the first `fi_getinfo`, and before `fi_fabric` for programs that have found the
-//! former by another way.
+//! libfabric chooses the default monitor when a program opens a domain, and a monitor can be
+//! imported once `fi_getinfo` has initialised libfabric. So our `fi_getinfo` imports the monitor
+//! after the real call. If a program has found the real `fi_getinfo` by another way, our
+//! `fi_fabric` imports the monitor before the real call.
 
 #![allow(
     unsafe_code,
@@ -23,14 +23,14 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How the import went, once it was tried.
+/// The result of the import, once it was tried.
 static IMPORTED: First<Result<(), String>> = First::new();
 
 /// The address space of which a thread imports right now: the number of its `Mm`, or 0. In the
 /// child of a fork it can be the parent's number, whose thread the child does not have.
 static IMPORTING: AtomicU64 = AtomicU64::new(0);
 
-/// What the report says of it. `None` if the program did not use libfabric.
+/// The result of the import, for the report. `None` if the program did not use libfabric.
 pub(crate) fn imported() -> Option<Result<(), &'static str>> {
     IMPORTED
         .get()
@@ -94,7 +94,7 @@ fn try_import(open: Option<ptr::NonNull<c_void>>) -> Result<(), String> {
             name(opened)
         ));
     }
-    // SAFETY: libfabric has just made it, and its first three words are a `fid`.
+    // SAFETY: libfabric has just made the object, and its first three words are a `fid`.
     let ops = unsafe { (*cache).ops }.cast::<Ops>();
     // SAFETY: the table of operations lives as long as the object, and begins with these three
     // words.
@@ -106,7 +106,7 @@ fn try_import(open: Option<ptr::NonNull<c_void>>) -> Result<(), String> {
     match -bound {
         0 => Ok(()),
         libc::EBUSY => {
-            Err("another monitor was imported first (EBUSY), as Open MPI does; its caches are that one's".to_owned())
+            Err("another monitor was imported first (EBUSY), as Open MPI does; the caches use that monitor".to_owned())
         }
         _ => Err(format!("importing the monitor answered {}", name(bound))),
     }
@@ -116,8 +116,9 @@ fn name(error: c_int) -> String {
     std::io::Error::from_raw_os_error(-error).to_string()
 }
 
-/// Imports the monitor, for a program that looks libfabric's functions up by `dlsym`: it calls this
-/// after its first `fi_getinfo` and before `fi_domain`. Returns 0, or a negative error number.
+/// Imports the monitor, for a program that looks libfabric's functions up by `dlsym`. The program
+/// calls this after its first `fi_getinfo` and before `fi_domain`. Returns 0 or a negative error
+/// number.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn mmun_dropin_attach() -> c_int {
     import();
@@ -130,7 +131,7 @@ pub(crate) extern "C" fn mmun_dropin_attach() -> c_int {
 /// The real `fi_getinfo`, then the import.
 ///
 /// # Safety
-/// That of `fi_getinfo`, to which all arguments go.
+/// As for `fi_getinfo`, which gets all arguments.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn fi_getinfo(
     version: u32,
@@ -162,7 +163,7 @@ pub(crate) unsafe extern "C" fn fi_getinfo(
 /// The import, then the real `fi_fabric`.
 ///
 /// # Safety
-/// That of `fi_fabric`, to which all arguments go.
+/// As for `fi_fabric`, which gets all arguments.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn fi_fabric(
     attr: *mut c_void,
@@ -191,7 +192,7 @@ fn real(symbol: &CStr) -> Option<ptr::NonNull<c_void>> {
     real
 }
 
-/// Whether the monitor has been started by a cache.
+/// Whether a cache has started the monitor.
 pub(crate) fn is_started() -> bool {
     crate::counts::STARTS.get() != 0 && space::current().is_some()
 }

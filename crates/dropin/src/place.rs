@@ -1,4 +1,4 @@
-//! Where the report of this process goes, and how it begins.
+//! The destination of this process's report, and its first line.
 
 use crate::counts;
 use crate::settings::settings;
@@ -41,7 +41,7 @@ pub(crate) fn has_begun() -> bool {
     begun != 0 && begun == mmu_source::current_ref().id()
 }
 
-/// Where `MMUN_REPORT` names a directory.
+/// The directory that `MMUN_REPORT` names, if it names one.
 pub(crate) fn folder() -> Option<String> {
     settings().report.clone().filter(|name| name.ends_with('/'))
 }
@@ -50,7 +50,7 @@ pub(crate) fn path_in(folder: &str) -> String {
     format!("{folder}{}", std::process::id())
 }
 
-/// The first line: which process.
+/// The first line of the report, which identifies the process.
 pub(crate) fn head() -> String {
     let program = std::env::args_os().next().unwrap_or_default();
     let rank = [

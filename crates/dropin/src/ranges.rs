@@ -4,12 +4,12 @@
 //! allocator's lock held. Registrations are entered under libfabric's lock and this table's, and
 //! entering allocates. So the callback must not wait for the table: it *tries* the lock. If the
 //! lock is held, the callback leaves a note: one bit in `pending` for each group of granules
-//! ([`granules`]). The next look-up marks every range that shares a bit. A note can mark a valid
-//! range, which is then registered anew. A note never misses a stale range.
+//! ([`granules`]). The next look-up marks every range that shares a bit. So a note can mark a valid
+//! range, and libfabric registers that range anew. A note never misses a stale range.
 //!
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
-//! | 1 | valid: `stale` is `None` | a change or a note that meets it (2), the last unsubscription |
+//! | 1 | valid: `stale` is `None` | a change or a note that overlaps it (2), the last unsubscription |
 //! | 2 | stale, counted in `dirty` | the last unsubscription |
 //!
 //! # Invariants
@@ -33,7 +33,7 @@ type Key = (u64, u64);
 
 #[derive(Debug)]
 struct Entry {
-    /// Equal ranges of several caches are not told apart by libfabric; they are counted.
+    /// How many caches have subscribed this range: libfabric does not say which cache subscribes.
     count: usize,
     stale: Option<Change>,
     /// Tells whether the kernel has changed the range. `None` if the kernel source is not in use.
@@ -42,13 +42,15 @@ struct Entry {
 
 impl Entry {
     /// Tells whether a change that is reported now makes the range stale. The range stays valid if
-    /// the kernel has counted no change of it since the registration: then the change is older than
-    /// the registration, or has not begun and will be reported again.
+    /// the kernel has counted no change of the range since its registration. The change is then
+    /// older than the registration, or it has not begun, and the kernel source will report it
+    /// again.
     fn is_met(&self) -> bool {
         self.stale.is_none() && !self.watch.as_ref().is_some_and(Watch::is_valid)
     }
 
-    /// Stale if a change was reported, or if the kernel has counted one that is not reported yet.
+    /// Stale if a change was reported, or if the kernel has counted a change that is not reported
+    /// yet.
     fn verdict(&self, start: u64, len: u64) -> Verdict {
         match (&self.stale, &self.watch) {
             (Some(change), _) => Verdict::Stale(*change),
@@ -70,7 +72,7 @@ struct Table {
     used: u64,
 }
 
-/// See the module.
+/// The watched ranges; the module's documentation describes them.
 #[derive(Debug)]
 pub(crate) struct Ranges {
     table: Mutex<Table>,
@@ -120,7 +122,7 @@ impl Ranges {
         drop(watch);
     }
 
-    /// Marks a registration that nothing can watch: it is never valid.
+    /// Marks a registration as stale because no source can watch it.
     pub(crate) fn give_up(&self, start: u64, len: u64, change: Change) {
         let mut table = self.lock();
         let entry = table.classes[class(len)].get_mut(&(start, len));
@@ -131,7 +133,7 @@ impl Ranges {
         }
     }
 
-    /// Takes one registration of `start..start + len` out, if there is one.
+    /// Removes one registration of `start..start + len`, if there is one.
     pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
         let mut table = self.lock();
         let class = class(len);
@@ -158,10 +160,10 @@ impl Ranges {
     #[inline]
     pub(crate) fn is_clean(&self) -> bool {
         // ORDER(dropin-dirty): Acquire, `pending` first. A change that happens before this call is
-        // in `dirty`, or in `pending` if its callback did not get the lock. If the first load sees
-        // the note, the result is false. If `enter_notes` has cleared the note, it added to `dirty`
-        // first, which the second load sees. In the other order both could be missed. Partner:
-        // `mark`, `enter_notes`.
+        // counted in `dirty`, or noted in `pending` if its callback did not get the lock. If the
+        // first load sees the note, the result is false. If `enter_notes` has cleared the note, it
+        // added to `dirty` first, which the second load sees. In the other order both could be
+        // missed. Partner: `mark`, `enter_notes`.
         self.pending.load(Ordering::Acquire) == 0 && self.dirty.load(Ordering::Acquire) == 0
     }
 
@@ -174,7 +176,8 @@ impl Ranges {
         entry.map_or(Verdict::Unknown, |entry| entry.verdict(start, len))
     }
 
-    /// Marks the ranges that `change` meets as stale. Returns whether a range may be newly stale.
+    /// Marks the ranges that `change` overlaps as stale. Returns whether a range may be newly
+    /// stale.
     ///
     /// For callbacks: allocates nothing and waits for no thread.
     pub(crate) fn changed(&self, change: Change) -> bool {
@@ -206,7 +209,7 @@ impl Ranges {
         Some(table.classes.iter().map(BTreeMap::len).sum())
     }
 
-    /// The table, with every note entered.
+    /// Locks the table and enters every note.
     fn lock(&self) -> MutexGuard<'_, Table> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         // ORDER(dropin-dirty): Acquire. Partner: `changed`.
@@ -234,11 +237,12 @@ impl Ranges {
                 marked += 1;
             }
         }
-        // ORDER(dropin-dirty): Release, before the bits go. Partner: `is_clean`.
+        // ORDER(dropin-dirty): Release, before the bits are cleared. Partner: `is_clean`.
         self.dirty.fetch_add(marked, Ordering::Release);
         // Bits that were set meanwhile stay. A bit of `bits` that was set again may be cleared:
         // each range that has it is stale, or has a watch that each look-up asks.
-        // ORDER(dropin-dirty): Release: the new `dirty` before the bits go. Partner: `is_clean`.
+        // ORDER(dropin-dirty): Release: publishes the new `dirty` before the bits are cleared.
+        // Partner: `is_clean`.
         self.pending.fetch_and(!bits, Ordering::AcqRel);
     }
 
@@ -278,7 +282,7 @@ fn covering(start: u64, len: u64) -> Option<VaRange> {
     VaRange::covering(mmu_notifier::Va::new(start), len).ok()
 }
 
-/// One bit for each granule of 2 MiB that a range meets, modulo 64.
+/// One bit for each granule of 2 MiB that a range overlaps, modulo 64.
 fn granules(range: VaRange) -> u64 {
     const SHIFT: u32 = 21;
     let first = range.start().get() >> SHIFT;

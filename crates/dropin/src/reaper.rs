@@ -1,8 +1,8 @@
-//! The thread that makes libfabric drop stale registrations before the next look-up: pinned memory
-//! is given back.
+//! The thread that makes libfabric drop stale registrations before the next look-up, so that their
+//! pinned memory is released early.
 //!
-//! A callback only wakes it. It sleeps on a word (futex), so there is no descriptor that a daemon
-//! could close.
+//! A callback only wakes the thread. The thread sleeps on a futex, so there is no descriptor that a
+//! daemon could close.
 
 #![allow(unsafe_code, reason = "futex calls; see the crate's Safety section")]
 
@@ -27,13 +27,13 @@ const ASKED: u32 = 1;
 /// The thread sleeps, or is about to, and must be woken.
 const ASLEEP: u32 = 2;
 
-/// Has libfabric drop every registration that meets a start and a length.
+/// Makes libfabric drop every registration that overlaps the range of a start and a length.
 ///
 /// # Blocking
 /// Takes the lock of all caches.
 pub(crate) type Notify = fn(u64, u64);
 
-/// Set when the process exits: libfabric may be taking itself down.
+/// Set when the process exits: libfabric's destructors may be running.
 static EXITING: AtomicBool = AtomicBool::new(false);
 
 impl Reaper {
@@ -44,9 +44,9 @@ impl Reaper {
         }
     }
 
-    /// Starts the thread, once. False if there can be none.
+    /// Starts the thread, once. Returns false if it cannot be started.
     pub(crate) fn start(&'static self, ranges: &'static Ranges, notify: Notify) -> bool {
-        // Relaxed: it hands nothing over.
+        // Relaxed: the flag publishes no data.
         if self.is_started.load(Ordering::Relaxed) || self.is_started.swap(true, Ordering::Relaxed)
         {
             return true;
@@ -59,9 +59,9 @@ impl Reaper {
         made.is_ok()
     }
 
-    /// Has it look. For callbacks.
+    /// Makes the thread look for stale ranges. Callbacks may call this.
     pub(crate) fn wake(&self) {
-        // ORDER(dropin-reaper): Release, for what was marked. Partner: the exchange in `serve`.
+        // ORDER(dropin-reaper): Release, for the marks. Partner: the swap in `serve`.
         if self.word.swap(ASKED, Ordering::AcqRel) == ASLEEP {
             // SAFETY: a futex call on a live word; `FUTEX_WAKE` reads no more of it.
             unsafe {
@@ -77,7 +77,7 @@ impl Reaper {
 
     fn serve(&self, ranges: &'static Ranges, notify: Notify) {
         loop {
-            // ORDER(dropin-reaper): Acquire, for what was marked. Partner: the swap in `wake`.
+            // ORDER(dropin-reaper): Acquire, for the marks. Partner: the swap in `wake`.
             if self.word.swap(IDLE, Ordering::AcqRel) != ASKED {
                 self.sleep();
                 continue;
@@ -92,9 +92,9 @@ impl Reaper {
         }
     }
 
-    /// Sleeps until it is asked.
+    /// Sleeps until `wake` is called.
     fn sleep(&self) {
-        // Relaxed: the swap in `serve` takes what was marked.
+        // Relaxed: the swap in `serve` acquires the marks.
         if self
             .word
             .compare_exchange(IDLE, ASLEEP, Ordering::Relaxed, Ordering::Relaxed)
@@ -116,7 +116,7 @@ impl Reaper {
     }
 }
 
-/// No `notify` begins after this, but for one that has begun already.
+/// After this, no thread starts a call of `notify`; one that has begun may still run.
 pub(crate) fn stop_all() {
     EXITING.store(true, Ordering::Relaxed);
 }

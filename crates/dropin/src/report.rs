@@ -1,8 +1,8 @@
-//! What is written at exit.
+//! The report that the process writes at exit.
 
 #![allow(
     unsafe_code,
-    reason = "the exit's function table; see the crate's Safety section"
+    reason = "an entry of `.fini_array`; see the crate's Safety section"
 )]
 
 use crate::place::{folder, has_begun, head, path_in};
@@ -32,7 +32,7 @@ extern "C" fn at_exit() {
     let written = match (to.as_str(), folder()) {
         ("-", _) => print(&text),
         (_, Some(folder)) => std::fs::write(path_in(&folder), text),
-        // One call: reports of several processes do not mix.
+        // One `write`, so that reports of several processes do not mix.
         (file, None) => File::options()
             .append(true)
             .create(true)

@@ -1,4 +1,4 @@
-//! The few lines that cannot wait for the report.
+//! Messages that cannot wait for the report.
 
 #![allow(unsafe_code, reason = "writes to a descriptor that it does not own")]
 

@@ -1,4 +1,4 @@
-//! What the environment asks for.
+//! The settings from the environment.
 
 use crate::first::First;
 
@@ -55,7 +55,7 @@ pub(crate) struct Settings {
 }
 
 impl Settings {
-    /// Reads the environment; values that are not understood are complained about, and ignored.
+    /// Reads the environment. An unknown value is reported and replaced by a default.
     fn read(get: impl Fn(&str) -> Option<String>, mut complain: impl FnMut(&str)) -> Settings {
         let choice = match get("MMUN").filter(|value| !value.is_empty()) {
             None => Choice::Auto,
@@ -70,7 +70,7 @@ impl Settings {
             None | Some("" | "0") => false,
             Some("1") => true,
             Some(value) => {
-                // Who asks for a refusal gets one rather than none.
+                // A user who sets the variable wants strictness, so an unknown value turns it on.
                 complain(&format!("MMUN_STRICT={value}: not 0 or 1; using 1"));
                 true
             }
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_understood_is_said_in_one_line() {
+    fn an_unknown_value_is_reported_in_one_line() {
         let (settings, complaints) = read(&[("MMUN", "kernle"), ("MMUN_STRICT", "yes")]);
         assert_eq!((settings.choice, settings.strict), (Choice::Auto, true));
         assert_eq!(complaints.len(), 2);

@@ -1,14 +1,14 @@
 //! The sources and the watched ranges of this address space.
 //!
-//! The child of a fork has an address space of its own: what its parent registered is stale there,
-//! and what its parent started does not watch it. So everything that is about *this* address space
-//! hangs on one pointer, with the number of the address space that it was made for. A child finds
-//! another number and makes its own; its parent's is leaked, because a thread that the child does
-//! not have may have held its locks.
+//! The child of a fork has an address space of its own. The parent's registrations are stale there,
+//! and the parent's sources do not watch it. So one pointer leads to all state of an address space,
+//! and the state has the number of that address space. A child finds a different number and makes a
+//! state of its own. It leaks the parent's state, because a thread that does not exist in the child
+//! may have held its locks.
 
 #![allow(
     unsafe_code,
-    reason = "one pointer that is published once and never freed, and an exit"
+    reason = "a pointer that is published once and never freed, and `_exit`"
 )]
 
 use crate::counts::{self, Change};
@@ -26,30 +26,30 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-/// What watches one address space.
+/// The sources and subscriptions of one address space.
 #[derive(Debug)]
 pub(crate) struct Space {
     /// The number of its `Mm`.
     id: u64,
     hook: Result<Hook, String>,
     kernel: Result<Arc<Kernel>, String>,
-    /// All of the address space, armed for UCX: that says nothing of what it registers.
+    /// The whole address space, armed for UCX, because UCX does not say which ranges it registers.
     everything: Mutex<Option<Armed>>,
     /// The ranges that libfabric's caches have registered.
     pub(crate) ranges: Ranges,
     pub(crate) reaper: Reaper,
-    /// The subscription that marks them. Made with the first cache.
+    /// The subscription that marks `ranges`. Made when the first cache starts.
     marks: Mutex<Option<Registration<Marks>>>,
-    /// The subscription that feeds UCX. Made with its first cache.
+    /// The subscription that reports to UCX. Made when UCX's first cache subscribes.
     pub(crate) fed: Mutex<Option<Feeding>>,
 }
 
-/// A subscription, of whatever kind: it is kept, and not looked at.
+/// A subscription of any type, which is only kept alive.
 pub(crate) type Feeding = Box<dyn std::fmt::Debug + Send + Sync>;
 
 static CURRENT: AtomicPtr<Space> = AtomicPtr::new(ptr::null_mut());
 
-/// The space of this process, if it was made here: not that of a parent.
+/// The space of this process. `None` if the current space was made by a parent process.
 #[inline]
 pub(crate) fn current() -> Option<&'static Space> {
     // ORDER(dropin-space): Acquire, for the content. Partner: the exchange in `make`.
@@ -69,17 +69,18 @@ pub(crate) fn current_or_made() -> &'static Space {
 
 #[cold]
 fn make() -> &'static Space {
-    // ORDER(dropin-space): Acquire, for a failure below. Partner: itself.
+    // ORDER(dropin-space): Acquire, as for a failed exchange below. Partner: the exchange.
     let before = CURRENT.load(Ordering::Acquire);
-    // A space that was made before is the parent's.
+    // A space that already exists belongs to the parent.
     let space = Box::leak(Box::new(Space::new()));
     // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first.
     // Partner: `current`.
     match CURRENT.compare_exchange(before, space, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => space,
-        // Another thread was first, in this address space: a child begins with one thread. Both
-        // have the same sources. SAFETY: as in `current`; it is not null, since it was exchanged by
-        // another call of this function.
+        // Another thread of this process was first; it cannot be a space of the parent, because a
+        // child begins with one thread. Our copy is leaked, and both copies share the sources.
+        // SAFETY: as in `current`; it is not null, since it was exchanged by another call of this
+        // function.
         Err(first) => unsafe { &*first },
     }
 }
@@ -119,7 +120,7 @@ impl Space {
         space
     }
 
-    /// Whether any source watches, as asked.
+    /// Whether a source that the settings ask for is in use.
     pub(crate) fn is_watched(&self) -> bool {
         match settings().choice {
             crate::settings::Choice::Both => self.hook.is_ok() && self.kernel.is_ok(),
@@ -127,7 +128,7 @@ impl Space {
         }
     }
 
-    /// Whether no change is missed.
+    /// Whether the sources miss no change.
     pub(crate) fn is_complete(&self) -> bool {
         self.kernel.is_ok()
     }
@@ -140,16 +141,16 @@ impl Space {
         self.kernel.as_ref().map_err(String::as_str)
     }
 
-    /// Has every change that has begun before told, callbacks included.
+    /// Waits until the callbacks have run for every change that began before the call.
     #[inline]
     pub(crate) fn settle(&self) {
         if let Ok(kernel) = &self.kernel {
-            // In the child of a fork nothing is told; what its parent registered was dropped there.
+            // Fails in the child of a fork only; the parent's registrations were dropped there.
             let _ = kernel.settle();
         }
     }
 
-    /// Whether every change that the kernel has counted was told.
+    /// Whether the callbacks have run for every change that the kernel has counted.
     #[inline]
     pub(crate) fn is_settled(&self) -> bool {
         self.kernel
@@ -157,10 +158,10 @@ impl Space {
             .map_or(true, |kernel| kernel.is_settled())
     }
 
-    /// Has the kernel watch a registration. `None` where that source is not in use.
+    /// Starts a watch of a registration by the kernel source. `None` if that source is not in use.
     ///
     /// # Errors
-    /// The kernel source is in use, and cannot.
+    /// The kernel source is in use, but cannot watch the range.
     pub(crate) fn watch(&self, start: u64, len: u64) -> Result<Option<Watch>, ()> {
         let Ok(kernel) = &self.kernel else {
             return Ok(None);
@@ -169,7 +170,7 @@ impl Space {
         kernel.watch(range).map(Some).map_err(drop)
     }
 
-    /// Has changes of all the address space told, where the kernel source is in use. False if it
+    /// Arms the whole address space, if the kernel source is in use. Returns false if the source
     /// cannot.
     pub(crate) fn arm_everything(&self) -> bool {
         let Ok(kernel) = &self.kernel else {
@@ -185,7 +186,7 @@ impl Space {
         everything.is_some()
     }
 
-    /// Begins to mark ranges. False if the address space cannot be subscribed to.
+    /// Starts to mark ranges. Returns false if the subscription fails.
     pub(crate) fn mark(&'static self) -> bool {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         if marks.is_none() {
@@ -195,18 +196,18 @@ impl Space {
     }
 }
 
-/// `MMUN_STRICT=1` and no source is complete.
+/// Ends the process, for `MMUN_STRICT=1` without a complete source.
 fn refuse(space: &Space) -> ! {
     let reason = space.kernel().map_or_else(str::to_owned, |_| String::new());
     complain(&format!(
         "MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"
     ));
-    // SAFETY: it takes an integer. Handlers of the program do not run: it has not begun to
-    // communicate.
+    // SAFETY: `_exit` takes an integer. It runs no exit handlers of the program, which has not
+    // begun to communicate.
     unsafe { libc::_exit(125) }
 }
 
-/// Marks the ranges that a change meets.
+/// Marks the ranges that a change overlaps.
 #[derive(Debug)]
 struct Marks(&'static Space);
 
@@ -224,8 +225,8 @@ impl Notifier for Marks {
     }
 }
 
-/// Aborts when it is dropped: a panic in a callback would lose an invalidation, and the core would
-/// only count it.
+/// Aborts the process when it is dropped by a panic: a callback that panics loses an invalidation,
+/// and the core would only count it.
 #[derive(Debug)]
 pub(crate) struct Aborts;
 

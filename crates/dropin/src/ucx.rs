@@ -1,14 +1,16 @@
-//! UCX: told of changes as by an external source of events, and asked at look-up where it passes
-//! by.
+//! UCX: this library acts as UCX's external source of events. Up to UCX 1.13 it also asks the
+//! kernel source at each look-up.
 //!
-//! UCX's registration caches subscribe by `ucm_set_event_handler`. If another library has announced
-//! that it tells of unmapped memory (`ucm_set_external_event`), UCX patches nothing for that event,
-//! and is told through `ucm_vm_munmap`. Its cache drops what the range meets, or notes it where
-//! its lock is taken: it never waits, so the callback may run inside `free`.
+//! UCX's registration caches subscribe with `ucm_set_event_handler`. If another library has
+//! announced with `ucm_set_external_event` that it reports unmapped memory, UCX patches no function
+//! for that event. The other library then calls `ucm_vm_munmap`. UCX's cache drops the
+//! registrations that overlap the range. If its lock is held, it queues the range instead. It never
+//! waits, so our callback may run inside `free`.
 //!
-//! A change that only the kernel source sees is told when that source is asked. Up to UCX 1.13 each
-//! look-up calls `ucs_rcache_get`, which is defined here too, and asks. From 1.14 on the call is
-//! inlined: there the source's own thread tells, a little later.
+//! A change that only the kernel source sees is reported when a thread asks that source. Up to UCX
+//! 1.13 each look-up calls `ucs_rcache_get`; this library defines that function as well, and asks
+//! the source in it. From 1.14 on the look-up is inlined, so the source's own thread reports the
+//! change, a little later.
 
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
 
@@ -32,23 +34,23 @@ const UNSUPPORTED: i8 = -22;
 
 type VmMunmap = unsafe extern "C" fn(*mut c_void, usize);
 
-/// How UCX was told of, once a cache has subscribed.
+/// The connection to UCX, or the reason why there is none. Set once a cache has subscribed.
 static SERVED: First<Result<Served, String>> = First::new();
 
-/// A UCX that is fed.
+/// The function of UCX to which changes are reported.
 #[derive(Clone, Copy, Debug)]
 struct Served {
     vm_munmap: VmMunmap,
 }
 
-/// What the report says of it. `None` if the program did not use UCX.
+/// The result of the connection, for the report. `None` if the program did not use UCX.
 pub(crate) fn served() -> Option<Result<(), &'static str>> {
     SERVED
         .get()
         .map(|result| result.as_ref().map(|_| ()).map_err(String::as_str))
 }
 
-/// Tells UCX of what is about to change.
+/// Reports to UCX which memory is about to change.
 #[derive(Debug)]
 struct Feed(Served);
 
@@ -57,20 +59,20 @@ impl Notifier for Feed {
         let no_unwinding = Aborts;
         counts::TOLD.add(1);
         let start = range.range().start().get() as usize;
-        // What reaches the end of the address space: UCX counts in bytes from the start.
+        // A range without an end reaches the end of the address space. UCX takes a length.
         let end = range
             .range()
             .end()
             .map_or(usize::MAX, |end| end.get() as usize);
         // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside
-        // `free` too: it takes a lock for readers that may be taken again, and calls handlers that
-        // try their locks only.
+        // `free` as well: it takes a recursive read lock, and calls handlers that only try their
+        // locks.
         unsafe { (self.0.vm_munmap)(ptr::without_provenance_mut(start), end - start) };
         std::mem::forget(no_unwinding);
     }
 }
 
-/// Makes sure that UCX is told of changes of this address space.
+/// Connects UCX to the sources of this address space, if that was not done before.
 fn serve() {
     if settings().choice == Choice::Off {
         return;
@@ -78,7 +80,8 @@ fn serve() {
     place::begin();
     // A second time, in a second thread, each step does what was done already.
     let served = SERVED.get_or_make(|| {
-        // SAFETY: the handler is a function of this object; glibc drops it with the object.
+        // SAFETY: the handler is a function of this object; glibc removes it when the object is
+        // unloaded.
         unsafe { libc::pthread_atfork(None, None, Some(serve_child)) };
         try_serve()
     });
@@ -114,12 +117,12 @@ fn try_serve() -> Result<Served, String> {
     // SAFETY: the type of `ucm_set_external_event` in `ucm/api/ucm.h`.
     let announce =
         unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(announce) };
-    // SAFETY: it takes a set of events. From here on they are told.
+    // SAFETY: the function takes a set of events. This library reports these events from now on.
     unsafe { announce(VM_UNMAPPED) };
     Ok(served)
 }
 
-/// Subscribes for UCX, once for each address space.
+/// Subscribes on behalf of UCX, once for each address space.
 fn feed(space: &'static Space, served: Served) -> bool {
     let mut fed = space.fed.lock().unwrap_or_else(PoisonError::into_inner);
     if fed.is_none() && space.arm_everything() {
@@ -129,7 +132,7 @@ fn feed(space: &'static Space, served: Served) -> bool {
     fed.is_some()
 }
 
-/// In the child of a fork: UCX's caches go on there, with what the parent registered.
+/// Runs in the child of a fork, where UCX's caches still hold the parent's registrations.
 extern "C" fn serve_child() {
     if let Some(Ok(served)) = SERVED.get() {
         let space = space::current_or_made();
@@ -139,16 +142,15 @@ extern "C" fn serve_child() {
             );
         }
         counts::LOOKED_UP.store(false, Ordering::Relaxed);
-        // Whatever was registered is the parent's memory.
-        // SAFETY: as in `Feed`.
+        // Every registration is of the parent's memory, so drop them all. SAFETY: as in `Feed`.
         unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };
     }
 }
 
-/// The real `ucm_set_event_handler`, once changes are told from here.
+/// Connects UCX to the sources, then calls the real `ucm_set_event_handler`.
 ///
 /// # Safety
-/// That of `ucm_set_event_handler`, to which all arguments go.
+/// As for `ucm_set_event_handler`, which gets all arguments.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn ucm_set_event_handler(
     events: c_int,
@@ -170,13 +172,14 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
     unsafe { real(events, priority, callback, argument) }
 }
 
-/// The real `ucs_rcache_get`, after the kernel source was asked.
+/// Asks the kernel source, then calls the real `ucs_rcache_get`.
 ///
-/// Its arguments are words, six up to UCX 1.13 and seven later. More are handed on than there are:
-/// the words above the caller's last argument are the caller's frame, which can be read.
+/// The real function takes words as arguments, six up to UCX 1.13 and seven later. This function
+/// always passes seven. If the caller has passed six, the seventh is a word of the caller's stack
+/// frame, which is readable.
 ///
 /// # Safety
-/// That of `ucs_rcache_get`.
+/// As for `ucs_rcache_get`.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn ucs_rcache_get(
     a: usize,
@@ -189,7 +192,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 ) -> i8 {
     type Real = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, usize) -> i8;
     static REAL: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
-    // Relaxed: an address of code that stays; a thread that finds none looks it up.
+    // Relaxed: the address of code that stays loaded; a thread that reads null looks the function
+    // up.
     let real = NonNull::new(REAL.load(Ordering::Relaxed)).or_else(|| {
         let found = found::function(UCS, c"ucs_rcache_get")?;
         REAL.store(found.as_ptr(), Ordering::Relaxed);
@@ -200,8 +204,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
         return UNSUPPORTED;
     };
     ask();
-    // SAFETY: the words that the caller has passed, in the registers and on the stack where they
-    // were.
+    // SAFETY: the real function takes its arguments as words, in the same registers and stack
+    // slots.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Real>(real) };
     // SAFETY: the caller's duty.
     unsafe { real(a, b, c, d, e, f, g) }
@@ -211,8 +215,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 fn ask() {
     match space::current() {
         Some(space) => {
-            // Relaxed: for the report. Loaded first: a store at each look-up would be shared by all
-            // threads.
+            // Relaxed: only the report reads the flag. The load comes first, because a store at
+            // each look-up would contend for the cache line between all threads.
             if !counts::LOOKED_UP.load(Ordering::Relaxed) {
                 first_look_up();
             }
@@ -231,7 +235,7 @@ fn first_look_up() {
     counts::LOOKED_UP.store(true, Ordering::Relaxed);
 }
 
-/// The version of the UCX that is loaded, as far as it can be asked: major and minor.
+/// The version of the loaded UCX, major and minor. `None` if UCX cannot be asked.
 fn version() -> Option<(u32, u32)> {
     type GetVersion = unsafe extern "C" fn(*mut u32, *mut u32, *mut u32);
     let get = found::function(c"libucp", c"ucp_get_version")?;
@@ -243,7 +247,7 @@ fn version() -> Option<(u32, u32)> {
     Some((major, minor))
 }
 
-/// Whether the kernel source cannot be asked at each look-up, as far as is known.
+/// Whether UCX's look-up does not call `ucs_rcache_get`, so that the kernel source is not asked.
 pub(crate) fn looks_up_by_itself() -> bool {
     version().is_some_and(|version| version >= (1, 14))
         && !counts::LOOKED_UP.load(Ordering::Relaxed)

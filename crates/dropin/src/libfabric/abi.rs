@@ -1,17 +1,17 @@
-//! What libfabric and a memory monitor share, by its public headers: `rdma/fabric.h`,
-//! `rdma/fi_ext.h`.
+//! The structures that libfabric and a memory monitor share, from libfabric's public headers
+//! `rdma/fabric.h` and `rdma/fi_ext.h`.
 //!
 //! The layouts are the same from 1.13, the first version that imports a monitor, to 2.x.
 
 use std::ffi::{c_char, c_int, c_void};
 
-/// 1.13, the interface asked for.
+/// Version 1.13 of the interface, which the import requests.
 pub(crate) const VERSION: u32 = 1 << 16 | 13;
 
 /// The class of a memory monitor.
 pub(crate) const CLASS_MEM_MONITOR: usize = 23;
 
-/// `struct fid`: how every object begins.
+/// `struct fid`, with which every object begins.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct Fid {
@@ -52,7 +52,7 @@ pub(crate) struct MemMonitor {
     pub(crate) import_ops: *const NotifyOps,
 }
 
-/// `struct fi_ops_mem_monitor`: what libfabric calls.
+/// `struct fi_ops_mem_monitor`: the functions that libfabric calls.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct MonitorOps {
@@ -64,7 +64,7 @@ pub(crate) struct MonitorOps {
     pub(crate) valid: extern "C" fn(*mut MemMonitor, *const c_void, usize) -> bool,
 }
 
-/// `struct fi_ops_mem_notify`: what a monitor calls.
+/// `struct fi_ops_mem_notify`: the functions that a monitor calls.
 #[derive(Debug)]
 #[repr(C)]
 pub(crate) struct NotifyOps {

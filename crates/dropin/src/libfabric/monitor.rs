@@ -1,14 +1,14 @@
 //! The memory monitor that libfabric imports.
 //!
-//! | call | held by libfabric | does here |
+//! | call | libfabric holds | action |
 //! | --- | --- | --- |
 //! | `start` | the lock of the monitors' states | starts the sources, marks ranges from now on |
-//! | `subscribe`, `unsubscribe` | the lock of all caches | enters a range, takes it out |
+//! | `subscribe`, `unsubscribe` | the lock of all caches | enters a range, removes it |
 //! | `valid` | the lock of all caches | two counters; if one has moved, the range and its `Watch` |
 //!
-//! None of them waits for a thread that could want a lock of libfabric's: callbacks mark and go
-//! ([`Ranges`](crate::ranges::Ranges)), and `notify`, which takes the caches' lock, is called by a
-//! thread of our own that holds nothing ([`Reaper`](crate::reaper::Reaper)).
+//! None of these functions waits for a thread that could need a lock of libfabric. Callbacks only
+//! mark ranges ([`Ranges`](crate::ranges::Ranges)). Our own thread, which holds no lock, calls
+//! `notify`, which takes the caches' lock ([`Reaper`](crate::reaper::Reaper)).
 
 #![allow(
     unsafe_code,
@@ -34,7 +34,7 @@ static OPS: MonitorOps = MonitorOps {
     valid,
 };
 
-/// What is shared. libfabric writes its own fields once, at the import.
+/// The structure that both libraries share. libfabric writes its fields once, at the import.
 struct Shared(UnsafeCell<MemMonitor>);
 
 // SAFETY: after the import, which happens once, it is only read: `import_ops` by the reaper, which
@@ -51,25 +51,23 @@ static MONITOR: Shared = Shared(UnsafeCell::new(MemMonitor {
     import_ops: ptr::null(),
 }));
 
-/// The monitor, to be imported.
+/// The monitor that is imported.
 pub(super) fn monitor() -> *mut MemMonitor {
     MONITOR.0.get()
 }
 
-/// Has libfabric drop every registration that meets `start..start + len`.
+/// Makes libfabric drop every registration that overlaps `start..start + len`.
 ///
 /// # Blocking
-/// Takes the lock of all caches. Must not be called where that may be held.
+/// Takes the lock of all caches. Must not be called by a thread that may hold this lock.
 fn notify(start: u64, len: u64) {
-    // SAFETY: the monitor is a static; the field is written by the import only, before any cache
-    // starts.
+    // SAFETY: the monitor is a static; only the import writes the field, before any cache starts.
     let import = unsafe { (*monitor()).import_ops };
-    // SAFETY: libfabric sets it to a static table of its own, and is pinned.
+    // SAFETY: libfabric sets it to a static table, and libfabric is pinned.
     let Some(import) = (unsafe { import.as_ref() }) else {
         return;
     };
-    // SAFETY: the type of `notify` in `rdma/fi_ext.h`; no lock of libfabric's is held by this
-    // thread.
+    // SAFETY: the type of `notify` in `rdma/fi_ext.h`; this thread holds no lock of libfabric.
     unsafe {
         (import.notify)(
             monitor(),
@@ -79,7 +77,8 @@ fn notify(start: u64, len: u64) {
     };
 }
 
-/// The first cache of a kind. An error leaves it without one: slower, never stale.
+/// Called for the first cache of a kind. After an error, libfabric uses no cache: slower, never
+/// stale.
 extern "C" fn start(_: *mut MemMonitor) -> c_int {
     counts::STARTS.add(1);
     if is_ready(space::current_or_made()) {
@@ -89,7 +88,7 @@ extern "C" fn start(_: *mut MemMonitor) -> c_int {
     }
 }
 
-/// Whether ranges of `space` are watched from now on.
+/// Makes `space` watch ranges; returns whether it does.
 fn is_ready(space: &'static Space) -> bool {
     space.is_watched() && space.mark() && space.reaper.start(&space.ranges, notify)
 }
@@ -123,7 +122,7 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
 }
 
 extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize) {
-    // In the child of a fork: a range of its parent's. There is nothing to take out.
+    // In the child of a fork the range belongs to the parent, so there is nothing to remove.
     if let Some(space) = space::current() {
         space.ranges.unsubscribe(address.addr() as u64, len as u64);
     }
@@ -136,10 +135,10 @@ extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> b
         range: VaRange::ALL,
     };
     let verdict = match space::current() {
-        // Nothing has changed in any range, and nothing is left to be told: five loads.
+        // Fast path, five loads: no range has changed, and no change is left to be reported.
         Some(space) if space.is_settled() && space.ranges.is_clean() => Verdict::Valid,
         Some(space) => space.ranges.look(start, len),
-        // What the parent has registered.
+        // A registration of the parent.
         None => {
             place::begin();
             Verdict::Stale(unknown)

@@ -1,4 +1,5 @@
-//! The table against a plain list, and what a callback leaves while the table is locked.
+//! Compares the table with a plain list, and tests the notes of callbacks while the table is
+//! locked.
 
 use super::*;
 use mmu_notifier::Va;
@@ -68,7 +69,7 @@ fn a_callback_that_finds_the_table_locked_leaves_a_note() {
     ranges.subscribe(0x1000, 8, None);
     ranges.subscribe(far + (5 << 21), 8, None);
     let held = ranges.table.lock().unwrap();
-    // This thread holds the lock itself, as when entering a range frees memory.
+    // This thread itself holds the lock, as it does when entering a range frees memory.
     assert!(ranges.changed(change(far + (5 << 21), 4096)));
     drop(held);
     assert!(!ranges.is_clean());
@@ -89,7 +90,7 @@ fn a_note_of_everything_is_everything() {
     assert_eq!(
         granules(covering((63 << 21) + 4096, 1 << 21).unwrap()),
         1 << 63 | 1,
-        "it goes round"
+        "the bits wrap around"
     );
     assert_eq!(granules(covering(0, 63 << 21).unwrap()), u64::MAX >> 1);
 }
@@ -125,7 +126,8 @@ fn the_table_agrees_with_a_plain_list() {
     }
 }
 
-/// Threads that change and threads that watch: what was changed after it was subscribed is stale.
+/// Some threads change memory and others watch it: a range that changed after its subscription is
+/// stale.
 #[test]
 fn no_change_is_lost_between_threads() {
     let ranges = Ranges::new();
@@ -134,7 +136,7 @@ fn no_change_is_lost_between_threads() {
             let ranges = &ranges;
             scope.spawn(move || {
                 for round in 0..20_000_u64 {
-                    // Each in a granule of its own, and now and then in a neighbour's.
+                    // Each thread uses its own granule, and sometimes that of its neighbour.
                     let start = (thread << 21) + ((round % 300) << 12);
                     ranges.subscribe(start, 4096, None);
                     ranges.changed(change(start, 4096));

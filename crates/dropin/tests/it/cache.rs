@@ -1,14 +1,14 @@
 //! Real registration caches of UCX and libfabric, with an io_uring as the device.
 //!
-//! libfabric's cache is not exported, so the program has Debian's `libfabric.a` inside: the same
-//! code as the shared library's, and the only way to it without a network card.
+//! libfabric does not export its cache, so the program links Debian's `libfabric.a`. It is the same
+//! code as in the shared library, and the only way to the cache without a network card.
 
 use crate::support::{build, installed, library, output, text};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use testkit::{Cap, require};
 
-/// Which cache a program has.
+/// The cache that a program uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cache {
     Ucx,
@@ -17,7 +17,8 @@ pub(crate) enum Cache {
 
 const ALL: [Cache; 2] = [Cache::Ucx, Cache::Libfabric];
 
-/// The program, if it can be built here. Its declarations are those of Debian 12's versions.
+/// Builds the program. `None` if the installed versions are not those of Debian 12, whose
+/// declarations the program has.
 pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
     let (asks, version) = match cache {
         Cache::Ucx => (["ucx_info", "-v"], "1.13"),
@@ -43,7 +44,8 @@ pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
                 "-lefa",
                 "-latomic",
             ];
-            // Its own functions are found by the library as those of a shared one would be.
+            // `-rdynamic` exports the program's functions, so that the drop-in finds them as in a
+            // shared library.
             let flags: Vec<&str> = ["-rdynamic", archive.to_str().unwrap()]
                 .into_iter()
                 .chain(needs)
@@ -55,7 +57,7 @@ pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
     }
 }
 
-/// Runs it as shipped (`None`), or with the library and these sources.
+/// Runs the program as shipped (`None`), or with the library and the sources `source`.
 pub(crate) fn run(program: &Path, words: &[&str], source: Option<&str>) -> String {
     let mut command = Command::new(program);
     command.args(words);
@@ -93,7 +95,7 @@ fn nothing_is_stale_with_both_and_much_without() {
             continue;
         };
         let shipped = stale(&run(&program, &["stale"], None));
-        // The control: else the transfer does not show what is stale.
+        // The control: shows that the transfer detects stale registrations.
         assert!(shipped >= 7, "{cache:?}: {shipped}");
         let hook = stale(&run(&program, &["stale"], Some("hook")));
         assert!(
@@ -169,7 +171,7 @@ fn caches_start_and_stop_while_others_map_and_unmap() {
     }
 }
 
-/// How often what may crash by chance is run; `MMUN_RUNS` says more.
+/// How often to run a test that can crash by chance; `MMUN_RUNS` sets another number.
 fn runs() -> u32 {
     std::env::var("MMUN_RUNS")
         .ok()

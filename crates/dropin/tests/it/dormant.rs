@@ -3,7 +3,8 @@
 use crate::support::{library, output, preloaded, text};
 use std::process::Command;
 
-/// Its threads, its open descriptors, and what it has mapped that it has not without the library.
+/// The threads and open descriptors of a program, and the mappings that it has only with the
+/// library.
 fn state(mut command: Command) -> (String, String) {
     command.args(["-c", "ls /proc/self/task | wc -l; ls /proc/self/fd | wc -l"]);
     let output = output(command);
@@ -17,7 +18,7 @@ fn a_shell_has_no_thread_no_descriptor_and_no_report() {
 
 #[test]
 fn libc_is_not_patched() {
-    // The mapping of libc's code is one piece, as long as no page of it was replaced.
+    // libc's code is one mapping as long as the hook has replaced no page of it.
     let mut command = preloaded("grep", "both");
     command.args(["-c", "r-xp.*/libc.so", "/proc/self/maps"]);
     assert_eq!(text(&output(command).stdout), "1\n");
@@ -35,12 +36,12 @@ fn it_needs_nothing_but_libc() {
         let known = ["linux-vdso", "libc.so.6", "ld-linux", "libm.so.6"];
         assert!(
             known.iter().any(|name| line.contains(name)),
-            "each library more costs the start of every program: {needs}"
+            "each further library slows the start of every program: {needs}"
         );
     }
 }
 
 #[test]
-fn wrong_settings_are_said_at_the_first_use_and_not_before() {
+fn wrong_settings_are_reported_at_the_first_use_and_not_before() {
     assert_eq!(text(&output(preloaded("true", "nonsense")).stderr), "");
 }

@@ -2,7 +2,7 @@
 
 use crate::support::{build, output, preloaded, text};
 
-/// What the program prints, and the report.
+/// Runs the program; returns its output and the report.
 fn import(order: &str) -> Option<(String, String)> {
     let program = build("gcc", "importer.c", "libfabric", &["-lfabric"])?;
     let mut command = preloaded(program, "hook");
@@ -14,7 +14,7 @@ fn import(order: &str) -> Option<(String, String)> {
 }
 
 #[test]
-fn the_second_importer_gets_ebusy_and_goes_on() {
+fn the_second_importer_gets_ebusy_and_continues() {
     if !testkit::require(testkit::Cap::Program("fi_info")) {
         return;
     }
@@ -23,7 +23,7 @@ fn the_second_importer_gets_ebusy_and_goes_on() {
     };
     assert_eq!(out, "busy\na domain\n", "{report}");
     assert!(report.contains("  libfabric watched"), "{report}");
-    // It is the drop-in: the report says whose monitor is in use.
+    // Now the drop-in is the second importer; its report says so.
     let (out, report) = import("first").expect("it was built");
     assert_eq!(out, "imported\na domain\n", "{report}");
     assert!(

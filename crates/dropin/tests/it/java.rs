@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use testkit::{Cap, require};
 
-/// How many operations were stale.
+/// Returns how many operations left a stale registration.
 fn stale(classes: &Path, native: &Path, source: Option<&str>) -> u32 {
     let mut command = Command::new("java");
     command
@@ -25,7 +25,7 @@ fn stale(classes: &Path, native: &Path, source: Option<&str>) -> u32 {
 
 #[test]
 fn a_java_program_is_served() {
-    // Whether the installed UCX has the layout that the native part declares.
+    // `program` checks that the installed UCX has the layout that the native part declares.
     if !require(Cap::Program("javac")) || program(Cache::Ucx).is_none() {
         return;
     }

@@ -1,11 +1,12 @@
-//! Ranks that exchange buffers which come and go, by each way that Open MPI and MPICH have here.
+//! Ranks exchange buffers that are freed and mapped anew, over each transport of Open MPI and MPICH
+//! that is installed.
 
 use crate::support::{build, output, preloaded, text};
 use std::path::Path;
 use std::process::Command;
 use testkit::{Cap, PYTHON, require};
 
-/// Seconds of each run; `MMUN_SECONDS` says more.
+/// Seconds of each run; `MMUN_SECONDS` sets another number.
 fn seconds() -> String {
     std::env::var("MMUN_SECONDS").unwrap_or_else(|_| "2".to_owned())
 }

@@ -4,7 +4,7 @@ use crate::cache::{Cache, has_kernel, program, run, stale};
 use crate::support::installed;
 use std::collections::BTreeSet;
 
-/// The operations of which Open MPI's own hook was told.
+/// The operations that reached Open MPI's own hook.
 fn told(out: &str) -> BTreeSet<&str> {
     out.lines()
         .filter_map(|line| line.strip_suffix(" told"))
@@ -12,7 +12,7 @@ fn told(out: &str) -> BTreeSet<&str> {
         .collect()
 }
 
-/// The program, where there is an Open MPI that has a patcher.
+/// The program, if the installed Open MPI has a patcher.
 fn with_patcher(cache: Cache) -> Option<std::path::PathBuf> {
     let library = installed("libopen-pal.so.40");
     if !library.exists() {
@@ -27,7 +27,7 @@ fn ucx_and_open_mpi_are_told_in_either_order() {
     let Some(program) = with_patcher(Cache::Ucx) else {
         return;
     };
-    // As shipped, Open MPI's patcher takes UCX's away; in the other order UCX makes no cache.
+    // As shipped, Open MPI's patch overwrites UCX's patch. In the other order UCX makes no cache.
     let shipped = run(&program, &["patcher", "last"], None);
     let alone = stale(&run(&program, &["stale"], Some("hook")));
     assert!(stale(&shipped) > alone, "the control: {shipped}");
@@ -52,7 +52,7 @@ fn libfabric_is_told_where_open_mpi_patches_afterwards() {
     let Some(program) = with_patcher(Cache::Libfabric) else {
         return;
     };
-    // Each process asks libfabric for its providers, which takes a while.
+    // Each process lists libfabric's providers, which takes a while: so only each second operation.
     let words = ["patcher", "last", "2"];
     let out = run(&program, &words, Some("hook"));
     assert!(stale(&out) <= 2 && told(&out).len() >= 5, "{out}");

@@ -1,18 +1,18 @@
-//! Two ranks of Open MPI over verbs: what their data are as libfabric is shipped, and with the
-//! library.
+//! Two ranks of Open MPI over verbs, with libfabric as shipped and with the drop-in: are their data
+//! right?
 //!
 //! The ranks change their buffers in two ways that libfabric does not see: bare system calls that
 //! unmap or discard. As shipped, the card then reads and writes pages that the program no longer
-//! has.
+//! owns.
 
 use crate::support::{build, library, output, text};
 use std::process::Command;
 use testkit::{Cap, require};
 
-/// Rounds of an exchange: the sizes come again after 13 of them, the ways after 4.
+/// Rounds of an exchange: the sizes repeat after 13 rounds, the ways after 4.
 const ROUNDS: &str = "26";
 
-/// Runs the exchange; returns how many bytes were wrong, and what the ranks have reported.
+/// Runs the exchange; returns the number of wrong bytes, and the reports of the ranks.
 fn wrong_bytes(options: &[&str], source: Option<&str>) -> Option<(u64, String)> {
     let program = build("mpicc.openmpi", "exchange.c", "mpi", &[])?;
     let mut command = Command::new("mpirun.openmpi");
@@ -46,7 +46,7 @@ fn open_mpi_over_libfabric_and_verbs() {
     if !require(Cap::Rdma) {
         return;
     }
-    // Libfabric wants room for 256 peers in a queue, which is more than a card in software has.
+    // libfabric requests room for 256 peers in a queue, which is more than soft-RoCE has.
     let options = [
         "--mca",
         "pml",
@@ -74,6 +74,6 @@ fn open_mpi_over_libfabric_and_verbs() {
     );
     assert!(
         shipped > 0,
-        "as shipped, nothing was wrong: so the above shows nothing"
+        "as shipped, no byte was wrong: so the check above proves nothing"
     );
 }

@@ -6,8 +6,8 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 use testkit::{Cap, require};
 
-/// The library that Cargo has built for these tests: beside them. The one in the folder above may
-/// be older.
+/// The library that Cargo has built for these tests, which is beside them. The library in the
+/// parent folder may be older.
 pub(crate) fn library() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let library = own.parent().unwrap().join("libmmun_dropin.so");
@@ -73,7 +73,7 @@ pub(crate) fn build(
     Some(program)
 }
 
-/// `program` with the library in it.
+/// A command that runs `program` with the library preloaded.
 pub(crate) fn preloaded(program: impl AsRef<std::ffi::OsStr>, source: &str) -> Command {
     let mut command = Command::new(program);
     command
@@ -83,7 +83,7 @@ pub(crate) fn preloaded(program: impl AsRef<std::ffi::OsStr>, source: &str) -> C
     command
 }
 
-/// Runs it to its end, or kills it and fails after two minutes.
+/// Runs a command; after two minutes, kills it and fails.
 pub(crate) fn output(mut command: Command) -> Output {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || sender.send(command.output()));

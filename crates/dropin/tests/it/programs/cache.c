@@ -1,13 +1,14 @@
-/* A real registration cache: what is stale in it, what it costs, and whether it survives.
+/* A real registration cache: tests which registrations become stale, what it costs, and whether it
+ * survives.
  *
  * cache stale            each operation changes a registered page; prints "OPERATION right|stale",
  *                        then "N stale of M"
  * cache patcher ORDER [2]
  *                        the same with Open MPI's memory patcher, loaded "first" or "last", for all
- *                        operations or each second one: "OPERATION right|stale told|-", told:
- *                        whether Open MPI's own hook was
- * cache speed [2]        prints nanoseconds, one "NAME NS" a line, the least of many bursts; with a
- *                        second thread, which sleeps, if that is asked for
+ *                        operations or each second one: "OPERATION right|stale told|-"; "told"
+ *                        means that Open MPI's own hook was called
+ * cache speed [2] prints nanoseconds, one "NAME NS" a line, the minimum of many bursts; with 2,
+ *                        a second thread sleeps meanwhile
  * cache threads SECONDS  five threads map, register, look up and unmap: "N rounds"
  * cache cycles N         N starts and stops of the cache while five threads map and unmap
  * cache close            closes all descriptors but the standard ones, then does what `stale` does
@@ -29,7 +30,7 @@
 
 enum { PAGE = 4096, LENGTH = 16 * PAGE };
 
-/* A look-up without a transfer: the slot, which may be gone by now, or -1. */
+/* Looks a range up without a transfer. Returns its slot, which may be free again by then, or -1. */
 static long cache_get(void *start, size_t length)
 {
     registration *held;
@@ -154,14 +155,14 @@ static const struct {
 static void *hooked;
 static int was_told;
 
-/* Open MPI's hook: a range that is released. */
+/* Open MPI calls this hook for a range that is released. */
 static void released(void *start, size_t length, void *data, _Bool from_allocator)
 {
     (void)data, (void)from_allocator;
     was_told |= (char *)start <= (char *)hooked && (char *)hooked < (char *)start + length;
 }
 
-/* What Open MPI's transports do when they have a registration cache: its component "patcher" then
+/* Open MPI's transports do this if they use a registration cache: its component "patcher" then
  * overwrites the beginnings of libc's functions. */
 static void open_mpi(void)
 {
@@ -203,8 +204,8 @@ static int is_stale(char *(*make)(void), void (*change)(char *))
     change(at);
     mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     memset(page, 0, DEVICE_BYTES);
-    /* A transfer holds its registration: one that is late told of the change would otherwise be
-     * deregistered under it. */
+    /* A transfer holds its registration. Without that, a change that is reported late would
+     * deregister the registration during the transfer. */
     registration *held;
     slot = cache_hold(page, PAGE, &held);
     if (slot < 0)
@@ -217,7 +218,7 @@ static int is_stale(char *(*make)(void), void (*change)(char *))
     return memcmp(page, bytes, sizeof bytes) != 0;
 }
 
-/* What a child of `stale` exits with: this, and a bit for stale, and one for told. */
+/* The exit status of a child of `stale`: this, plus a bit for stale and one for told. */
 enum { RAN = 4 };
 
 static int stale(const char *patcher, int step)
@@ -227,7 +228,7 @@ static int stale(const char *patcher, int step)
         fflush(stdout);
         pid_t child = fork();
         if (child == 0) {
-            /* Programs of Open MPI have its libraries from the start. */
+            /* A program of Open MPI loads Open MPI's libraries at its start. */
             if (*patcher)
                 dlopen("libopen-pal.so.40", RTLD_NOW | RTLD_GLOBAL);
             if (!strcmp(patcher, "first"))
@@ -261,7 +262,7 @@ static double now(void)
     return (double)time.tv_sec * 1e9 + (double)time.tv_nsec;
 }
 
-/* The least of many short bursts: what other programs on the machine take is not in it. */
+/* The minimum of many short bursts, which excludes the time of other programs. */
 static void least(const char *name, int bursts, double (*measure)(void))
 {
     double best = 1e18;
@@ -452,8 +453,7 @@ static int forked(void)
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
-        /* Its memory is a copy: what the parent has registered is not where the child's bytes
-         * are. */
+        /* The child's memory is a copy: the parent's registrations are of other pages. */
         memset(at, 2, LENGTH);
         long slot = cache_get(at, LENGTH);
         printf("child %s\n", slot >= 0 && slot == before ? "stale" : "right");
@@ -479,7 +479,7 @@ static int middle(void)
     fflush(stdout);
     pid_t child = fork();
     if (child == 0) {
-        /* It looks nothing up: another thread may have held the cache's lock. */
+        /* The child makes no look-up: another thread may have held the cache's lock at the fork. */
         munmap(at, LENGTH);
         at = map();
         free(malloc(300000));

@@ -1,5 +1,5 @@
-/* The device of the caches: fixed buffers of an io_uring, whose pages the kernel pins. Thread-safe
- * but for device_write. */
+/* The device of the caches: fixed buffers of an io_uring, whose pages the kernel pins. All
+ * functions but device_write are thread-safe. */
 #ifndef DEVICE_H
 #define DEVICE_H
 #include <errno.h>
@@ -22,7 +22,7 @@ static struct {
     struct io_uring_sqe *sqes;
     struct io_uring_params params;
     atomic_uint next;
-    int is_off; /* Registrations cost nothing: for measuring what the cache costs. */
+    int is_off; /* Registrations do nothing: measures the cache alone. */
 } device;
 
 static void device_die(const char *what)
@@ -59,7 +59,7 @@ static int device_set(unsigned slot, void *start, size_t length)
     return done == 1 ? 0 : -errno;
 }
 
-/* A slot that no registration had before, or -1. */
+/* Returns a slot that no registration has used before, or -1. */
 static long device_register(void *start, size_t length)
 {
     unsigned slot = atomic_fetch_add(&device.next, 1);
@@ -74,7 +74,8 @@ static void device_deregister(long slot)
         device_set((unsigned)slot, NULL, 0);
 }
 
-/* Writes DEVICE_BYTES of 0x5a to `at` by the pages of `slot`; 0, or what the kernel says. */
+/* Writes DEVICE_BYTES of 0x5a to `at` through the pages of `slot`. Returns 0 or the kernel's
+ * error. */
 static int device_write(long slot, void *at)
 {
     unsigned *tail = (unsigned *)(device.sq + device.params.sq_off.tail);

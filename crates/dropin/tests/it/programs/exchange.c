@@ -21,7 +21,7 @@ static unsigned char content(unsigned round, int from, size_t at)
 
 enum { MALLOC, MUNMAP, BARE_MUNMAP, BARE_DISCARD, WAYS };
 
-/* A buffer for sending or for receiving, each round by another way, and how it goes. */
+/* Makes a buffer in one of several ways; `give` frees it in the matching way. */
 static unsigned char *take(unsigned way, unsigned char **kept, size_t length)
 {
     if (way == MALLOC)

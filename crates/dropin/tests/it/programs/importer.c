@@ -1,5 +1,5 @@
-/* A program that has a memory monitor of its own and imports it, "first" before libfabric's first
- * use, or "second", after it. Prints "imported" or "busy", and opens a domain. */
+/* A program that imports a memory monitor of its own: "first", before its first use of libfabric,
+ * or "second", after that. Prints "imported" or "busy", and opens a domain. */
 #include <errno.h>
 #include <rdma/fabric.h>
 #include <rdma/fi_domain.h>

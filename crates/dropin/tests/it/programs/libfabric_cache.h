@@ -1,5 +1,6 @@
-/* libfabric's own registration cache, which providers for network cards use, out of the libfabric.a
- * of Debian 12 (1.17). It is not exported: its structures are declared here by their layout. */
+/* libfabric's own registration cache, which its providers for network cards use, from the
+ * libfabric.a of Debian 12 (1.17). libfabric does not export it, so this file declares its
+ * structures by their layout. */
 #include "device.h"
 #include <dlfcn.h>
 #include <pthread.h>
@@ -59,7 +60,7 @@ static void delete_region(struct mr_cache *cache, struct mr_entry *entry)
 
 static struct mr_cache the_cache;
 
-/* A domain of which the cache uses the provider, for its log, and a counter. */
+/* A domain. The cache uses only its provider, for the log, and a counter. */
 static struct fi_provider provider = { .version = FI_VERSION(1, 0), .fi_version = FI_VERSION(1, 17), .name = "test" };
 static void *domain[128];
 
@@ -85,8 +86,8 @@ static void cache_open(void)
     for (size_t at = 0; at < sizeof domain / sizeof *domain; at++)
         domain[at] = &provider;
     hints->fabric_attr->prov_name = strdup("udp");
-    /* Initialises the library. The program has it inside, so no library can stand in front of this
-     * call. */
+    /* Initialises libfabric. The program has it statically linked, so the drop-in cannot interpose
+     * this call. */
     fi_getinfo(FI_VERSION(1, 17), NULL, NULL, 0, hints, &info);
     int (*attach)(void) = (int (*)(void))dlsym(RTLD_DEFAULT, "mmun_dropin_attach");
     if (attach && attach()) {
@@ -98,7 +99,7 @@ static void cache_open(void)
 
 typedef struct mr_entry registration;
 
-/* The slot of the registration of a range, which stays until cache_put; or -1. */
+/* Returns the slot of a range's registration, which is held until cache_put; or -1. */
 static long cache_hold(void *start, size_t length, registration **held)
 {
     struct mr_info info = { .iov = { start, length } };

@@ -57,7 +57,7 @@ static void cache_open(void) { cache_start(); }
 
 typedef ucs_rcache_region_t registration;
 
-/* The slot of the registration of a range, which stays until cache_put; or -1. */
+/* Returns the slot of a range's registration, which is held until cache_put; or -1. */
 static long cache_hold(void *start, size_t length, registration **held)
 {
     if (ucs_rcache_get(the_cache, start, length, PROT_READ | PROT_WRITE, NULL, held) != UCS_OK)
