@@ -22,7 +22,7 @@ fn main() -> Result<(), Failure> {
     let context = open()?;
     let domain = context.alloc_pd()?;
     let mut end = Endpoint::new(&context, &domain)?;
-    // SAFETY: no other program is told a key; each is used during its lease.
+    // SAFETY: no other program learns a key, and this program uses each key only during its lease.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite) }?;
     let _hook = Hook::install()?;
     let device = Device::new(rdma, Options::new());
@@ -49,7 +49,7 @@ fn main() -> Result<(), Failure> {
             key: u32::from_ne_bytes(answer[8..12].try_into()?),
         };
         let length = u32::from_ne_bytes(answer[12..16].try_into()?);
-        // Every tenth answer gets a new buffer, often where the last one was.
+        // Every tenth answer gets a new buffer, often at the address of the last one.
         if number % 10 == 0 {
             drop(std::mem::take(&mut buffer));
             buffer = vec![0; length as usize];

@@ -1,8 +1,7 @@
-//! Reads ordinary buffers by RDMA while another thread frees them and maps anew, and compares every
-//! byte.
+//! Reads ordinary buffers by RDMA while another thread frees buffers and allocates new ones, and
+//! compares every byte.
 //!
-//! Two queue pairs of one process: the one reads what the other's process has registered, here the
-//! same memory.
+//! Both queue pairs belong to this process, so it reads memory that it has registered itself.
 //!
 //! ```sh
 //! cargo run --features verbs --example rdma_read
@@ -30,7 +29,8 @@ fn main() -> Result<(), Failure> {
     let (mut reader, _peer) = connected(&context, &domain)?;
     // SAFETY: the one reader below uses each key during its lease, and waits for the transfer.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite | Access::RemoteRead) }?;
-    // The kernel source sees everything; where it does not work, the hooks see what `free` does.
+    // The kernel source sees every change. If it does not work here, the hook sees the calls of
+    // `free`.
     let (options, _hook) = match Kernel::start() {
         Ok(kernel) => (Options::new().kernel(kernel), None),
         Err(why) => {
@@ -43,8 +43,8 @@ fn main() -> Result<(), Failure> {
     let mut sink = vec![0_u8; LENGTH];
     let mut wrong = 0;
     for round in 0..ROUNDS {
-        // Large enough for `malloc` to map it, and for `free` to unmap it: the address is used
-        // again and again.
+        // Large enough that `malloc` maps it and `free` unmaps it: so later buffers get the same
+        // address.
         let buffer = vec![round as u8; 4 << 20];
         let from = cache.get_for(&buffer[..LENGTH])?;
         let to = cache.get_for(&sink)?;

@@ -1,5 +1,5 @@
-//! Lends ordinary buffers to `rdma_client`, which reads them by RDMA; shows how often a
-//! registration was found.
+//! Lets `rdma_client` read ordinary buffers by RDMA, and prints how often the cache found a
+//! registration.
 //!
 //! ```sh
 //! cargo run --features verbs --example rdma_server &
@@ -29,8 +29,8 @@ fn main() -> Result<(), Failure> {
     let context = open()?;
     let domain = context.alloc_pd()?;
     let mut end = Endpoint::new(&context, &domain)?;
-    // SAFETY: peers may only read. The one client is told a key with each request, and is done with
-    // it when it answers.
+    // SAFETY: peers may only read. The one client gets a key with each request, and does not use
+    // the key after its answer.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite | Access::RemoteRead) }?;
     let _hook = Hook::install()?;
     let device = Device::new(rdma, Options::new());
@@ -53,7 +53,7 @@ fn main() -> Result<(), Failure> {
     let mut served = 0_usize;
     while stream.read_exact(&mut request).is_ok() {
         let number = u32::from_ne_bytes(request) as usize % BUFFERS;
-        // Now and then a buffer is freed, and a new one takes its place, often at its address.
+        // Every tenth time, replace the buffer by a new one, which often gets the same address.
         if served % 10 == 9 {
             buffers[number] = Vec::new();
             buffers[number] = vec![served as u8; LENGTH];

@@ -1,4 +1,4 @@
-//! Why a device or its registrar refuses.
+//! The errors of a device and of its registrar.
 
 use std::{fmt, io};
 
@@ -8,12 +8,12 @@ use std::{fmt, io};
 pub enum Error {
     /// `ibv_reg_mr` failed.
     Register {
-        /// What it said.
+        /// The error of `ibv_reg_mr`.
         source: io::Error,
     },
-    /// The device could not be asked.
+    /// The device's capabilities could not be read.
     Query {
-        /// What `ibv_query_device_ex` said.
+        /// The error of `ibv_query_device_ex`.
         source: io::Error,
     },
     /// Remote writes and atomics need local writes.

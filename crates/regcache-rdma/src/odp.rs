@@ -1,11 +1,11 @@
-//! On-demand paging: a device that faults pages in itself. The kernel's own MMU notifiers tell its
-//! driver when a page is taken away.
+//! On-demand paging: the device itself faults pages in. The kernel's own MMU notifiers tell the
+//! device's driver when a page is unmapped.
 //!
 //! # Safety
-//! The device is asked through the context that its protection domain keeps open.
+//! Every query uses the context that the device's protection domain keeps open.
 #![expect(
     unsafe_code,
-    reason = "sideway does not say what paging a device has; see the Safety section"
+    reason = "sideway does not report on-demand paging; see the Safety section"
 )]
 
 use crate::error::Error;
@@ -16,11 +16,11 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::null;
 
-/// What a device with on-demand paging can do with memory that is not pinned.
+/// The operations that a device with on-demand paging can do on memory that is not pinned.
 ///
 /// Such a device needs no cache to stay correct: register with
-/// [`Access::OnDemand`](crate::Access::OnDemand), and the kernel takes translations back from the
-/// device itself. The price is a page fault of the device at the first use of each page. The
+/// [`Access::OnDemand`](crate::Access::OnDemand), and the kernel itself invalidates the device's
+/// translations. The price is a page fault of the device at the first use of each page. The
 /// software device rxe has on-demand paging since Linux 6.18; mlx5 has it in hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -36,7 +36,7 @@ pub struct OnDemand {
 }
 
 impl OnDemand {
-    /// Asks a device. `None` if it has no on-demand paging.
+    /// Queries a device. Returns `None` if it has no on-demand paging.
     ///
     /// # Errors
     /// [`Error::Query`].
@@ -51,7 +51,7 @@ impl OnDemand {
     }
 
     pub(crate) fn of_domain(domain: &ProtectionDomain) -> Result<Option<Self>, Error> {
-        // SAFETY: the domain is there as long as the reference to its owner lives.
+        // SAFETY: the domain is live as long as the reference to its owner lives.
         let domain = unsafe { domain.pd() };
         // SAFETY: a live domain points to the context that it belongs to, and keeps that open.
         let context = unsafe { domain.as_ref() }.context;

@@ -1,8 +1,8 @@
 //! The registrar.
 //!
 //! # Safety
-//! The kernel checks each range that is registered and pins its pages: a region can never lead to
-//! memory that was freed. What the device does to the pages is the duty of [`Rdma::new`]'s caller.
+//! The kernel checks each range that is registered and pins its pages, so a region never leads to
+//! freed memory. The caller of [`Rdma::new`] is responsible for the device's accesses to the pages.
 #![expect(
     unsafe_code,
     reason = "memory is registered by address; see the Safety section"
@@ -17,16 +17,16 @@ use sideway::ibverbs::protection_domain::ProtectionDomain;
 use std::io;
 use std::sync::Arc;
 
-/// What a device may do with registered memory: the flags of `ibv_reg_mr`.
+/// The accesses that a device may make to registered memory: the flags of `ibv_reg_mr`.
 ///
-/// Part of a cache's identity, because a region is found by its range alone: memory that needs
-/// other flags needs another [`Device`](regcache::Device).
+/// A cache finds a region by its range alone, so all its regions have the same flags. Memory that
+/// needs other flags needs another [`Device`](regcache::Device).
 pub use sideway::ibverbs::AccessFlags as Access;
 
-/// What a lease's handle is: a registered region, with its keys beside it.
+/// The handle of a lease: a registered region and its keys.
 ///
-/// The keys stand in the handle itself: a hit that reads them follows no pointer to sideway's
-/// region and from there to that of verbs.
+/// The handle itself holds the keys. So a hit that reads them need not follow two pointers, to
+/// sideway's region and from there to the region of verbs.
 #[derive(Debug)]
 pub struct Region {
     lkey: u32,
@@ -70,11 +70,10 @@ impl Rdma {
     /// A registrar for the queue pairs of `domain`.
     ///
     /// # Safety
-    /// The device reads and writes the memory of leased regions behind the compiler's back. Who
-    /// uses a key of a lease, in this process or at a peer that was told the `rkey`, must do so
-    /// only while the lease lasts, and only on bytes that nothing in this process reads or writes
-    /// at the same time. A transfer into the memory needs bytes that may be written: not those
-    /// behind a shared reference.
+    /// The device reads and writes the memory of leased regions without the compiler's knowledge.
+    /// This process, and every peer that gets an `rkey`, must use a lease's key only during the
+    /// lease, and only for bytes that no code of this process reads or writes at the same time. A
+    /// transfer into memory must not write bytes behind a shared reference.
     ///
     /// # Errors
     /// [`Error::Access`] if `access` asks for remote writes or atomics without
@@ -100,7 +99,7 @@ impl Rdma {
         &self.domain
     }
 
-    /// What the device may do with the memory.
+    /// The accesses that the device may make to the memory.
     #[must_use]
     pub fn access(&self) -> Access {
         self.access
@@ -113,12 +112,12 @@ impl Registrar for Rdma {
 
     fn register(&self, range: VaRange) -> Result<Region, Error> {
         let start = usize::try_from(range.start().get()).expect("addresses have 64 bits");
-        // A length cannot count all addresses; the kernel refuses one less, too.
+        // The length of the whole address space saturates; the kernel refuses that length as well.
         let length =
             usize::try_from(range.pages().saturating_mul(PAGE_SIZE)).expect("a length has 64 bits");
-        // SAFETY: memory that is valid for the device: the kernel refuses what is not mapped, or
-        // not for writing if the device is to write, and pins the rest. The accesses are the duty
-        // of `new`'s caller.
+        // SAFETY: the memory must be valid for the device. The kernel refuses pages that are not
+        // mapped, or not writable if the device may write, and pins all others. `new`'s caller is
+        // responsible for the accesses.
         let registered = unsafe { self.domain.reg_mr(start, length, self.access) };
         let region = registered.map_err(|error| match error.0 {
             RegisterMemoryRegionErrorKind::Ibverbs(source) => Error::Register { source },
@@ -142,7 +141,7 @@ impl Registrar for Rdma {
             return Cause::Other;
         };
         match source.raw_os_error() {
-            // ENOMEM, EAGAIN: locked memory, or regions of the device.
+            // ENOMEM, EAGAIN: the limit of locked memory, or of the device's regions.
             Some(12 | 11) => Cause::Limit,
             // EFAULT.
             Some(14) => Cause::NotMapped,

@@ -1,4 +1,4 @@
-//! An allocator that counts, for tests of what must not call it.
+//! An allocator that counts its calls, for tests of code that must not allocate.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -11,7 +11,7 @@ pub struct Counting;
 
 impl Counting {
     /// Returns how often `f` called the allocator in this thread, to allocate or to free. Zero if
-    /// another one is installed.
+    /// another allocator is installed.
     pub fn calls(f: impl FnOnce()) -> usize {
         let before = CALLS.get();
         f();
@@ -19,7 +19,7 @@ impl Counting {
     }
 }
 
-// SAFETY: Hands everything to the system's allocator, which keeps the contract.
+// SAFETY: Passes each call to the system's allocator, which keeps the contract.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         CALLS.set(CALLS.get() + 1);

@@ -15,7 +15,7 @@ pub enum Cap {
     SeccompTrace,
     /// 32-bit x86 system calls.
     I386Calls,
-    /// A second NUMA node is not needed, the calls to move pages are.
+    /// The system calls that move pages between NUMA nodes; one node is enough.
     Numa,
     /// Loading BPF programs.
     Bpf,
@@ -33,23 +33,23 @@ pub enum Cap {
     Root,
     /// Mounts of one's own: CAP_SYS_ADMIN, which containers withhold also from root.
     MountNamespace,
-    /// A program, found by its name.
+    /// The program of this name, in `PATH`.
     Program(&'static str),
-    /// A module of Debian's own Python, found by its name.
+    /// The module of this name of Debian's own Python.
     PythonModule(&'static str),
 }
 
-/// The interpreter whose modules are packages of the system.
+/// The interpreter whose modules come from Debian's packages.
 pub const PYTHON: &str = "/usr/bin/python3";
 
-/// Tells whether the machine has `cap`.
+/// Returns whether the machine has `cap`.
 ///
-/// If not, it prints `SKIP test: reason`, the test being the one that runs in this thread.
+/// If not, prints `SKIP test: reason`, with the name of the test that runs in this thread.
 ///
 /// # Panics
-/// If the machine lacks it and the environment says `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT` lists
-/// it, such as `kvm rdma`: no package brings a processor's virtualisation, a device or another
-/// kernel.
+/// If the machine lacks `cap` and the environment says `MMUN_REQUIRE=all`. `MMUN_WITHOUT` lists
+/// exceptions (for example `kvm rdma`), because no package can install virtualisation, a device or
+/// another kernel.
 pub fn require(cap: Cap) -> bool {
     let Err(reason) = probe(cap) else { return true };
     lacks(&format!("{cap:?}"), &reason);
@@ -68,21 +68,21 @@ pub(crate) fn lacks(cap: &str, reason: &str) {
     println!("SKIP {name}: {reason}");
 }
 
-/// Whether this is the machine of `cargo xtask guest`, which has everything that an operation may
-/// ask for.
+/// Whether this is the machine of `cargo xtask guest`, which has everything that a test can
+/// require.
 pub fn is_guest() -> bool {
     fs::read_to_string("/proc/cmdline")
         .is_ok_and(|line| line.split_whitespace().any(|word| word == "mmun.guest"))
 }
 
-/// How many rounds a hunt for a race takes: `full`, or a tenth in the machine of `cargo xtask
-/// guest`, where software emulation makes each some twenty times dearer.
+/// The number of rounds of a hunt for a race: `full`, or a tenth of it in the machine of `cargo
+/// xtask guest`, because software emulation makes a round some twenty times slower.
 pub fn rounds(full: usize) -> usize {
     if is_guest() { full.div_ceil(10) } else { full }
 }
 
-/// Tells whether a program that a test can do without is in `PATH`. If not, it prints `SKIP test:
-/// reason`.
+/// Returns whether an optional program is in `PATH`. If not, prints `SKIP test: reason`, even with
+/// `MMUN_REQUIRE=all`.
 pub fn has_optional_program(name: &str) -> bool {
     let is_there = has_program(name);
     if !is_there {
@@ -101,7 +101,7 @@ fn has_program(name: &str) -> bool {
 
 fn probe(cap: Cap) -> Result<(), String> {
     match cap {
-        // SAFETY: it takes nothing and cannot fail.
+        // SAFETY: `geteuid` takes no argument and cannot fail.
         Cap::Root => match unsafe { libc::geteuid() } {
             0 => Ok(()),
             user => Err(format!("user {user} is not root")),
@@ -154,11 +154,11 @@ fn probe(cap: Cap) -> Result<(), String> {
     }
 }
 
-/// Gives a thread that ends a namespace with mounts that it may change.
+/// Makes a mount namespace in a new thread, and changes the propagation of its mounts.
 fn mount_namespace() -> io::Result<()> {
     let thread = thread::spawn(|| {
         let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
-        // SAFETY: an integer; it is about this thread alone.
+        // SAFETY: takes an integer, and changes only this thread.
         let parted = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
         let changed = parted
             // SAFETY: a live string and nulls, as the call takes them for a change of propagation.
@@ -181,7 +181,7 @@ fn rdma() -> Result<(), String> {
                 .to_owned(),
         );
     }
-    // SAFETY: the name is a C string, and the library's constructors do nothing but set up itself.
+    // SAFETY: the name is a C string, and the library's constructors only initialise the library.
     let library = unsafe { libc::dlopen(c"libibverbs.so.1".as_ptr(), libc::RTLD_NOW) };
     if library.is_null() {
         Err("libibverbs is not installed".to_owned())
@@ -193,7 +193,7 @@ fn rdma() -> Result<(), String> {
 /// Finds QEMU's device `edu` among those that are bound to `vfio-pci`; returns its folder in sysfs.
 ///
 /// # Errors
-/// Why it cannot be used, in words for a person.
+/// The reason why the device cannot be used, for the user.
 pub fn edu() -> Result<PathBuf, String> {
     fs::File::options()
         .read(true)
@@ -213,7 +213,7 @@ pub fn edu() -> Result<PathBuf, String> {
         })
 }
 
-/// Makes an array of one value, on a kernel whose BPF is enough for the source `kernel`.
+/// Makes a BPF array of one value, on a kernel whose BPF is recent enough for the source `kernel`.
 fn bpf() -> io::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release
@@ -244,7 +244,7 @@ fn io_uring() -> io::Result<()> {
     let mut params = [0_u64; 15];
     // SAFETY: the call fills in a `struct io_uring_params`, which has 120 bytes.
     let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
-    // One buffer, of which nothing is known yet.
+    // One buffer without memory.
     let table = [1_u32, 1, 0, 0, 0, 0, 0, 0];
     // SAFETY: the call reads a `struct io_uring_rsrc_register`, which has 32 bytes; a descriptor of
     // -1 is refused.
@@ -268,7 +268,7 @@ fn io_uring() -> io::Result<()> {
     }
 }
 
-/// Asks for asynchronous write protection, which came with Linux 6.7.
+/// Requests asynchronous write protection, which exists since Linux 6.7.
 fn userfaultfd() -> io::Result<()> {
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
     // Version, features, calls.
@@ -298,7 +298,7 @@ fn close(descriptor: libc::c_long) -> io::Result<()> {
     Ok(())
 }
 
-/// Seizes a child and lets it go.
+/// Seizes a child and releases it.
 fn ptrace() -> io::Result<()> {
     let mut child = Command::new("cat")
         .stdin(Stdio::piped())
@@ -317,7 +317,7 @@ fn ptrace() -> io::Result<()> {
     result
 }
 
-/// Asks a child to make a 32-bit call: where there are none, `int 0x80` kills it.
+/// Lets a child make a 32-bit call: if the kernel has no 32-bit calls, `int 0x80` kills the child.
 #[cfg(target_arch = "x86_64")]
 fn i386_getpid() -> Result<(), String> {
     // SAFETY: the child of `fork` makes two system calls and ends.
@@ -326,12 +326,12 @@ fn i386_getpid() -> Result<(), String> {
         0 => {
             let pid: i64;
             // SAFETY: `getpid` by its 32-bit number reads and writes no memory; the 64-bit kernel
-            // keeps the registers but r8 to r11, and those are declared lost.
+            // preserves all registers but r8 to r11, which are declared as clobbered.
             unsafe {
                 std::arch::asm!("int 0x80", inlateout("rax") 20_i64 => pid,
                     out("r8") _, out("r9") _, out("r10") _, out("r11") _);
             }
-            // SAFETY: ends the child without running anything of the parent's.
+            // SAFETY: ends the child without running the parent's exit handlers.
             unsafe { libc::_exit(i32::from(pid <= 0)) }
         }
         pid => {

@@ -12,15 +12,15 @@ use crate::cap::lacks;
 #[derive(Debug)]
 pub struct Cgroup {
     folder: PathBuf,
-    /// The file that freezes it, what freezes it there, and what lets it run.
+    /// The file that freezes the group, the word that freezes it, and the word that thaws it.
     freeze: (&'static str, &'static str, &'static str),
-    /// The file that says whether it is frozen, and what it says then.
+    /// The file that says whether the group is frozen, and its line when it is.
     frozen: (&'static str, &'static str),
 }
 
 impl Cgroup {
-    /// Makes one below the root of the hierarchy. If that cannot be, it prints `SKIP test: reason`,
-    /// the test being the one that runs in this thread.
+    /// Makes a group below the root of the hierarchy. If that fails, prints `SKIP test: reason`,
+    /// with the name of the test that runs in this thread.
     ///
     /// # Panics
     /// If the environment says `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT` lists `cgroup`.
@@ -33,8 +33,8 @@ impl Cgroup {
         ))
     }
 
-    /// The same of the older hierarchy, whose freezer lets nothing stop the processes that it
-    /// holds.
+    /// The same in the cgroup v1 hierarchy. Its freezer holds processes so that not even ptrace can
+    /// stop them.
     ///
     /// # Panics
     /// As [`Cgroup::new_or_skip`].
@@ -76,36 +76,37 @@ impl Cgroup {
             freeze,
             frozen,
         };
-        // Not of the hierarchy's root, and since Linux 5.2 of v2.
+        // The root of the hierarchy has no such file, and v2 has it since Linux 5.2.
         fs::metadata(group.folder.join(freeze.0))?;
         Ok(group)
     }
 
-    /// Moves a process into it.
+    /// Moves a process into the group.
     ///
     /// # Errors
-    /// Of the system.
+    /// Those of the file operations.
     pub fn add(&self, pid: u32) -> io::Result<()> {
         fs::write(self.folder.join("cgroup.procs"), pid.to_string())
     }
 
-    /// Asks for its processes to be frozen; [`is_frozen`](Self::is_frozen) tells when they are.
+    /// Starts to freeze the group's processes; [`is_frozen`](Self::is_frozen) says when they are
+    /// frozen.
     ///
     /// # Errors
-    /// Of the system.
+    /// Those of the file operations.
     pub fn freeze(&self) -> io::Result<()> {
         fs::write(self.folder.join(self.freeze.0), self.freeze.1)
     }
 
-    /// Lets its processes run again.
+    /// Lets the group's processes run again.
     ///
     /// # Errors
-    /// Of the system.
+    /// Those of the file operations.
     pub fn thaw(&self) -> io::Result<()> {
         fs::write(self.folder.join(self.freeze.0), self.freeze.2)
     }
 
-    /// Tells whether all of its processes are frozen.
+    /// Returns whether all of the group's processes are frozen.
     #[must_use]
     pub fn is_frozen(&self) -> bool {
         fs::read_to_string(self.folder.join(self.frozen.0))

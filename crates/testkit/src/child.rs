@@ -1,10 +1,10 @@
 //! A child of a real `fork`.
 
-/// Forks; the child runs `f` and exits with its answer. Returns whether it said true; a hang is a
-/// death after 120 s, and a death is a panic here.
+/// Forks a child that runs `f`, and returns the result of `f`. A child that hangs is killed after
+/// 120 s.
 ///
 /// # Panics
-/// If there can be no child, or if it died by a signal.
+/// If the fork fails, or if the child died by a signal.
 pub fn in_child(f: impl FnOnce() -> bool) -> bool {
     // SAFETY: The child may only do what is safe after a fork in a program with threads; glibc
     // makes `malloc` usable there, and what `f` does besides is what the caller tests.

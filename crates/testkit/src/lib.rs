@@ -1,5 +1,6 @@
-//! What the tests of several crates share: probes for what this machine can do, forked children,
-//! programs to execute, a counting allocator, and the reference model of the core. Not published.
+//! Shared by the tests of several crates: probes for the capabilities of this machine, forked
+//! children, programs to execute, a counting allocator, and the reference model of the core. Not
+//! published.
 //!
 //! A test that needs more than a Rust toolchain begins like this:
 //!
@@ -30,7 +31,8 @@ pub use refuse::{refuse_calls, refuse_threads};
 pub use signals::{has_timers, signal_every};
 pub use within::within;
 
-/// The examples of the front page must run. Here, because no published crate brings the front page.
+/// Runs the examples of the workspace's README. They are here, because the packages of the
+/// published crates do not contain that file.
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;

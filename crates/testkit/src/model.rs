@@ -1,12 +1,13 @@
 //! The reference model of the core: plain vectors, one thread, every rule written out. Slow and
 //! obviously right.
 //!
-//! It says what each operation returns and which callbacks it makes, in order. The real core is run
-//! on the same operations and must agree. An actor is a number: brackets belong to a
-//! thread, and what waits for those of its own thread is refused. What would wait for other
-//! threads' is told by [`Model::blockers`]: the operation is begun, then those brackets are ended,
-//! and then it must be over. Frees are asynchronous, so the model says which notifiers have been
-//! freed only where `synchronize` succeeds.
+//! The model says what each operation returns and which callbacks it makes, in order. A test runs
+//! the real core on the same operations, and the core must agree. A thread is a number. Each
+//! bracket belongs to a thread, and an operation that would wait for a bracket of its own thread
+//! fails. If an operation would wait for brackets of other threads, [`Model::blockers`] lists them:
+//! the test starts the operation, ends those brackets, and then expects the operation to return.
+//! Frees are asynchronous, so the model says which notifiers have been freed only when
+//! `synchronize` succeeds.
 
 mod intervals;
 mod shadows;
@@ -14,7 +15,7 @@ mod shadows;
 use intervals::Interval;
 use shadows::Shadow;
 
-/// A callback, and which notifier or interval it came to.
+/// A callback, with the number of its notifier or interval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Callback {
     /// `invalidate_range_start` of a subscriber.
@@ -25,7 +26,7 @@ pub enum Callback {
     End(usize),
     /// `release` of a subscriber.
     Release(usize),
-    /// One of the three questions about accessed marks.
+    /// One of the three callbacks for accessed bits.
     Young(usize),
     /// The flush of a secondary TLB.
     Flush(usize),
@@ -33,62 +34,62 @@ pub enum Callback {
     Zap(usize),
     /// The callback of an interval.
     Interval(usize),
-    /// What an interval's callback left for later.
+    /// The second pass of an interval's callback.
     Finish(usize),
 }
 
-/// What an operation answers.
+/// The result of an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Answer {
-    /// Done; nothing more to say.
+    /// Done, without a value.
     Done,
-    /// A subscription to this notifier, which now has so many users.
+    /// A subscription to this notifier, with its number of users.
     Got(usize, u32),
-    /// It would wait for itself.
+    /// The operation would wait for its own thread.
     WouldDeadlock,
     /// A subscriber refused.
     WouldBlock,
     /// The address space has ended.
     Dead,
-    /// The range was invalidated since.
+    /// The range was invalidated since the sequence was read.
     Retry,
-    /// The range is not within what a shadow watches.
+    /// The range is outside the pages that a shadow watches.
     NotWatched,
-    /// There are as many users as can be.
+    /// The notifier has the maximum number of users.
     Overflow,
     /// `alloc` failed.
     Alloc,
 }
 
-/// The most users of one notifier.
+/// The maximum number of users of one notifier.
 pub const USERS_MAX: u32 = 3;
 
-/// Which kind of subscriber.
+/// The kind of a subscriber.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// One that refuses every non-blockable start, or none.
+    /// A plain subscriber.
     Plain {
-        /// Whether it refuses.
+        /// Whether it refuses every non-blockable start.
         refuses: bool,
     },
     /// A secondary TLB.
     Tlb,
     /// A shadow with a sequence, which watches these pages.
     Shadow {
-        /// From the first to the last.
+        /// The first and the last page.
         watched: (u64, u64),
     },
 }
 
-/// What `alloc` is to do.
+/// The behaviour of `alloc`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Alloc {
-    /// Make a plain subscriber that refuses, or not.
+    /// Makes a plain subscriber.
     Makes {
-        /// Whether it refuses.
+        /// Whether it refuses every non-blockable start.
         refuses: bool,
     },
-    /// Fail.
+    /// Fails.
     Fails,
 }
 
@@ -96,7 +97,7 @@ pub enum Alloc {
 #[derive(Debug)]
 struct Notifier {
     mm: usize,
-    /// The subsystem, none for a registration.
+    /// The subsystem; `None` for a registration.
     key: Option<usize>,
     users: u32,
     kind: Kind,
@@ -112,7 +113,7 @@ struct Mm {
     intervals: Vec<usize>,
     deferred: Vec<usize>,
     seq: u64,
-    /// Brackets that take part in windows; they do from the first insert on.
+    /// The open brackets that count in a window: those that began after the first insert.
     active: u32,
     has_intervals: bool,
 }
@@ -127,14 +128,14 @@ struct Bracket {
     window: bool,
 }
 
-/// The whole world as the model sees it. Every index is one that it handed out.
+/// The state of the model. Every index must come from a call of the model.
 #[derive(Debug, Default)]
 pub struct Model {
     mms: Vec<Mm>,
     notifiers: Vec<Notifier>,
     intervals: Vec<Interval>,
     brackets: Vec<Option<Bracket>>,
-    /// What has been called since it was last taken.
+    /// The callbacks since the test last took them.
     pub calls: Vec<Callback>,
 }
 
@@ -205,8 +206,7 @@ impl Model {
             .any(|bracket| bracket.thread == thread)
     }
 
-    /// The brackets of other threads that one which waits for those of `mm` waits for, and their
-    /// threads.
+    /// The brackets of other threads on `mm`, with their threads: a waiter of `mm` waits for them.
     #[must_use]
     pub fn blockers(&self, thread: usize, mm: usize) -> Vec<(usize, usize)> {
         let open = self
@@ -219,7 +219,7 @@ impl Model {
             .collect()
     }
 
-    /// The address spaces on which a notifier of a subsystem has been put and may not be freed.
+    /// The address spaces on which a notifier of a subsystem was put and may not be freed yet.
     #[must_use]
     pub fn retired(&self, key: usize) -> Vec<usize> {
         let mut mms: Vec<_> = self
@@ -233,7 +233,7 @@ impl Model {
         mms
     }
 
-    /// `Subsystem::get` finds what there is.
+    /// Whether `Subsystem::get` finds an existing notifier.
     #[must_use]
     pub fn finds(&self, key: usize, mm: usize) -> bool {
         self.find(key, mm).is_some()
@@ -335,7 +335,8 @@ impl Model {
         &self.mms[mm].listed
     }
 
-    /// `Subsystem::synchronize`: which notifiers of the subsystem have been freed when it succeeds.
+    /// `Subsystem::synchronize`. Returns the notifiers of the subsystem that have been freed when
+    /// it succeeds.
     ///
     /// # Errors
     /// `WouldDeadlock` inside a bracket.
@@ -348,7 +349,7 @@ impl Model {
         Ok((0..self.notifiers.len()).filter(freed).collect())
     }
 
-    /// `Mm::invalidate`; the answer's bracket is the number given back.
+    /// `Mm::invalidate`. Returns the number of the bracket.
     pub fn invalidate(&mut self, thread: usize, mm: usize, pages: (u64, u64)) -> usize {
         let window = self.mms[mm].has_intervals;
         if window {
@@ -399,7 +400,7 @@ impl Model {
         Ok(self.open(thread, mm, pages, window))
     }
 
-    /// Tells a subscriber that has accepted its start of the end.
+    /// Calls the end of a subscriber that has accepted its start.
     fn tell_end(&mut self, notifier: usize, pages: (u64, u64)) {
         match self.notifiers[notifier].kind {
             Kind::Plain { refuses: false } => self.calls.push(Callback::End(notifier)),
@@ -440,8 +441,8 @@ impl Model {
                 continue;
             }
             match self.notifiers[notifier].kind {
-                // Also one that refuses: what it would have refused it was not asked, or there
-                // would be no bracket.
+                // A subscriber that refuses gets an end as well: the start was blockable, or the
+                // bracket would not exist.
                 Kind::Plain { .. } => self.calls.push(Callback::End(notifier)),
                 Kind::Tlb => {}
                 Kind::Shadow { watched } => self.shadow_end(notifier, watched, pages),
@@ -449,7 +450,7 @@ impl Model {
         }
     }
 
-    /// `clear_flush_young`, `clear_young`: every odd subscriber says yes.
+    /// `clear_flush_young`, `clear_young`: every odd subscriber returns true.
     pub fn clear_young(&mut self, mm: usize) -> bool {
         let asked: Vec<_> = self.with_marks(mm);
         self.calls.extend(asked.iter().map(|n| Callback::Young(*n)));
@@ -487,15 +488,15 @@ impl Model {
         self.notifiers.len()
     }
 
-    /// Whether a bracket of an address space would call a subscriber, as far as it can be known
-    /// without looking.
+    /// Whether a bracket of an address space would call a subscriber, as `has_notifiers` reports
+    /// it.
     #[must_use]
     pub fn has_notifiers(&self, mm: usize) -> bool {
         !self.mms[mm].listed.is_empty() || self.mms[mm].has_intervals
     }
 
-    /// Whether every subscriber that is listed has users, is listed once, and is not freed: what
-    /// the model itself relies on.
+    /// The model's own invariant: every listed subscriber has users, is listed once, and is not
+    /// freed.
     #[must_use]
     pub fn is_sound(&self) -> bool {
         let listed = || self.mms.iter().flat_map(|mm| &mm.listed);

@@ -4,12 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// Copies a program, with these permissions. Another process does it: while this one had the copy
-/// open for writing, a child that another thread forks would have it open too, and the one that
-/// then executed the copy would be refused with `ETXTBSY`.
+/// Copies a program, with these permissions. A child process makes the copy. If this process wrote
+/// it, another thread could fork meanwhile, and its child would inherit the descriptor. Executing
+/// the copy would then fail with `ETXTBSY`.
 ///
 /// # Panics
-/// If it cannot be copied.
+/// If the copy fails.
 pub fn copy_program(from: &Path, to: &Path, mode: u32) {
     let mut install = Command::new("install");
     let status = install
@@ -23,11 +23,11 @@ pub fn copy_program(from: &Path, to: &Path, mode: u32) {
     );
 }
 
-/// Writes a script, or what is to be taken for a program, that every user may execute: as
-/// [`copy_program`] does.
+/// Writes a script, or a file that pretends to be a program, that every user may execute. A child
+/// process makes the file, as for [`copy_program`].
 ///
 /// # Panics
-/// If it cannot be written.
+/// If writing fails.
 pub fn write_program(text: &str, to: &Path) {
     let draft = to.with_extension("draft");
     fs::write(&draft, text).expect("a file");

@@ -15,10 +15,10 @@ fn timer(signal: i32) -> io::Result<libc::timer_t> {
     }
 }
 
-/// Tells whether a timer can be made: each takes one of the signals that the user's processes may
-/// have queued.
+/// Returns whether a timer can be made: each timer counts against the limit of the user's queued
+/// signals.
 ///
-/// If not, it prints `SKIP test: reason`, the test being the one that runs in this thread.
+/// If not, prints `SKIP test: reason`, with the name of the test that runs in this thread.
 pub fn has_timers() -> bool {
     match timer(libc::SIGUSR1) {
         Ok(timer) => {
@@ -34,12 +34,11 @@ pub fn has_timers() -> bool {
     }
 }
 
-/// Sends this process `signal` again and again, until it ends.
-///
-/// SIGALRM is taken: it ends a child of [`in_child`](crate::in_child) that hangs.
+/// Sends this process `signal` periodically, until the process ends. Do not use SIGALRM: it kills a
+/// child of [`in_child`](crate::in_child) that hangs.
 ///
 /// # Errors
-/// If no timer can be made.
+/// If the timer cannot be made.
 pub fn signal_every(time: Duration, signal: i32) -> io::Result<()> {
     let timer = timer(signal)?;
     let time = libc::timespec {

@@ -1,11 +1,10 @@
-//! What the examples and the tests need of verbs: a reliable connection that reads and writes a
-//! peer's memory.
+//! A reliable connection that reads and writes a peer's memory, for the examples and the tests.
 //!
 //! # Safety
-//! Work requests name memory by key and address. The device checks both against the regions that
-//! are registered, so a wrong number is an error in the completion. That the bytes are free for the
-//! transfer is the duty of [`Endpoint::read`]'s and [`Endpoint::write`]'s callers.
-#![allow(dead_code, reason = "each user needs a part")]
+//! A work request names memory by key and address. The device checks both against the registered
+//! regions, so a wrong number gives an error in the completion. The callers of [`Endpoint::read`]
+//! and [`Endpoint::write`] must make sure that no other code uses the bytes during the transfer.
+#![allow(dead_code, reason = "each user needs only some of the functions")]
 
 use sideway::ibverbs::AccessFlags;
 use sideway::ibverbs::address::{AddressHandleAttribute, Gid};
@@ -26,10 +25,10 @@ use std::time::{Duration, Instant};
 
 pub(crate) type Failure = Box<dyn Error + Send + Sync>;
 
-/// The port and the entry of its table of addresses: RoCE version 2 over IPv4.
+/// The port, and the entry of its GID table that stands for RoCE version 2 over IPv4.
 const PORT: u8 = 1;
 const GID_INDEX: u8 = 1;
-/// A completion that takes longer is lost.
+/// A completion that takes longer counts as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Opens the device whose name comes first.
@@ -50,14 +49,14 @@ pub(crate) fn open_named(name: &str) -> Result<Arc<DeviceContext>, Failure> {
         .open()?)
 }
 
-/// Memory by the key of a region that it lies in.
+/// A memory address, with the key of its region.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     pub(crate) address: u64,
     pub(crate) key: u32,
 }
 
-/// Where a peer finds an endpoint: all that has to be exchanged before they can be connected.
+/// The address of an endpoint: peers exchange it before they connect.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Address {
     pub(crate) number: u32,
@@ -133,8 +132,8 @@ impl Endpoint {
         state
             .setup_state(QueuePairState::ReadyToSend)
             .setup_sq_psn(0)
-            // Seven times a second, then an error. Seven retries would be endless: soft-RoCE takes
-            // 7 so, as all do for `rnr_retry`.
+            // About one second of retries, then an error. The value 7 would mean endless retries on
+            // soft-RoCE, as it does everywhere for `rnr_retry`.
             .setup_timeout(18)
             .setup_retry_cnt(6)
             .setup_rnr_retry(7)
@@ -145,7 +144,7 @@ impl Endpoint {
     /// Reads `length` bytes from the peer's `from` to `to`, and waits for them.
     ///
     /// # Safety
-    /// Nothing in this process may read or write those bytes of `to` meanwhile.
+    /// No code of this process may read or write those bytes of `to` meanwhile.
     #[expect(unsafe_code, reason = "the device writes to memory")]
     pub(crate) unsafe fn read(
         &mut self,
@@ -164,12 +163,12 @@ impl Endpoint {
         self.wait()
     }
 
-    /// Writes `length` bytes from `from` to the peer's `to`, and waits for the peer's device to
-    /// have them.
+    /// Writes `length` bytes from `from` to the peer's `to`, and waits until the peer's device has
+    /// received them.
     ///
     /// # Safety
-    /// Nothing in this process may write those bytes of `from` meanwhile, and the peer must expect
-    /// them at `to`.
+    /// No code of this process may write those bytes of `from` meanwhile, and the peer must expect
+    /// the write at `to`.
     #[expect(unsafe_code, reason = "the device writes to memory")]
     pub(crate) unsafe fn write(
         &mut self,

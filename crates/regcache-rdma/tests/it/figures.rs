@@ -1,9 +1,9 @@
-//! What the cache saves: the figures of `bench/README.md`. Counts are asserted. Times are printed:
-//! under emulation, only their ratios mean something.
+//! The savings of the cache, for `bench/README.md`. Counts are asserted. Times are only printed,
+//! because under emulation only their ratios mean something.
 //!
 //! # Safety
-//! The child of the one fork is traced by its parent, whose requests get integers and pointers to
-//! locals of the length that they are told.
+//! The parent traces its only child. Its ptrace requests get integers, and pointers to locals with
+//! their lengths.
 #![expect(unsafe_code, reason = "counts the system calls of a child")]
 
 use crate::endpoint::open;
@@ -19,13 +19,13 @@ const REQUESTS: usize = 1000;
 const BUFFERS: usize = 16;
 const ACCESS: Access = Access::LocalWrite.or(Access::RemoteRead);
 
-/// What separates the parts of a child's run: a call that no other code makes.
+/// Separates the parts of a child's run, by a system call that no other code makes.
 fn mark() {
     // SAFETY: no arguments.
     unsafe { libc::syscall(libc::SYS_getpgrp) };
 }
 
-/// Requests, all of which have been registered before.
+/// Makes requests for buffers that are all registered already.
 fn hits(lab: &Lab, buffers: &[usize], pages: usize) {
     for number in 0..REQUESTS {
         let lease = lab
@@ -36,7 +36,7 @@ fn hits(lab: &Lab, buffers: &[usize], pages: usize) {
     }
 }
 
-/// The same without a cache.
+/// The same transfers without a cache: each one registers its buffer.
 fn registrations(lab: &Lab, buffers: &[usize], pages: usize) {
     let registrar = lab.device.registrar();
     for number in 0..REQUESTS {
@@ -60,7 +60,7 @@ fn calls_between_marks(act: impl FnOnce()) -> Vec<u64> {
         // SAFETY: the parent continues it.
         unsafe { libc::raise(libc::SIGSTOP) };
         let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)).is_ok();
-        // SAFETY: ends the child without running anything of the parent's.
+        // SAFETY: ends the child without running the parent's exit handlers.
         unsafe { libc::_exit(i32::from(!passed)) };
     }
     let none = null_mut::<libc::c_void>();
@@ -154,7 +154,7 @@ fn a_thousand_requests_are_sixteen_registrations_and_no_system_call() {
     assert!(counts[3] >= 2 * REQUESTS as u64, "{counts:?}");
 }
 
-/// The least disturbed of some runs, in microseconds.
+/// The fastest of nine runs, in microseconds.
 fn best(run: impl FnMut() -> Duration) -> f64 {
     let times = std::iter::repeat_with(run).take(9);
     times.min().expect("there are nine").as_secs_f64() * 1e6

@@ -1,4 +1,4 @@
-//! What the device refuses, and what the cache makes of it.
+//! Requests that the device refuses, and the cache's reaction.
 #![expect(unsafe_code, reason = "privilege is dropped in a child")]
 
 use crate::endpoint::open;
@@ -31,8 +31,8 @@ fn memory_that_is_not_mapped_is_named_and_the_cache_goes_on() {
     assert_ne!(lab.cache.get(range(there, 2)).unwrap().handle().rkey(), 0);
 }
 
-/// A cache in a process that may lock 64 pages. `None` in the test's own process, once that one has
-/// passed.
+/// Runs the test in a child process that may lock 64 pages. Returns the cache in the child, and
+/// `None` in the parent once the child has passed.
 fn with_little_locked_memory(test: &str) -> Option<Lab> {
     if !require(Cap::Rdma) || !require(Cap::Root) {
         return None;
@@ -42,7 +42,7 @@ fn with_little_locked_memory(test: &str) -> Option<Lab> {
         return None;
     }
     let most = 64 * PAGE as u64;
-    // Before Linux 5.16 less may be allowed from the start.
+    // Before Linux 5.16 the default limit may be lower than that.
     let maximum = getrlimit(Resource::Memlock)
         .maximum
         .map(|maximum| maximum.max(most));
@@ -52,8 +52,8 @@ fn with_little_locked_memory(test: &str) -> Option<Lab> {
     };
     setrlimit(Resource::Memlock, limit).unwrap();
     let lab = Lab::with(Source::Nothing, ACCESS, Options::new());
-    // Root may lock as much as it wants.
-    // SAFETY: takes integers; nothing else in this process needs privilege.
+    // The limit does not apply to root. SAFETY: takes integers; nothing else in this process needs
+    // privilege.
     assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0);
     lab
 }
@@ -123,7 +123,7 @@ fn a_device_says_whether_it_pages_on_demand_and_what_it_says_holds() {
     }
 }
 
-/// The device asks the kernel itself: no source is needed, and none is there.
+/// The device gets its translations from the kernel, so no source is needed, and none runs.
 #[test]
 fn on_demand_the_card_reads_new_pages_without_a_source() {
     if !require(Cap::Rdma) {

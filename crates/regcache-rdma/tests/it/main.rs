@@ -1,4 +1,4 @@
-//! Real verbs: run by `cargo xtask guest`, which has a device that does RDMA in software.
+//! Tests with real verbs. `cargo xtask guest` runs them, on soft-RoCE.
 
 #[cfg(feature = "verbs")]
 #[path = "../../examples/endpoint/mod.rs"]

@@ -1,9 +1,8 @@
-//! Memory that is changed under a region, and a device to look at it.
+//! Memory that changes while it is registered, and a device that reads it.
 //!
 //! # Safety
-//! Each test maps memory of its own, knows it by address only, and reaches its bytes by volatile
-//! accesses while they are mapped. The device is a reader and writer like any other thread of the
-//! test.
+//! Each test maps its own memory, keeps only the address, and accesses the bytes by volatile
+//! accesses while they are mapped. The device reads and writes like a further thread of the test.
 #![expect(
     unsafe_code,
     reason = "maps, changes and unmaps raw memory; see the Safety section"
@@ -25,7 +24,7 @@ use testkit::{Cap, require};
 
 pub(crate) const PAGE: usize = 4096;
 
-/// Which source tells the cache of changes.
+/// The source that reports changes to the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Source {
     Nothing,
@@ -33,17 +32,17 @@ pub(crate) enum Source {
     Kernel,
 }
 
-/// A device, a cache over it, and a connection of the process with itself.
+/// A device, a cache over it, and a connection between two endpoints of this process.
 pub(crate) struct Lab {
     pub(crate) context: Arc<DeviceContext>,
     pub(crate) device: Device<Rdma>,
     pub(crate) cache: RegCache<Rdma>,
     pub(crate) reader: Endpoint,
     _peer: Endpoint,
-    /// What the reader reads into.
+    /// The page that the reader reads into.
     sink: usize,
     _hook: Option<Hook>,
-    /// A source feeds every cache of this process: a test without one must be alone.
+    /// A source reports to every cache of this process, so a test without a source must run alone.
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -68,7 +67,7 @@ impl Lab {
         Some(Self::made(open().unwrap(), source, access, options))
     }
 
-    /// The same over a device that is there.
+    /// The same over a given device.
     pub(crate) fn over(context: Arc<DeviceContext>, source: Source) -> Self {
         Self::made(
             context,
@@ -104,15 +103,15 @@ impl Lab {
         }
     }
 
-    /// What the device finds in the first byte at `address`, by the remote key of a new lease of
-    /// `pages` pages there.
+    /// Returns the first byte at `address` as the device reads it, by the remote key of a new lease
+    /// of `pages` pages.
     pub(crate) fn first_byte(&mut self, address: usize, pages: usize) -> Result<u8, Failure> {
         let lease = self.cache.get_owned(range(address, pages))?;
         let key = lease.get().handle().rkey();
         self.byte_by_key(address, key)
     }
 
-    /// What the device finds in the byte at `address` by a remote key.
+    /// Returns the byte at `address` as the device reads it by a remote key.
     pub(crate) fn byte_by_key(&mut self, address: usize, key: u32) -> Result<u8, Failure> {
         let sink = self.cache.get(range(self.sink, 1))?;
         poke(self.sink, 0);
@@ -139,12 +138,12 @@ pub(crate) fn range(address: usize, pages: usize) -> VaRange {
     VaRange::covering(Va::new(address as u64), (pages * PAGE) as u64).unwrap()
 }
 
-/// New pages, wherever there is room. They stay until the test changes them.
+/// Maps new pages at any address. They stay mapped until the test changes them.
 pub(crate) fn map(pages: usize) -> usize {
     new_map(0, pages, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
 }
 
-/// New pages over those at `address`.
+/// Maps new pages over those at `address`.
 pub(crate) fn map_over(address: usize, pages: usize) {
     new_map(
         address,
@@ -154,18 +153,18 @@ pub(crate) fn map_over(address: usize, pages: usize) {
     );
 }
 
-/// The first pages of a file, shared.
+/// Maps the first pages of a file, shared.
 pub(crate) fn map_file(file: &File, pages: usize) -> usize {
     new_map(0, pages, libc::MAP_SHARED, file.as_raw_fd())
 }
 
-/// Through libc, as a program would: `hook` sees no other way.
+/// Maps through libc, because `hook` sees no other calls.
 fn new_map(address: usize, pages: usize, flags: i32, file: i32) -> usize {
     let (access, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
         flags | libc::MAP_POPULATE,
     );
-    // SAFETY: what is replaced, if anything, is the test's.
+    // SAFETY: the test owns the pages that the mapping replaces, if any.
     let start = unsafe {
         libc::mmap(
             without_provenance_mut(address),
@@ -193,7 +192,7 @@ pub(crate) fn unmap(address: usize, pages: usize) {
 }
 
 pub(crate) fn advise(address: usize, pages: usize, advice: i32) {
-    // SAFETY: the pages are the test's, and reached by volatile accesses only.
+    // SAFETY: the test owns the pages and uses only volatile accesses.
     let result = unsafe {
         libc::madvise(
             std::ptr::with_exposed_provenance_mut(address),
@@ -211,7 +210,7 @@ pub(crate) fn move_over(from: usize, to: usize, pages: usize) {
         std::ptr::with_exposed_provenance_mut::<libc::c_void>(from),
         without_provenance_mut::<libc::c_void>(to),
     );
-    // SAFETY: both are the test's.
+    // SAFETY: the test owns both ranges.
     let moved = unsafe { libc::mremap(from, len, len, flags, to) };
     assert_ne!(
         moved,
@@ -250,8 +249,8 @@ pub(crate) fn with_child(act: impl FnOnce()) {
     assert_eq!(reaped, child);
 }
 
-/// This program anew, to run one test in a process of its own. A fork would not do: another test's
-/// thread may hold a lock of libibverbs.
+/// A command that runs one test of this program in a new process. A fork would not do, because a
+/// thread of another test may hold a lock of libibverbs.
 pub(crate) fn child(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command

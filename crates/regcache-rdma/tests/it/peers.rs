@@ -1,4 +1,4 @@
-//! Another process that holds a key.
+//! Another process holds a key.
 
 use crate::endpoint::{Address, Endpoint, Place, Refused};
 use crate::memory::{Lab, Source, child, map, map_over, peek, poke, range};
@@ -16,8 +16,8 @@ fn refusal(result: Result<u8, crate::endpoint::Failure>) -> WorkCompletionStatus
         .0
 }
 
-/// The peer's answer to a key that is none any more. Soft-RoCE of Linux 5 drops the request without
-/// an answer, until the retries are used up: that is an error too, and no byte.
+/// Checks that the device refuses a key that was deregistered. On Linux 5, soft-RoCE does not
+/// answer such a request: it fails when the retries are used up, which also returns no byte.
 fn assert_refused(result: Result<u8, crate::endpoint::Failure>) {
     let status = refusal(result);
     let is_silent = std::fs::read_to_string("/proc/sys/kernel/osrelease")
@@ -64,7 +64,7 @@ fn a_lease_that_is_held_keeps_the_old_page_and_says_so() {
 }
 
 #[test]
-fn a_child_has_no_part_in_the_cache_and_its_parent_goes_on() {
+fn a_child_cannot_use_the_cache_and_its_parent_continues() {
     let Some(mut lab) = Lab::new(Source::Hook) else {
         return;
     };
@@ -76,7 +76,7 @@ fn a_child_has_no_part_in_the_cache_and_its_parent_goes_on() {
         lab.cache.get(range(address, 2)),
         Err(Error::Forked)
     )));
-    // What the parent writes after the fork is what its card sees.
+    // The card reads the bytes that the parent writes after the fork.
     poke(address, b'p');
     assert_eq!(lab.first_byte(address, 2).unwrap(), b'p');
     assert_eq!(lab.cache.stats().misses, misses);
@@ -111,7 +111,7 @@ fn receive(stream: &mut TcpStream) -> (Address, Place) {
     )
 }
 
-/// The peer whose memory is read, until it is killed.
+/// The peer: lets the test read its memory until it is killed.
 fn peer(address: &str) -> ! {
     let lab = Lab::new(Source::Hook).unwrap();
     let memory = map(2);

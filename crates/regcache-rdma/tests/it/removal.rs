@@ -1,4 +1,4 @@
-//! A device that goes while it is used.
+//! A device that is removed while it is used.
 
 use crate::endpoint::{open, open_named};
 use crate::memory::{Lab, Source, map, poke};
@@ -29,7 +29,8 @@ fn a_device_that_is_removed_under_load_serves_no_stale_byte_and_goes_with_its_la
         .args(["link", "delete", "rxe9"])
         .spawn()
         .unwrap();
-    // A driver that takes its users' contexts away ends this by an error; soft-RoCE waits for them.
+    // A driver that closes its users' contexts would end this loop by an error; soft-RoCE waits for
+    // the users.
     let (mut value, mut after) = (0_u8, 0);
     while after < 100 {
         value = value.wrapping_add(1);

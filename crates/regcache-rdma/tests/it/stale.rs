@@ -1,4 +1,5 @@
-//! What the device reads after a change: the stale page without a source, the new one with.
+//! After a change, the device reads the stale page without a source, and the new page with a
+//! source.
 
 use crate::memory::{
     Lab, PAGE, Source, advise, map, map_file, map_over, move_over, peek, poke, unmap, with_child,
@@ -151,7 +152,8 @@ fn shared() -> (File, usize) {
     (file, address)
 }
 
-/// What the device reads after `change`, with a region that was cached before it.
+/// Returns which page the device reads after `change`, with a region that was cached before the
+/// change.
 fn outcome(source: Source, change: &Change) -> Option<&'static str> {
     let mut lab = Lab::new(source)?;
     let (address, act) = (change.make)();
@@ -197,6 +199,6 @@ fn without_a_source_the_card_reads_stale_pages_and_with_the_kernel_source_never(
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
     assert!(
         readme.contains(&table),
-        "the README's table is not this one:\n{table}"
+        "the README's table differs from this one:\n{table}"
     );
 }

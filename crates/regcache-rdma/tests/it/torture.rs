@@ -1,6 +1,6 @@
-//! Reads and writes through leases while the memory changes under them. `REGCACHE_RDMA_SECONDS`
-//! says for how long at least: a run also lasts until it has compared enough, however little of
-//! a processor it gets.
+//! Reads and writes through leases while their memory changes. A run takes at least
+//! `REGCACHE_RDMA_SECONDS`, and continues until it has compared enough transfers, because it may
+//! get little processor time.
 
 use crate::endpoint::{Endpoint, Place, connected};
 use crate::memory::{Lab, PAGE, Source, advise, map, map_file, map_over, peek, poke, range};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A run that takes longer is one that hangs.
+/// A run that takes longer counts as a hang.
 const PATIENCE: Duration = Duration::from_secs(200);
 /// How many transfers a run must have compared before it may end.
 const ENOUGH: u64 = 50;
@@ -18,7 +18,7 @@ const ENOUGH: u64 = 50;
 const TRANSFERS: usize = 2;
 const CHANGERS: usize = 2;
 const BUFFERS: usize = 16;
-/// The first page is read; each transferring thread writes to one of its own.
+/// Threads read the first page; each transferring thread writes to a page of its own.
 const PAGES: usize = 1 + TRANSFERS;
 
 /// Memory that changes. Its first byte follows from its stamp, which is odd during a change.
@@ -66,25 +66,25 @@ impl Buffer {
     }
 }
 
-/// What the threads saw, and when they shall stop.
+/// The threads' counters, and the flag that stops them.
 #[derive(Debug, Default)]
 struct Totals {
     /// Transfers that were tried.
     tried: AtomicU64,
-    /// Those whose buffer stayed the same meanwhile.
+    /// Transfers whose buffer did not change meanwhile.
     compared: AtomicU64,
-    /// Those that had another byte than the buffer.
+    /// Transfers that returned another byte than the buffer had.
     stale: AtomicU64,
     over: AtomicBool,
 }
 
 impl Totals {
-    /// Waits until each transferring thread has had time for some whole transfers. Not for a time:
-    /// where a transfer takes longer than it, none would ever meet a buffer at rest.
+    /// Waits until each transferring thread has made some transfers. A fixed time would not do: if
+    /// a transfer took longer than that, no transfer would ever find an unchanging buffer.
     fn rest(&self) {
         let until = self.tried.load(SeqCst) + 4 * TRANSFERS as u64;
         while self.tried.load(SeqCst) < until && !self.over.load(SeqCst) {
-            // Nothing wakes it: who transfers has better things to do.
+            // Polls, so that the transferring threads need not wake this one.
             thread::park_timeout(Duration::from_millis(1));
         }
     }
@@ -99,8 +99,8 @@ impl Drop for EndsAll<'_> {
     }
 }
 
-/// Reads from and writes to random buffers. A result counts if the buffer stayed the same from
-/// before the look-up until after it was looked at.
+/// Reads from and writes to random buffers. A result counts only if the buffer did not change
+/// between the look-up and the check.
 fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], totals: &Totals) {
     let _end = EndsAll(&totals.over);
     let local = map(1);
@@ -127,7 +127,7 @@ fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], to
                 address: buffer.address as u64,
                 key,
             };
-            // SAFETY: the local page is this thread's.
+            // SAFETY: this thread owns the local page.
             #[expect(unsafe_code, reason = "the device writes to memory")]
             unsafe { end.read(place, from, 1) }.unwrap();
             (peek(local), byte(before))
@@ -135,7 +135,7 @@ fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], to
             let mine = buffer.address + (1 + number) * PAGE;
             let value = (random >> 40) as u8 | 1;
             poke(local, value);
-            // SAFETY: this page of the buffer is this thread's.
+            // SAFETY: this thread owns this page of the buffer.
             #[expect(unsafe_code, reason = "the device writes to memory")]
             unsafe {
                 end.write(
@@ -158,7 +158,7 @@ fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], to
     }
 }
 
-/// Tortures for at least that time, and until `is_enough`.
+/// Runs the threads for at least that time, and until `is_enough`.
 fn torture(
     source: Source,
     time: Duration,

@@ -1,4 +1,4 @@
-//! Intervals, and the windows in which their sequence stands still.
+//! Intervals, and the windows in which their sequence does not change.
 
 use super::{Answer, Callback, Model, meet};
 
@@ -12,7 +12,7 @@ pub(super) struct Interval {
     refuses: bool,
 }
 
-/// The sequence that never fits.
+/// The sequence number that never matches.
 const NEVER: u64 = 0;
 
 impl Model {
@@ -27,7 +27,7 @@ impl Model {
         hit
     }
 
-    /// Calls intervals, and then what every odd one has left for later.
+    /// Calls intervals, and then the second pass of every odd interval.
     fn tell_intervals(&mut self, mm: usize, told: &[usize], finishing: &[usize]) {
         for interval in told {
             self.intervals[*interval].seq = self.mms[mm].seq;
@@ -50,8 +50,8 @@ impl Model {
         self.tell_intervals(mm, &hit, &hit);
     }
 
-    /// Whether it depends on more than the model knows which intervals a non-blockable start asks:
-    /// one that refuses, and another that begins where it does.
+    /// Whether the model cannot know which intervals a non-blockable start calls: an interval
+    /// refuses, and another one begins at the same page.
     #[must_use]
     pub fn is_ambiguous(&self, mm: usize, pages: (u64, u64)) -> bool {
         let hit = self.hit(mm, pages);
@@ -67,7 +67,8 @@ impl Model {
         })
     }
 
-    /// The same where intervals may refuse; the first that does is the last that is asked.
+    /// The same for a non-blockable start; the first interval that refuses is the last that is
+    /// called.
     pub(super) fn window_try_start(&mut self, mm: usize, pages: (u64, u64)) -> bool {
         let hit = self.hit(mm, pages);
         let Some(refuses) = hit.iter().position(|i| self.intervals[*i].refuses) else {
@@ -93,7 +94,7 @@ impl Model {
         }
     }
 
-    /// Whether there was an interval yet: the first one waits.
+    /// Whether an interval was ever inserted: the first insert waits.
     #[must_use]
     pub fn has_intervals(&self, mm: usize) -> bool {
         self.mms[mm].has_intervals

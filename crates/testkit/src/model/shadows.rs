@@ -1,15 +1,15 @@
-//! Shadows with one sequence for all they watch.
+//! Shadows with one sequence for all pages that they watch.
 
 use super::{Answer, Callback, Kind, Model, Notifier, meet};
 
-/// What a shadow with a sequence knows.
+/// The state of a shadow with a sequence.
 #[derive(Debug, Default)]
 pub(super) struct Shadow {
-    /// Invalidations that met it and have not ended, and the smallest range around all since there
-    /// were none.
+    /// The open invalidations that overlap a watched range, and the smallest range around all of
+    /// them since the count was last zero.
     in_progress: u32,
     hull: (u64, u64),
-    /// How many such have ended, and how often what it watches has changed.
+    /// How many such invalidations have ended, plus how often the watched range was changed.
     seq: u64,
     pub(super) released: bool,
 }
@@ -63,7 +63,8 @@ impl Model {
         }
     }
 
-    /// Whether a shadow's address space has ended: whether every end comes is then not known.
+    /// Whether a shadow's address space has ended: the ends of open brackets may not be called
+    /// then.
     #[must_use]
     pub fn is_released(&self, notifier: usize) -> bool {
         self.notifiers[notifier].shadow.released
