@@ -1,5 +1,5 @@
-//! The kernel's description of its types, and a module's over it: whatever the bytes are, the
-//! reader comes to an end.
+//! BTF, the kernel's description of its types, and a module's BTF on top of it: the reader
+//! terminates for every input.
 #![no_main]
 
 #[path = "../../crates/mmu-source/src/kernel/btf.rs"]
@@ -7,7 +7,7 @@ mod btf;
 
 use libfuzzer_sys::fuzz_target;
 
-/// With a header, so that most inputs are a description of something.
+/// Adds a header, so that most inputs are valid BTF.
 fn file(types: &[u8], names: &[u8]) -> Vec<u8> {
     let [types_length, names_length] = [types, names].map(|bytes| bytes.len() as u32);
     let header = [0x1_eb9f, 24, 0, types_length, types_length, names_length];

@@ -1,6 +1,6 @@
-//! The functions of `mmun.h` with arguments of the fuzzer's: sizes of structs from the past and the
-//! future, fields, ranges, error numbers; null and misaligned pointers; results of one call given
-//! to the next. Nothing may crash, and no struct may be written beyond its size.
+//! The functions of `mmun.h` with arguments from the fuzzer: sizes of older and newer structs,
+//! fields, ranges, error numbers, null and misaligned pointers. Results of one call are arguments
+//! of the next. No call may crash, and none may write beyond the size of a struct.
 #![no_main]
 
 use libfuzzer_sys::{arbitrary, fuzz_target};
@@ -57,7 +57,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Links the library, whose functions are declared by hand as a program in C has them.
+/// Links the library. This file declares its functions by hand, as the C headers do.
 use mmun as _;
 
 extern "C" fn register(
@@ -67,7 +67,7 @@ extern "C" fn register(
     handle: *mut *mut c_void,
 ) -> c_int {
     assert!(length > 0 && length % 4096 == 0);
-    // SAFETY: The library gives a place.
+    // SAFETY: The library passes a valid place.
     unsafe { *handle = answer };
     answer.addr() as c_int
 }
@@ -76,7 +76,7 @@ extern "C" fn deregister(_: *mut c_void, _: *mut c_void, _: usize, _: *mut c_voi
 
 extern "C" fn changed(_: *mut c_void, _: *const c_void) {}
 
-/// A struct of the fuzzer's: its size, then words. Behind it lies what must not be touched.
+/// A struct from the fuzzer: its size, then words. A guard word follows it.
 struct Struct([u64; LARGEST / 8 + 2]);
 
 const GUARD: u64 = 0x6775_6172_6421;
@@ -89,7 +89,7 @@ impl Struct {
             .iter_mut()
             .zip(words)
             .for_each(|(field, word)| *field = *word);
-        // Whatever the size says, so many bytes are there.
+        // The memory is as large as the size says, up to `LARGEST`; the guard follows.
         fields[(usize::from(size).min(LARGEST)).div_ceil(8).max(1)] = GUARD;
         Self(fields)
     }
@@ -129,7 +129,7 @@ enum Step {
 
 struct Opened(*mut c_void);
 
-// SAFETY: The handle is for all threads.
+// SAFETY: Every thread may use the handle.
 unsafe impl Send for Opened {}
 // SAFETY: As above.
 unsafe impl Sync for Opened {}
@@ -155,11 +155,12 @@ fuzz_target!(|steps: Vec<Step>| {
     let [mut watch, mut subscription, mut cache] = [ptr::null_mut::<c_void>(); 3];
     let mut lease: Option<Box<[u64; 3]>> = None;
     for step in steps {
-        // SAFETY: Each pointer is null, misaligned by one, or of an object that is there.
+        // SAFETY: Each pointer is null, misaligned by one, or points to a live object.
         unsafe {
             match step {
                 Step::Open(size, words, misaligned) => {
-                    // Own brackets alone: patching libc in each of a million runs is too slow.
+                    // Only brackets of the program: patching libc in each of a million runs is too
+                    // slow.
                     let mut options = Struct::new(size, &[words[0] & !0x3_0000_0003 | 4, words[1]]);
                     let mut other = ptr::null_mut();
                     if mmun_open(options.place(misaligned), &raw mut other) == 0 {
@@ -194,7 +195,7 @@ fuzz_target!(|steps: Vec<Step>| {
                 }
                 Step::Subscribe(size, words, with) if subscription.is_null() => {
                     let callback = if with { changed as *const () as u64 } else { 0 };
-                    // Beyond the two functions: the future.
+                    // The words after the two functions are fields of a newer version.
                     let mut ops = Struct::new(size, &[callback, callback, words[0], words[1]]);
                     mmun_subscribe(
                         mmun,

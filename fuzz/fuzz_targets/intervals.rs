@@ -1,5 +1,5 @@
-//! The tree of intervals beside a plain list: inserts, removals and searches, chosen by the
-//! fuzzer's bytes.
+//! Compares the tree of intervals with a plain list. The fuzzer's bytes choose inserts, removals
+//! and searches.
 #![no_main]
 
 #[path = "../../crates/mmu-notifier/src/mm/intervals/tree.rs"]
@@ -19,7 +19,7 @@ fn pages(first: u8, count: u8) -> VaRange {
 fuzz_target!(|steps: Vec<(u8, u8, u8)>| {
     let (mut tree, mut list) = (Tree::<u8>::new(), BTreeMap::new());
     for (number, first, count) in steps {
-        // A place that is never looked at.
+        // A place that is never dereferenced.
         let interval = NonNull::<u8>::without_provenance(NonZeroUsize::MIN.saturating_add(usize::from(number)));
         if let Some(range) = list.remove(&interval) {
             tree.remove(range, interval);

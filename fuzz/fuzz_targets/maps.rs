@@ -1,5 +1,4 @@
-//! A line of `/proc/PID/maps`: whatever it holds, it is a mapping or none, and what it says comes
-//! out.
+//! A line of `/proc/PID/maps`: the parser returns the mapping that the line describes, or none.
 #![no_main]
 #![allow(dead_code, reason = "the parser's file has more than the parser")]
 

@@ -1,5 +1,4 @@
-//! What comes through the socket of a broker: whatever it is, it is one message in its one form, or
-//! none.
+//! Bytes from the socket of a broker: they are one message in its canonical form, or no message.
 #![no_main]
 #![allow(dead_code, reason = "the file has more than the parsers")]
 
@@ -16,7 +15,7 @@ fuzz_target!(|packet: &[u8]| {
     }
     if let Some(reply) = Reply::parse(packet) {
         assert_eq!(reply.bytes(), packet);
-        // What a refusal is printed as is one line that a terminal takes for text.
+        // A refusal prints as one line without control characters.
         if let Reply::Refused(refusal) = reply {
             assert!(
                 refusal

@@ -1,5 +1,5 @@
 //! `stress kernel`: a hunt for stale reads under the kernel source. `stress rush`: a hunt for
-//! threads that it holds up.
+//! threads that the source delays.
 
 mod hunt;
 mod rush;
@@ -17,8 +17,8 @@ use std::thread;
 use std::time::Duration;
 use testkit::{Cap, require};
 
-/// Has all clients ask the source at once while memory changes, and tells how long each was held
-/// up at most. Dies if one is held up for a minute.
+/// All clients call the source at once while memory changes. Prints the longest delay of each, and
+/// ends the process if a delay exceeds a minute.
 pub(crate) fn rush(options: &Options) -> ExitCode {
     println!("rush: {:?}", options.length);
     let Some(kernel) = start() else {
@@ -43,7 +43,7 @@ fn start() -> Option<Arc<Kernel>> {
         .ok()
 }
 
-/// Where the machine has all that the source needs, and it did not start, that is a fault.
+/// If the machine has everything that the source needs, a source that does not start is a fault.
 fn skipped() -> ExitCode {
     ExitCode::from(if require(Cap::Bpf) && require(Cap::Kvm) {
         2
@@ -52,9 +52,9 @@ fn skipped() -> ExitCode {
     })
 }
 
-/// Hunts, and tells what was found. `--broken` uses entries without asking the source, `--no-wait`
-/// fills without waiting, `--crowd N` has so many threads change other memory meanwhile. `--slow`
-/// holds up every change at the tracepoint, `--slow-one` those of one of the changing threads.
+/// Hunts, and prints the result. `--broken` uses entries without asking the source, `--no-wait`
+/// fills without waiting, `--crowd N` lets N threads change other memory meanwhile. `--slow` delays
+/// every change at the tracepoint, `--slow-one` the changes of one thread.
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("kernel: seed {}, {:?}", options.seed, options.length);
     let Some(kernel) = start() else {
@@ -107,8 +107,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     ExitCode::from(u8::from(stale != 0))
 }
 
-/// Changes memory that is not armed without a pause: then there is hardly a moment in which nothing
-/// is under way.
+/// Changes unarmed memory without a pause, so that a change is under way at almost every moment.
 fn crowd(stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let memory = rush::map();

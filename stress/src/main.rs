@@ -5,8 +5,8 @@
 //! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait] [--crowd
 //! N] [--slow] [--slow-one]` `cargo run --release -p stress -- rush --seconds 60`
 //!
-//! `kernel`, `rush` and `regcache --source kernel` go through a broker where the right to do
-//! without is lacking: `mmun broker --socket S --group nogroup`, and then `MMUN_BROKER=S setpriv
+//! `kernel`, `rush` and `regcache --source kernel` use a broker if the process has no right to use
+//! the source itself: `mmun broker --socket S --group nogroup`, and then `MMUN_BROKER=S setpriv
 //! --reuid=65534 --regid=65534 --clear-groups stress kernel`.
 //!
 //! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
@@ -22,26 +22,26 @@ mod srcu;
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// What the command line asks for.
+/// The options of the command line.
 #[derive(Debug)]
 pub(crate) struct Options {
     pub(crate) length: Duration,
     pub(crate) seed: u64,
-    /// Use the fall-back that a kernel without membarrier gets.
+    /// Use the fallback for kernels without membarrier.
     pub(crate) no_membarrier: bool,
-    /// Do what is tested wrong now and then, which the checker must find.
+    /// Make the tested operation wrong from time to time, which the checker must find.
     pub(crate) broken: bool,
-    /// Fill caches without waiting for changes under way: `kernel` must find that.
+    /// Fill caches without waiting for changes under way: `kernel` must find stale reads.
     pub(crate) no_wait: bool,
-    /// So many threads change memory that no client looks at: for `kernel`.
+    /// This many threads change memory that no client uses: for `kernel`.
     pub(crate) crowd: u64,
-    /// A second program at the tracepoint holds up each change: for `kernel`.
+    /// A second program at the tracepoint delays each change: for `kernel`.
     pub(crate) slow: bool,
-    /// The same, for one thread that changes memory, and longer.
+    /// The same for one changing thread, with a longer delay.
     pub(crate) slow_one: bool,
     /// Fork no children: ThreadSanitizer cannot follow them. `mmu` never does.
     pub(crate) no_fork: bool,
-    /// Who tells the registration cache.
+    /// The source that reports changes to the registration cache.
     pub(crate) source: Source,
 }
 
@@ -77,7 +77,7 @@ impl Options {
 const USAGE: &str = "usage: stress {srcu | mmu | regcache | kernel | rush} [--seconds N] [--seed N] [--no-membarrier] [--broken] \
     [--no-wait] [--crowd N] [--slow] [--slow-one] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]";
 
-/// What is tortured.
+/// A torture program.
 type Program = fn(&Options) -> ExitCode;
 
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<(Program, Options), String> {

@@ -1,10 +1,9 @@
 //! Soaks `mmu-notifier`: threads that get, put, register, unregister, insert, remove, invalidate,
 //! fault and exit at random, on address spaces that come and go.
 //!
-//! Every notifier says whether it is alive and counts its starts and ends. The frame behind an
-//! address space changes inside brackets only, and no reader may find another than the present one
-//! in a shadow. At the end everything that was made must have been freed, and every count must be
-//! zero.
+//! Every notifier records whether it is alive and counts its starts and ends. Each address space
+//! has one frame, which changes only inside brackets. No reader may find any frame but the current
+//! one in a shadow. At the end every object must have been freed, and every count must be zero.
 
 mod actor;
 mod subscriber;
@@ -32,10 +31,10 @@ const THREADS: u64 = 8;
 const SPACES: usize = 3;
 const SUBSYSTEMS: usize = 3;
 
-/// How many address spaces are kept for their last check before those that can be are checked.
+/// How many retired address spaces are kept before those without handles are checked.
 const RETIRED: usize = 1000;
 
-/// What happened, for the last lines of output.
+/// Counters for the last lines of output.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     allocs: AtomicU64,
@@ -60,7 +59,7 @@ pub(crate) fn add(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// An address space and what is behind its one interesting page.
+/// An address space and the frame of the one page that shadows watch.
 #[derive(Debug, Clone)]
 pub(crate) struct Space {
     pub(crate) mm: MmWithUser,
@@ -77,14 +76,14 @@ impl Space {
     }
 }
 
-/// What all threads share.
+/// The state that all threads share.
 #[derive(Debug)]
 pub(crate) struct World {
     spaces: [Mutex<Space>; SPACES],
     pub(crate) subsystems: [Probes; SUBSYSTEMS],
     /// Subscriptions that any callback may take and put.
     pub(crate) orphans: Mutex<Vec<mmu_notifier::Subscription<Probe>>>,
-    /// Address spaces that have lost their place, until no other thread has them.
+    /// Address spaces that were replaced, until no other thread has a handle.
     retired: Mutex<Vec<Mm>>,
     pub(crate) counts: Counts,
     pub(crate) broken: bool,
@@ -106,8 +105,8 @@ impl World {
         lock(&self.spaces[number]).clone()
     }
 
-    /// Puts a new address space into a place, and drops the place's hold on the old one: exit, if
-    /// there is no other user.
+    /// Puts a new address space into a place, and drops the place's user of the old one. If that
+    /// was the last user, the drop is exit.
     pub(crate) fn replace(&self, number: usize) {
         let old = std::mem::replace(&mut *lock(&self.spaces[number]), Space::new());
         let handle = (*old.mm).clone();
@@ -143,7 +142,7 @@ impl World {
         }
     }
 
-    /// Checks what must hold when every thread has let go of everything.
+    /// Makes the final checks, when no thread holds an object any more.
     fn finish(&self) {
         lock(&self.orphans).clear();
         for subsystem in &self.subsystems {
@@ -154,8 +153,7 @@ impl World {
         }
         (0..SPACES).for_each(|number| self.replace(number));
         for mm in &*lock(&self.retired) {
-            // No call waits for a free without a subsystem, such as that of a registration that was
-            // put.
+            // Poll: no call waits for the free of a registration, which has no subsystem.
             wait_until(|| mm.mm_count() == 1);
             self.check_idle(mm);
         }
@@ -214,7 +212,7 @@ fn soak(world: &'static World, seed: u64, length: Duration) -> u64 {
     world.counts.errors.load(Ordering::Relaxed)
 }
 
-/// Ends the process if it has not ended by itself: something hangs, or something was never freed.
+/// Ends the process after the limit: a thread hangs, or an object was never freed.
 fn watch(limit: Duration, world: &'static World) {
     thread::spawn(move || {
         thread::sleep(limit);

@@ -1,11 +1,11 @@
-//! Tortures `regcache` with real transfers: threads write buffers to files and read files into them
-//! through fixed buffers of io_uring, while others replace, move, drop and truncate the memory
-//! behind the same addresses, and fork.
+//! Tortures `regcache` with real transfers. Threads write buffers to files and read files into
+//! buffers, through fixed buffers of io_uring. Meanwhile other threads replace, move, drop and
+//! truncate the memory at the same addresses, and fork.
 //!
-//! Each buffer holds a pattern that follows from its version and address. The thread that changes
-//! the buffer makes the version odd first and even afterwards. A transfer during which the version
-//! stood still at an even number must have moved exactly that pattern: anything else went through a
-//! registration that should have been gone.
+//! Each buffer holds a pattern that depends on its version and address. The changing thread makes
+//! the version odd before the change and even afterwards. If the version was the same even number
+//! before and after a transfer, the transfer must have moved exactly that pattern. Any other bytes
+//! went through a stale registration.
 
 mod change;
 mod pool;
@@ -29,13 +29,13 @@ use transfer::Worker;
 pub(crate) struct Counts {
     written: AtomicU64,
     read: AtomicU64,
-    /// Transfers during which the buffer changed: nothing can be said about them.
+    /// Transfers during which the buffer changed, so that they cannot be checked.
     overtaken: AtomicU64,
     leases: AtomicU64,
     refused: AtomicU64,
     changed: AtomicU64,
     children: AtomicU64,
-    /// Transfers of something else than the buffer held, and failures.
+    /// Transfers that moved other bytes than the buffer held, and failures.
     stale: AtomicU64,
     errors: AtomicU64,
 }
@@ -73,11 +73,11 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     }
 }
 
-/// Runs for as long as asked; the counts, and what each cache says.
+/// Runs for the requested time. Returns the counters, and the statistics of each cache.
 fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::error::Error>> {
     if options.no_membarrier {
-        // SAFETY: No thread may use the environment at the same time: this thread is the only one
-        // yet that does.
+        // SAFETY: No other thread may use the environment at the same time, and no other thread
+        // does yet.
         unsafe { std::env::set_var("REGCACHE_NO_MEMBARRIER", "1") };
     }
     let kernel = match options.source {
@@ -98,7 +98,7 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
         Arc::clone(&counts),
     );
     let merges = [Merge::Never, Merge::Overlapping, Merge::Adjacent];
-    // The kernel cannot be kept from telling. Caches can be kept from asking.
+    // With `--broken`, the kernel source still reports changes, but the caches do not ask it.
     let is_asked = !(options.broken && options.source == Source::Kernel);
     let asked = kernel.as_ref().filter(|_| is_asked);
     let mut workers = (0..WORKERS)
@@ -134,7 +134,7 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
         stop.store(true, Ordering::Relaxed);
     });
     let stats = caches.iter().map(RegCache::stats).collect();
-    // Its own thread may be in the middle of a callback, and of a region there.
+    // The source's thread may still be deregistering a region in a callback.
     if let Some(kernel) = &kernel {
         kernel.drain();
     }
@@ -172,7 +172,7 @@ fn churn(
     }
 }
 
-/// Ends the process if it has not ended by itself: something hangs.
+/// Ends the process after the limit: a thread hangs.
 fn watch(limit: Duration, counts: Arc<Counts>) {
     let counts = Arc::downgrade(&counts);
     thread::spawn(move || {
@@ -214,14 +214,14 @@ mod tests {
         assert_ne!(
             torture_for(1, Source::Bracket, true),
             0,
-            "the checker finds what it is there for"
+            "the checker finds the fault"
         );
         if require(Cap::Bpf) {
             assert_eq!(torture_for(2, Source::Rehearsal, false), 0);
             assert_ne!(
                 torture_for(1, Source::Rehearsal, true),
                 0,
-                "the checker finds what it is there for"
+                "the checker finds the fault"
             );
         }
         if require(Cap::Kvm) && require(Cap::Bpf) {
@@ -229,7 +229,7 @@ mod tests {
             assert_ne!(
                 torture_for(2, Source::Kernel, true),
                 0,
-                "the checker finds what it is there for"
+                "the checker finds the fault"
             );
         }
     }

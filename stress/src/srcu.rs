@@ -2,8 +2,8 @@
 //! use every way to wait, callbacks that call, wait and panic, domains that are made and dropped,
 //! and processes that fork.
 //!
-//! Every object says whether it is alive. Freeing one poisons it, and only much later gives its
-//! memory back, so a reader that still holds it sees the poison.
+//! Every object records whether it is alive. Freeing an object poisons it, and releases its memory
+//! much later. So a reader that still holds the object sees the poison.
 
 mod object;
 mod readers;
@@ -31,7 +31,7 @@ pub(crate) struct Counts {
     barriers: AtomicU64,
     domains: AtomicU64,
     children: AtomicU64,
-    /// Uses of freed objects, wrong answers, children that failed.
+    /// Uses of freed objects, wrong results, children that failed.
     errors: AtomicU64,
 }
 
@@ -43,7 +43,7 @@ static READERS_DONE: AtomicBool = AtomicBool::new(false);
 
 const READERS: u64 = 4;
 const UPDATERS: usize = 3;
-/// What each updater waits for in a `barrier`.
+/// How many callbacks of each updater have run; the updater checks it after a `barrier`.
 static RAN: [AtomicUsize; UPDATERS] = [const { AtomicUsize::new(0) }; UPDATERS];
 
 pub(crate) fn run(options: &Options) -> ExitCode {
@@ -56,7 +56,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         // SAFETY: No thread may use the environment at the same time: there is one thread yet.
         unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
     }
-    // Callbacks panic on purpose here, many times a second.
+    // Silent: callbacks panic on purpose, many times a second.
     std::panic::set_hook(Box::new(|_| {}));
     static STOP: AtomicBool = AtomicBool::new(false);
     let stop = &STOP;

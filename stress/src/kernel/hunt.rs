@@ -1,10 +1,10 @@
 //! A hunt for stale reads under the kernel source.
 //!
-//! Readers cache what pages hold, each page being stamped with a version. Others take the pages
-//! away in every way, and stamp what comes in their place with the next version: first the change,
-//! then a note that it is over, then the stamp. A reader looks at the notes, asks the source, looks
-//! into its cache, and asks the source again. If the source says that nothing changed, an entry
-//! older than the note is a stale read. One reader has a watch for each page instead.
+//! Each page is stamped with a version, and readers cache the stamps. Changing threads replace
+//! pages in every way, in three steps: they make the change, note that it is over, and stamp the
+//! new page with the next version. A reader reads the note, asks the source, reads its cache, and
+//! asks the source again. If the source reports no change and the entry is older than the note, the
+//! read was stale. One reader uses a watch for each page instead.
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::Watch;
@@ -25,10 +25,10 @@ fn page_size() -> usize {
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// What is left out on purpose, to see the hunt succeed.
+/// The step that is omitted on purpose, so that the hunt must find a stale read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mutant {
-    /// Nothing.
+    /// No step.
     None,
     /// Readers do not ask the source before they use an entry.
     NoLook,
@@ -36,7 +36,7 @@ pub(crate) enum Mutant {
     NoWait,
 }
 
-/// What happened.
+/// The counters of the hunt.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) hits: AtomicU64,
@@ -70,14 +70,14 @@ impl Notifier for Cache {
 struct World {
     base: usize,
     files: Vec<OwnedFd>,
-    /// The version from which on each page is.
+    /// For each page, the version whose change is over: older entries are stale.
     over: [AtomicU64; PAGES],
     stop: AtomicBool,
     tally: Tally,
 }
 
-/// Hunts for so long, with numbers from `random`, a generator for each thread. Each thread that
-/// changes memory calls `enter` with its number first, and keeps the result until it ends.
+/// Hunts for the given time. `random` makes a generator for each thread. Each changing thread first
+/// calls `enter` with its number, and keeps the result until it ends.
 pub(crate) fn hunt<R: FnMut(usize) -> usize + Send, G>(
     kernel: &Arc<Kernel>,
     length: Duration,
@@ -123,7 +123,7 @@ impl World {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         );
-        // SAFETY: a new mapping where the kernel likes.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let base = unsafe {
             libc::mmap(
                 ptr::null_mut(),
@@ -176,8 +176,8 @@ impl World {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | libc::MAP_FIXED,
         );
-        // SAFETY: over a page of ours, which is only read by system calls, and written by this
-        // thread.
+        // SAFETY: replaces a page of ours. Only system calls read the page, and only this thread
+        // writes it.
         let at = unsafe {
             libc::mmap(
                 self.address(page),
@@ -198,12 +198,13 @@ impl World {
     }
 
     fn write(&self, page: usize, version: u64) {
-        // SAFETY: the page is mapped, and this thread alone changes it. Readers copy it by a system
-        // call.
+        // SAFETY: the page is mapped, and only this thread changes it. Readers copy it with a
+        // system call.
         unsafe { self.address(page).cast::<u64>().write_volatile(version) }
     }
 
-    /// Reads a page as the page tables are: `None` if nothing is there, or no stamp yet.
+    /// Reads the stamp of a page through the page tables: `None` if the page is not mapped or has
+    /// no stamp yet.
     fn translate(&self, page: usize) -> Option<u64> {
         let mut version = 0_u64;
         let local = libc::iovec {
@@ -214,7 +215,7 @@ impl World {
             iov_base: self.address(page),
             iov_len: 8,
         };
-        // SAFETY: writes eight bytes of a local; the other side is checked by the kernel.
+        // SAFETY: writes eight bytes of a local; the kernel checks the address that it reads.
         let got =
             unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
         (got == 8 && version != 0).then_some(version)
@@ -233,8 +234,8 @@ impl World {
                 self.change_file(page, random)
             }
             versions[page] += 1;
-            // ORDER: Release: the change is over. The reader's load is Acquire: its look at the
-            // source comes after.
+            // ORDER: Release: publishes that the change is over. The reader's load is Acquire, so
+            // it asks the source after the change.
             self.over[page].store(versions[page], Ordering::Release);
             self.write(page, versions[page]);
             self.tally.changes.fetch_add(1, Ordering::Relaxed);
@@ -272,7 +273,7 @@ impl World {
                 .addr() as isize
             },
             _ => {
-                // SAFETY: a new mapping where the kernel likes.
+                // SAFETY: a new mapping at an address that the kernel chooses.
                 let other =
                     unsafe { libc::mmap(ptr::null_mut(), page_size(), protection, flags, -1, 0) };
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
@@ -333,7 +334,8 @@ impl World {
                 armed[page] = Some(kernel.arm(self.range(page)).expect("armed"));
             }
             for _ in 0..random(20) {
-                // ORDER: Acquire: this change is over, and everything below comes after it.
+                // ORDER: Acquire: the change of this version is over, and all accesses below come
+                // after it.
                 let over = self.over[page].load(Ordering::Acquire);
                 let settled = (mutant != Mutant::NoLook).then(|| kernel.settle().expect("no fork"));
                 let found = cache.entries.lock().expect("no panic")[page];
@@ -358,7 +360,7 @@ impl World {
     }
 
     fn fill(&self, kernel: &Kernel, armed: &Armed, cache: &Cache, mutant: Mutant, page: usize) {
-        // The mutant without the wait asks only for the generation.
+        // The mutant without the wait only reads the generation.
         let generation = kernel.settle().expect("no fork");
         let seq =
             (mutant != Mutant::NoWait).then(|| armed.read_begin().expect("a virtual machine"));
@@ -367,7 +369,7 @@ impl World {
         };
         let mut entries = cache.entries.lock().expect("no panic");
         entries[page] = Some(version);
-        // A thread that invalidates from here on waits for the lock.
+        // An invalidation that starts after this point waits for the lock.
         if seq.map_or(!kernel.is_current(generation), |seq| armed.read_retry(seq)) {
             entries[page] = None;
             self.tally.retries.fetch_add(1, Ordering::Relaxed);

@@ -1,7 +1,7 @@
-//! Many threads at once: some settle, fill, arm and drain while others change armed memory, and
-//! none may be held up for long.
+//! Many threads at once: some settle, fill, arm and drain while others change armed memory. No
+//! thread may be delayed for long.
 //!
-//! A watch looks at when each thread began what it is doing.
+//! A watchdog reads when each thread began its current operation.
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::kernel::Kernel;
@@ -12,10 +12,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How many pages each of the two that change memory has.
+/// The number of pages of each of the two changing threads.
 const PAGES: usize = 8;
 
-/// What the threads do.
+/// The operations of the threads.
 pub(crate) const DEEDS: [&str; 7] = [
     "settle",
     "settle",
@@ -32,16 +32,16 @@ fn page_size() -> usize {
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// How often each was done, and how long it took at most, in microseconds.
+/// How often an operation was done, and its maximum duration in microseconds.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     pub(crate) times: AtomicU64,
     pub(crate) most: AtomicU64,
-    /// When it began, in microseconds since the beginning; 0 if nothing is under way.
+    /// When the current operation began, in microseconds since the start; 0 if none is under way.
     since: AtomicU64,
 }
 
-/// Takes its time, as a subscriber does that has something to look up.
+/// A slow subscriber, like one that makes look-ups in its callback.
 struct Listens(AtomicU64);
 
 impl Notifier for Listens {
@@ -50,8 +50,8 @@ impl Notifier for Listens {
     }
 }
 
-/// Rushes for so long. Ends the process if something takes longer than `patience`: its threads
-/// could not be joined.
+/// Runs for the given time. Ends the process if an operation takes longer than `patience`, because
+/// its thread could not be joined.
 pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -> [Pace; 7] {
     let paces: [Pace; 7] = std::array::from_fn(|_| Pace::default());
     let listens = Registration::new(&mmu_source::current(), Listens(AtomicU64::new(0)))
@@ -149,7 +149,7 @@ pub(super) fn unmap(base: usize) {
     unsafe { libc::munmap(at(base), PAGES * page_size()) };
 }
 
-/// Maps pages anew over those that are there, and touches each.
+/// Maps new pages over the existing ones, and touches each.
 pub(super) fn change(base: usize) {
     let (protection, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,

@@ -1,25 +1,25 @@
-//! Programs beside the source's own at its tracepoint, which widen the moments that hunts are for:
-//! between the tracepoint and what the kernel does next.
+//! Further BPF programs at the source's tracepoint, which widen the window that the hunts look for:
+//! between the tracepoint and the kernel's next step.
 //!
-//! They run after the source's, because they are attached later.
+//! They run after the source's program, because they are attached later.
 //!
 //! # Safety
-//! `bpf(2)` is given attributes of the size that it is told; what they point to outlives the call.
+//! `bpf(2)` gets attributes with their size; the data to which they point outlives the call.
 
 #![allow(unsafe_code, reason = "makes raw system calls; see its Safety section")]
-#![allow(dead_code, reason = "hunts want some of it, a bench the rest")]
+#![allow(dead_code, reason = "the hunts use one part, a bench the other")]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// Some 30 us on a processor of 3 GHz. The verifier goes through each turn of the loop.
+/// Some 30 us on a processor of 3 GHz. The verifier checks each iteration of the loop.
 const TURNS: i32 = 100_000;
-/// What is copied, and how often, to hold up one thread: some milliseconds.
+/// How much is copied, and how often, to delay one thread by some milliseconds.
 const COPIED: u32 = 1 << 20;
 const COPIES: usize = 8;
 
 /// A program that runs at the tracepoint until this is dropped.
-pub(super) struct Slow(#[expect(dead_code, reason = "it is only open")] OwnedFd);
+pub(super) struct Slow(#[expect(dead_code, reason = "it is only kept open")] OwnedFd);
 
 /// `struct bpf_insn`: code, registers (destination in the lower half), offset, immediate.
 fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u64 {
@@ -30,12 +30,12 @@ fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u64 {
 }
 
 impl Slow {
-    /// Does nothing: what it costs that there is a program at all.
+    /// A program that does nothing, to measure the cost of any program.
     pub(super) fn not_at_all() -> io::Result<Self> {
         attach(&[instruction(0xb7, 0, 0, 0), instruction(0x95, 0, 0, 0)])
     }
 
-    /// Holds up each change of each process with a virtual machine.
+    /// Delays each change of each process with a virtual machine.
     pub(super) fn every_client() -> io::Result<Self> {
         attach(&[
             instruction(0xb7, 1, 0, TURNS),
@@ -46,8 +46,8 @@ impl Slow {
         ])
     }
 
-    /// Holds up each change that this thread makes, and none of another's: a look at the count,
-    /// which makes a change as well, takes no longer.
+    /// Delays each change of this thread and of no other. So the source's read of the count, which
+    /// makes a change as well, is not delayed.
     pub(super) fn this_thread() -> io::Result<Self> {
         const GET_CURRENT_PID_TGID: i32 = 14;
         const PROBE_READ_KERNEL: i32 = 113;
@@ -56,7 +56,7 @@ impl Slow {
         let own = unsafe { libc::gettid() };
         let mut code = vec![
             instruction(0x85, 0, 0, GET_CURRENT_PID_TGID),
-            // The lower half is the thread.
+            // The lower half is the thread id.
             instruction(0x67, 0, 0, 32),
             instruction(0x77, 0, 0, 32),
             instruction(0x15, 0, 2, own),

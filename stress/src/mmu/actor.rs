@@ -1,4 +1,4 @@
-//! One thread of the soak, and what it holds.
+//! One thread of the soak, and the objects that it holds.
 
 use super::subscriber::{self, Probe, Shadow, page};
 use super::{SPACES, SUBSYSTEMS, Space, World, add, lock};
@@ -10,7 +10,7 @@ use mmu_notifier::{
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// The most of a kind that a thread holds.
+/// The maximum number of objects of one kind that a thread holds.
 const HELD: usize = 6;
 
 pub(crate) struct Actor {
@@ -60,8 +60,8 @@ impl Actor {
             80..96 => self.fault(None),
             96..98 => {
                 let number = self.random.below(SPACES);
-                // Nothing that this thread does may wait while it is the last user of something it
-                // waits for.
+                // Drop the user first: the thread must not wait for the end of an address space
+                // whose last user it holds.
                 drop(space);
                 self.world.replace(number);
             }
@@ -198,7 +198,7 @@ impl Actor {
         let Some((interval, frame)) = take(&mut self.intervals, &mut self.random) else {
             return;
         };
-        // What was handed back may be out of date: no bracket tells it any more.
+        // The returned state may be stale, because brackets do not call it any more.
         drop(frame);
         if self.random.one_in(2) {
             self.world.check(
@@ -240,8 +240,8 @@ impl Actor {
         drop(frame);
     }
 
-    /// Opens a bracket, changes the frame in it, and does in it what a callback or a source might
-    /// do.
+    /// Opens a bracket, changes the frame, and then makes calls that a callback or a source might
+    /// make.
     fn invalidate(&mut self, space: &Space, depth: usize) {
         add(&self.world.counts.brackets);
         let first = self.random.below(16) as u64;
@@ -286,8 +286,8 @@ impl Actor {
     fn inside(&mut self, space: &Space, depth: usize) {
         match self.random.below(8) {
             0 => drop(take(&mut self.subscriptions, &mut self.random)),
-            // Only of this address space: another's could wait for a bracket that waits for this
-            // one.
+            // Only of this address space: a get on another one could wait for a bracket that waits
+            // for this one.
             1 => {
                 if let Some(at) = self
                     .intervals
@@ -320,7 +320,7 @@ impl Actor {
 
     fn unregister_inside(&mut self, registration: Registration<Probe>, mm: &Mm) {
         if registration.mm() != mm {
-            // It would wait for brackets that wait for this one.
+            // Unregistering would wait for brackets that wait for this one.
             return self.registrations.push(registration);
         }
         match registration.unregister() {
@@ -331,9 +331,8 @@ impl Actor {
         }
     }
 
-    /// Puts the frame into a shadow, if nothing has changed, and looks whether what is there is
-    /// true. Inside a bracket of `here`, intervals of other address spaces are left alone: reading
-    /// those waits.
+    /// Installs the frame in a shadow, unless it has changed, and checks the shadow's entry. Inside
+    /// a bracket of `here` it skips intervals of other address spaces, because reading them waits.
     fn fault(&mut self, here: Option<&Mm>) {
         if let Some((shadow, frame)) = pick(&self.shadows, &mut self.random) {
             let snapshot = shadow.snapshot(page());
@@ -366,8 +365,8 @@ impl Actor {
         }
     }
 
-    /// The frame changes only while no shadow has an entry of it, so the holder of the shadow's
-    /// lock sees both agree.
+    /// Checks an entry under the shadow's lock. The frame changes only while no shadow has an entry
+    /// of it, so the two must agree.
     fn look(&self, shadow: &Shadow, frame: &AtomicU64) {
         let good = shadow
             .entry

@@ -17,10 +17,10 @@ pub(crate) type Probes = Subsystem<
     Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>,
 >;
 
-/// Where a world is found from a subsystem that is a part of it; there is one world for each.
+/// The world, for the callbacks of its subsystems.
 pub(crate) static WORLD: std::sync::OnceLock<&'static World> = std::sync::OnceLock::new();
 
-/// So few that a get is refused now and then.
+/// So small that some gets are refused.
 const USERS_MAX: u32 = 3;
 
 pub(crate) fn subsystem() -> Probes {
@@ -28,7 +28,7 @@ pub(crate) fn subsystem() -> Probes {
     Subsystem::with_users_max(Box::new(alloc), USERS_MAX)
 }
 
-/// One whose notifier can never be made.
+/// A subsystem whose `alloc` always fails.
 pub(crate) static FAILING: Subsystem<Probe, ()> = Subsystem::new(|_mm| Err(()));
 
 #[derive(Debug)]
@@ -57,7 +57,8 @@ impl Probe {
         );
     }
 
-    /// What a callback may do besides: put what another thread got, and try what must be refused.
+    /// Makes other calls of a callback: puts a subscription of another thread, and makes calls that
+    /// must be refused.
     fn misbehave(&self, range: &InvalidateRange<'_>) {
         match (self.starts.load(Ordering::Relaxed) + range.range().start().get() / 4096) % 16 {
             0 => {
@@ -131,7 +132,7 @@ impl Drop for Probe {
     }
 }
 
-/// What a shadow has of the frame behind its address space.
+/// A shadow's entry for the frame of its address space.
 #[derive(Debug)]
 pub(crate) struct Shadow {
     pub(crate) entry: Option<u64>,
@@ -145,7 +146,7 @@ impl Shadow {
     }
 }
 
-/// The page that shadows are interested in.
+/// The page that shadows watch.
 pub(crate) fn page() -> VaRange {
     VaRange::covering(Va::new(0x8000), 1).expect("a page is a range")
 }

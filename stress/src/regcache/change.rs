@@ -1,4 +1,4 @@
-//! What happens to the memory meanwhile.
+//! The changes of the memory during the transfers.
 
 use super::pool::{Buffer, Pool, truncate};
 use super::{Counts, add};
@@ -31,14 +31,14 @@ pub(super) fn run(
         let change = || match kind {
             0 => map(buffer, ACCESS, FRESH),
             1 => {
-                // A hole for a moment, which no other mapping can get.
+                // Make a hole for a moment; the reservation keeps other mappings out.
                 map(buffer, libc::PROT_NONE, FRESH | libc::MAP_NORESERVE);
                 map(buffer, ACCESS, FRESH);
             }
             2 => advise(buffer, libc::MADV_DONTNEED),
             3 => shift(buffer),
             4 => protect(buffer),
-            // Truncation is no call that libc's hooks are about.
+            // The hook does not see truncation.
             5 if options.source != Source::Hook => truncated(buffer, pool),
             _ if !options.no_fork && options.source != Source::Hook => fork(counts),
             _ => map(buffer, ACCESS, FRESH),
@@ -49,8 +49,8 @@ pub(super) fn run(
                 mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
             }
             (Source::Rehearsal, Some(kernel)) if !silent => {
-                // A rehearsal cannot wait for changes under way, so what was registered between
-                // event and change is told again.
+                // A rehearsal cannot wait for changes under way. So report the change again, for
+                // regions that were registered between the first report and the change.
                 tell(kernel, buffer);
                 change();
                 tell(kernel, buffer);
@@ -66,7 +66,7 @@ pub(super) fn run(
     }
 }
 
-/// What the kernel does before it changes its page tables.
+/// Reports a change, as the kernel does before it changes its page tables.
 fn tell(kernel: &Kernel, buffer: &Buffer) {
     let start = buffer.range().start().get();
     kernel
@@ -75,7 +75,7 @@ fn tell(kernel: &Kernel, buffer: &Buffer) {
 }
 
 fn map(buffer: &Buffer, access: i32, kind: i32) {
-    // SAFETY: The range is the pool's, whose bytes only the holder of `changing` relies on.
+    // SAFETY: The range belongs to the pool, and only the holder of `changing` relies on its bytes.
     let place = unsafe { libc::mmap(buffer.start.cast(), buffer.len, access, kind, -1, 0) };
     assert_eq!(
         place.cast(),
@@ -99,16 +99,17 @@ fn protect(buffer: &Buffer) {
     }
 }
 
-/// Moves the pages elsewhere; there are others in their place at once, so that no other mapping
-/// gets the addresses.
+/// Moves the pages to another address. The same call leaves new pages in their place, so that no
+/// other mapping gets the addresses.
 fn shift(buffer: &Buffer) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-    // Linux 6.18 refuses it for a part of a mapping, after having split the mapping.
+    // Linux 6.18 splits the mapping, but refuses to move a part of a mapping: the second call moves
+    // the whole new mapping.
     for _ in 0..2 {
         // SAFETY: As in `map`; the kernel chooses the new place.
         let moved = unsafe { libc::mremap(buffer.start.cast(), buffer.len, buffer.len, flags) };
         if moved != libc::MAP_FAILED {
-            // SAFETY: They were moved there just now.
+            // SAFETY: The call above has moved the pages there.
             unsafe { libc::munmap(moved, buffer.len) };
             return;
         }
@@ -116,7 +117,7 @@ fn shift(buffer: &Buffer) {
     map(buffer, ACCESS, FRESH);
 }
 
-/// Maps the file, and cuts it off and makes it long again while it is there.
+/// Maps the file, truncates it and extends it again while it is mapped.
 fn truncated(buffer: &Buffer, pool: &Pool) {
     let _file = FILE.lock().expect("no panic");
     truncate(&pool.file, buffer.len);
@@ -142,15 +143,15 @@ fn truncated(buffer: &Buffer, pool: &Pool) {
     truncate(&pool.file, 0);
     truncate(&pool.file, buffer.len);
     buffer.fill(3);
-    // Others map the file next.
+    // Other threads map the file next.
     map(buffer, ACCESS, FRESH);
 }
 
-/// A child, while which the parent's pages are write-protected.
+/// Forks a child, which write-protects the parent's pages.
 fn fork(counts: &Counts) {
     // SAFETY: The child ends at once.
     match unsafe { libc::fork() } {
-        // SAFETY: Ends the child without running anything of the parent's.
+        // SAFETY: Ends the child without running the parent's exit handlers.
         0 => unsafe { libc::_exit(0) },
         -1 => {}
         child => {

@@ -1,4 +1,4 @@
-//! The buffers, one beside the other, and what is in them.
+//! The buffers, which are adjacent, and their contents.
 
 use crate::random::Random;
 use mmu_notifier::{Va, VaRange};
@@ -15,29 +15,29 @@ fn page_size() -> usize {
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// One buffer. All its addresses stay reserved, whatever is mapped there.
+/// One buffer. Its addresses stay reserved for it during every change.
 pub(super) struct Buffer {
     pub(super) start: *mut u8,
     pub(super) len: usize,
-    /// Even, and the pattern is there; or odd, and it is being changed.
+    /// Even if the buffer holds the pattern, odd while it changes.
     version: AtomicU64,
-    /// Held by the thread that changes it.
+    /// Held by the thread that changes the buffer.
     pub(super) changing: Mutex<()>,
 }
 
-// SAFETY: The pointer is an address for system calls; bytes behind it are written under `changing`
-// only.
+// SAFETY: System calls use the pointer as an address; the bytes behind it are written only under
+// `changing`.
 unsafe impl Send for Buffer {}
 // SAFETY: As above.
 unsafe impl Sync for Buffer {}
 
 pub(super) struct Pool {
     pub(super) buffers: Vec<Buffer>,
-    /// Backs some of the mappings, and is truncated.
+    /// A file that backs some of the mappings, and is truncated.
     pub(super) file: OwnedFd,
 }
 
-/// The byte at an offset of a version.
+/// The word at an address in a version of a buffer.
 fn pattern(version: u64, buffer: usize, word: usize) -> u64 {
     (version << 40 ^ (buffer as u64) << 20 ^ word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
@@ -56,7 +56,7 @@ impl Buffer {
         self.version.load(Ordering::SeqCst)
     }
 
-    /// What the buffer holds at a version, from `from` on.
+    /// Writes the contents of a version, from the offset `from` on, to `bytes`.
     pub(super) fn contents(&self, version: u64, from: usize, bytes: &mut [u8]) {
         for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
             word.copy_from_slice(&pattern(version, self.start.addr(), from / 8 + at).to_ne_bytes());
@@ -68,7 +68,7 @@ impl Buffer {
         self.version.fetch_add(1, Ordering::SeqCst) + 2
     }
 
-    /// Ends a change: the pattern is there.
+    /// Ends a change: the buffer holds the new pattern.
     pub(super) fn end(&self) {
         self.version.fetch_add(1, Ordering::SeqCst);
     }
@@ -77,7 +77,7 @@ impl Buffer {
     pub(super) fn fill(&self, version: u64) {
         for word in 0..self.len / 8 {
             let place = self.start.cast::<u64>().wrapping_add(word);
-            // SAFETY: The word lies in the mapping, which is writable; the kernel alone reads it at
+            // SAFETY: The word lies in the mapping, which is writable; only the kernel reads it at
             // the same time.
             unsafe { place.write_volatile(pattern(version, self.start.addr(), word)) };
         }
@@ -94,7 +94,7 @@ impl Pool {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         );
-        // SAFETY: The kernel chooses a place where nothing is.
+        // SAFETY: The kernel chooses an unused address.
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -131,7 +131,7 @@ impl Pool {
         &self.buffers[random.below(BUFFERS)]
     }
 
-    /// A range in one buffer, or from one into the next.
+    /// A range in one buffer, or across two neighbours.
     pub(super) fn some_range(&self, random: &mut Random) -> VaRange {
         let buffer = self.some(random);
         let from = random.below(buffer.len);

@@ -1,4 +1,4 @@
-//! Transfers through leases, and the comparison.
+//! Transfers through leases, and their comparison with the pattern.
 
 use super::pool::{Buffer, Pool, memory_file};
 use super::{Counts, add};
@@ -59,8 +59,8 @@ impl Worker {
 
     /// Does one request and returns its result.
     fn transfer(&mut self, entry: &squeue::Entry) -> i32 {
-        // SAFETY: The caller keeps the lease until this returns; memory that goes away fails the
-        // request, or is pinned.
+        // SAFETY: The caller keeps the lease until this returns. Unmapped memory is pinned, or
+        // makes the request fail.
         unsafe { self.ring.submission().push(entry) }.expect("one request at a time");
         loop {
             match self.ring.submit_and_wait(1) {
@@ -76,7 +76,7 @@ impl Worker {
             .result()
     }
 
-    /// Writes a part of a buffer to the file, without keeping other threads from changing it.
+    /// Writes a part of a buffer to the file, while other threads may change it.
     fn write(&mut self, buffer: &Buffer, counts: &Counts, random: &mut Random) {
         let from = random.below(buffer.len / 8) * 8;
         let len = (1 + random.below((buffer.len - from) / 8)) * 8;

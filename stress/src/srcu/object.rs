@@ -1,4 +1,4 @@
-//! What readers look at and updaters replace.
+//! The objects that readers use and updaters replace.
 
 use super::{Counts, add};
 use srcu::{Head, Srcu};
@@ -9,7 +9,7 @@ pub(crate) const DOMAINS: usize = 3;
 const CELLS: usize = 8;
 const ALIVE: u64 = 0x600d_600d_600d_600d;
 const FREED: u64 = 0xdead_dead_dead_dead;
-/// Freed objects kept for late readers to find.
+/// How many freed objects are kept allocated, so that a late reader finds the poison.
 const KEPT: usize = 20_000;
 
 #[derive(Debug)]
@@ -24,16 +24,17 @@ pub(crate) struct Object {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Found(NonNull<Object>);
 
-// SAFETY: `Object` is `Sync`; who may still use the pointer is what this program is about.
+// SAFETY: `Object` is `Sync`. Whether a thread may still use the pointer is what this program
+// tests.
 unsafe impl Send for Found {}
 
 #[derive(Debug)]
 pub(crate) struct World {
-    /// Movable sections are not opened in the first one, since in the child of a fork they would
-    /// stay open.
+    /// Movable sections are not opened in the first domain, because in the child of a fork they
+    /// would stay open.
     pub(crate) domains: [Srcu; DOMAINS],
     cells: [[AtomicPtr<Object>; CELLS]; DOMAINS],
-    /// A ring, and not something with a lock, which a fork could leave locked.
+    /// A ring without a lock, because a fork could leave a lock locked.
     kept: Box<[AtomicPtr<Object>]>,
     next_kept: AtomicUsize,
     pub(crate) counts: Counts,
@@ -54,7 +55,7 @@ impl World {
         }
     }
 
-    /// What a reader of `domain` finds in a cell, checked.
+    /// Reads a cell as a reader of `domain`, and checks the object.
     pub(crate) fn find(&self, domain: usize, cell: usize) -> Option<Found> {
         let found =
             NonNull::new(self.cells[domain][cell % CELLS].load(Ordering::Acquire)).map(Found);
@@ -63,8 +64,8 @@ impl World {
 
     /// Counts an error if the object was freed.
     pub(crate) fn check(&self, found: Found) {
-        // SAFETY: The object must be allocated: the caller is in the section it was found in; and
-        // if the crate is broken, freed objects are kept allocated for long.
+        // SAFETY: The object must be allocated: the caller is in the section in which it found the
+        // object. If the crate is broken, the object is freed but stays allocated for long.
         let state = unsafe { found.0.as_ref() }.state.load(Ordering::Relaxed);
         if state != ALIVE {
             add(&self.counts.errors);
@@ -84,8 +85,8 @@ impl World {
 
     /// Frees an object whose grace period is over.
     pub(crate) fn free(&self, found: Found) {
-        // SAFETY: Needs a box that no other code will give up: objects come from `replace`, and
-        // the thread that unlinked one frees it once.
+        // SAFETY: Needs a box that no other code frees: objects come from `replace`, and the thread
+        // that unlinked an object frees it once.
         let object = unsafe { Box::from_raw(found.0.as_ptr()) };
         let before = object.state.swap(FREED, Ordering::Relaxed);
         if before != ALIVE {
@@ -101,7 +102,7 @@ impl World {
         }
     }
 
-    /// Frees what is left, when all other threads are done.
+    /// Frees the remaining objects, when all other threads have ended.
     pub(crate) fn finish(&'static self) {
         for srcu in &self.domains {
             srcu.drain_until_idle().expect("outside of sections");

@@ -1,4 +1,4 @@
-//! Readers: they nest, sleep, end sections in any order, hand sections over, and die.
+//! Readers: they nest, sleep, end sections in any order, hand sections over, and end.
 
 use super::add;
 use super::object::{DOMAINS, Found, World};
@@ -10,8 +10,8 @@ use std::time::Duration;
 
 type Moved = (SendGuard<'static>, Option<Found>);
 
-/// Where sections wait for the thread that ends them. Not a channel: the standard library's has
-/// fences that ThreadSanitizer does not know.
+/// Sections on their way to the thread that ends them. Not a channel, because the standard
+/// library's channel has fences, which ThreadSanitizer does not model.
 pub(crate) static MAILBOX: [AtomicPtr<Moved>; 16] =
     [const { AtomicPtr::new(std::ptr::null_mut()) }; 16];
 
@@ -53,7 +53,7 @@ fn section(world: &'static World, domain: usize, random: &mut Random) {
         held.push((guard, found));
         pass_time(world, random);
     }
-    // An object is safe until the section it was found in ends; the others go on.
+    // An object is safe until the section in which it was found ends; the other sections stay open.
     while !held.is_empty() {
         let (guard, found) = held.swap_remove(random.below(held.len()));
         if let Some(found) = found {
@@ -81,7 +81,7 @@ fn move_section(world: &'static World, domain: usize, random: &mut Random) {
     let found = world.find(domain, random.below(64));
     pass_time(world, random);
     let new = Box::into_raw(Box::new((section, found)));
-    // What was in the place ends here, and so on another thread too.
+    // The section that was in the mailbox ends here, so on another thread than its own.
     end_section(
         world,
         MAILBOX[random.below(MAILBOX.len())].swap(new, Ordering::AcqRel),

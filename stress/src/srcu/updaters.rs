@@ -77,8 +77,8 @@ fn free_polled(world: &World, polled: &mut Vec<(Cookie, usize, Found)>) {
     });
 }
 
-/// A callback that queues another, waits for another domain, asks for what would deadlock, or
-/// panics.
+/// A callback that queues another callback, waits for another domain, makes a call that would
+/// deadlock, or panics.
 fn odd_callback(world: &'static World, domain: usize, old: Found, random: &mut Random) {
     let kind = random.below(4);
     world.domains[domain].call(move || {
@@ -111,7 +111,7 @@ fn check_barrier(world: &World, srcu: &Srcu, ran: &'static AtomicUsize) {
     add(&world.counts.barriers);
 }
 
-/// Domains that live for a moment, some of which die in their own callbacks.
+/// Makes short-lived domains, some of which are dropped in their own callbacks.
 pub(crate) fn make_and_drop_domains(world: &'static World, stop: &AtomicBool, mut random: Random) {
     let expected = Arc::new(AtomicUsize::new(0));
     let ran = Arc::new(AtomicUsize::new(0));
@@ -141,8 +141,8 @@ pub(crate) fn make_and_drop_domains(world: &'static World, stop: &AtomicBool, mu
     }
 }
 
-/// Children that use a domain whose readers and callbacks they have inherited in whatever state
-/// they were.
+/// Forks children that use a domain, whose readers and callbacks they have inherited in an
+/// arbitrary state.
 pub(crate) fn fork_children(world: &'static World, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         // SAFETY: The child does only what it may after a fork of a program with threads: it uses
