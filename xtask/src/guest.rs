@@ -36,7 +36,7 @@ const INSIDE: &str = "agent-inside";
 /// How many machines run at once. Each emulates two processors.
 const ABREAST: usize = 2;
 
-const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--check] [--table] \
+const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--check [--if VARIABLE]] [--table] \
     [-- ARGUMENTS OF CARGO TEST]";
 
 /// What every kind of machine needs: a program, and the package of Debian that it comes in.
@@ -222,6 +222,12 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
             "--kernel" => kernels.push(*words.next().ok_or(USAGE)?),
             "--shell" => options.shell = true,
             "--check" => options.check = true,
+            "--if" => {
+                let variable = words.next().ok_or(USAGE)?;
+                if std::env::var_os(variable).is_none_or(|value| value.is_empty()) {
+                    return Err(format!("it runs on request only: {variable}=1"));
+                }
+            }
             "--table" => options.table = true,
             "--limit" => {
                 let seconds = words.next().and_then(|word| word.parse().ok());

@@ -329,7 +329,7 @@ fn the_fuzz_finds_out_who_is_wrong() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(ProptestConfig::with_cases(testkit::rounds(1000) as u32))]
 
     #[test]
     fn merging_agrees_with_a_naive_list(ops in ops(), merge in 0_usize..3) {
