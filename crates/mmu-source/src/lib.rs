@@ -112,7 +112,11 @@ mod maps;
 mod page;
 #[cfg(feature = "process")]
 pub mod process;
-#[cfg(feature = "process")]
+#[cfg(any(feature = "hook", feature = "process"))]
+#[cfg_attr(
+    not(feature = "process"),
+    allow(unreachable_pub, reason = "public in `process`")
+)]
 mod procfs;
 mod queue;
 mod ranges;
