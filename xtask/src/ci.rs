@@ -136,7 +136,8 @@ const STEPS: &[Step] = &[
     step("guests", "cargo xtask guest --kernel 6.1 --kernel 6.12").needs("printenv MMUN_GUESTS"),
     step("fuzz targets compile", "cargo check --manifest-path fuzz/Cargo.toml --target-dir target/fuzz")
         .needs("c++ --version"),
-    // Ten minutes more the first time, for the packages (kept in target/guest) and for a build of everything.
+    // Ten minutes more the first time, for the packages, which stay in target/guest, and for a
+    // build of everything.
     step("a guest of another kind", "cargo xtask guest --arch aarch64")
         .needs("cargo xtask guest --arch aarch64 --check --if MMUN_GUESTS_AARCH64"),
     step("miri", "cargo +nightly miri test -p srcu")
