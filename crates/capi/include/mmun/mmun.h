@@ -165,7 +165,8 @@ struct mmun_watch;
 
 /*
  * Watches the pages of `length` bytes at `address`. Translate the range after this call returns:
- * every change that began before the call is over then. The memory need not be mapped.
+ * every change that began before the call is over then. The memory need not be mapped, and `address`
+ * may be any address.
  *
  * If the kernel source runs, it marks the watch. Otherwise the hook marks it, and invalidations
  * that the program opens. The call may wait for changes under way: -EDEADLK in a callback or inside
@@ -260,7 +261,8 @@ struct mmun_ops {
  * change is made while this call runs, either its callback runs, or it is over when the call
  * returns.
  *
- * With the kernel source, callbacks run soon after a change has begun. A cache that must not serve
+ * With the kernel source, callbacks run soon after a change has begun, and one call can stand for
+ * several changes of the same range. A cache that must not serve
  * a stale entry calls mmun_settle() before each look-up, or keeps a watch in each entry and uses
  * callbacks only to free entries early.
  *

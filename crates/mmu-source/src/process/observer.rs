@@ -24,7 +24,8 @@ pub trait Observer {
     /// A task ends, leaves its address space by `execve`, or is detached.
     ///
     /// All brackets of the task are closed by then. If the task was the last one in the address
-    /// space, `release` runs next.
+    /// space, the address space exits next: `release` runs for each notifier that is registered
+    /// then. It does not run for a notifier whose last [`mmu_notifier::Subscription`] was put here.
     fn leave(&mut self, task: Task, held: Self::Held);
 
     /// Something happened to a task.

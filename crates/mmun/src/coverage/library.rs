@@ -249,6 +249,17 @@ impl Table<'_> {
                 .collect();
             let count = |f: fn(&&&Report) -> bool| reports.iter().filter(f).count();
             let name = Style::of_stdout().paint(Mark::Bold, format!("{:COLUMN$}", column.name()));
+            // A column of nothing but `n/a` must not read as "0 stale".
+            if reports
+                .iter()
+                .all(|report| report.seen == Seen::NotAvailable)
+            {
+                writeln!(
+                    out,
+                    "{name}not available here: mmun doctor says what its sources lack"
+                )?;
+                continue;
+            }
             writeln!(
                 out,
                 "{name}{} operations, {} changed: {} stale, {} n/a",

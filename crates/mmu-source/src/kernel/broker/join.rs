@@ -9,7 +9,7 @@ use super::{SOCKET, VARIABLE, check};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -59,11 +59,15 @@ pub(in super::super) fn join() -> Option<Result<Joined, String>> {
     let socket = match socket::connect_to(&path, PATIENCE) {
         Ok(socket) => socket,
         Err(error) => {
-            let is_none = matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            );
-            return (!is_none).then(|| Err(error.to_string()));
+            // A path that was given, or a socket that a broker has left behind, is worth a word.
+            let is_none = error.kind() == io::ErrorKind::NotFound && path == Path::new(SOCKET);
+            let why = match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                    format!("none listens there ({error})")
+                }
+                _ => error.to_string(),
+            };
+            return (!is_none).then(|| Err(why));
         }
     };
     Some(with(socket))
