@@ -1,15 +1,16 @@
-//! The gate, step by step. The same here as on any other machine.
+//! The gate, step by step.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-/// One step: its name, the program it needs, and the command line, in words, with its environment.
+/// One step: its name, its command line, the environment, and the probe that says whether the step
+/// can run here.
 struct Step {
     name: &'static str,
     needs: Option<&'static str>,
     env: &'static [(&'static str, &'static str)],
-    /// Whether the command must report that it found something.
+    /// Whether the command must exit with 1, which means that it found a fault.
     must_fail: bool,
     command: &'static str,
 }
@@ -36,7 +37,7 @@ impl Step {
         self
     }
 
-    /// Skips the step, visibly, where this command does not succeed.
+    /// Skips the step with a message if the command `probe` fails.
     const fn needs(mut self, probe: &'static str) -> Self {
         self.needs = Some(probe);
         self
@@ -60,11 +61,11 @@ const THREAD_SANITIZER: &[(&str, &str)] = &[
     ),
 ];
 
-/// Opens the device as the tests do, to read and to write, and does nothing with it.
+/// Opens the device for reading and writing, as the tests do.
 const KVM: &str = "dd if=/dev/kvm of=/dev/kvm conv=nocreat,notrunc count=0 status=none";
 
-/// Each sanitizer and the models build into a folder of their own. They take `stress` without what
-/// needs the sources, which would double their time.
+/// Each sanitizer and the models build into a folder of their own. They build `stress` without the
+/// programs that need event sources, which would double their time.
 const STEPS: &[Step] = &[
     step("format", "cargo fmt --all --check"),
     step("tidy", "cargo xtask tidy"),
@@ -76,18 +77,18 @@ const STEPS: &[Step] = &[
          --exclude xtask --target-dir target/oldest",
     )
     .needs("cargo +1.85 --version"),
-    // A minute, and the standard library of that processor the first time.
+    // Takes a minute. The first run downloads the standard library for that processor.
     step(
         "another processor",
         "cargo check --target aarch64-unknown-linux-gnu --workspace --all-targets --exclude bench",
     )
     .env(&[("RUSTFLAGS", "-Dwarnings")])
     .needs("timeout 100 rustup target add aarch64-unknown-linux-gnu"),
-    step("what a distribution packs", "cargo xtask dist").needs("pkg-config --version"),
+    step("the distribution's package", "cargo xtask dist").needs("pkg-config --version"),
     step("no feature, and each alone", "cargo xtask features"),
     step("docs", "cargo doc --workspace --no-deps").env(&[("RUSTDOCFLAGS", "-Dwarnings")]),
-    // Only then does rustdoc compare why an example does not compile with what it says.
-    step("what must not compile", "cargo test --workspace --doc").env(&[("RUSTC_BOOTSTRAP", "1")]),
+    // With this variable rustdoc checks the error codes of `compile_fail` examples.
+    step("examples that must not compile", "cargo test --workspace --doc").env(&[("RUSTC_BOOTSTRAP", "1")]),
     step(
         "models and mutants",
         "cargo test --release --target-dir target-loom -p srcu -p mmu-notifier -p regcache --test loom",
@@ -181,16 +182,16 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-/// How `timeout` ends if it had to end the command.
+/// The exit status of `timeout` after it has killed the command.
 const TOO_LONG: i32 = 124;
 
-/// Why a probe fails: the last line of its errors, and that it took too long, if it did.
+/// Returns why a probe fails: the last line of its errors, and whether it took too long.
 fn lack(probe: &str) -> Option<String> {
     let said = match command(probe).output() {
         Ok(output) if output.status.success() => return None,
         Ok(output) => {
             let errors = String::from_utf8_lossy(&output.stderr);
-            let last = errors.lines().next_back().unwrap_or("not a word");
+            let last = errors.lines().next_back().unwrap_or("no message");
             match output.status.code() {
                 Some(TOO_LONG) => format!("it did not end in time, after: {last}"),
                 _ => last.to_owned(),

@@ -1,11 +1,11 @@
-//! `cargo xtask dist`: what a distribution's package holds, in one archive, laid out as Debian does
-//! it. The archive is unpacked in an empty folder and tried from there.
+//! `cargo xtask dist`: makes one archive with the files of a distribution's package, in Debian's
+//! layout. Then it unpacks the archive in an empty folder and tries it there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// Where Debian looks for libraries on this kind of machine.
+/// Debian's folder for libraries on this kind of machine.
 const LIB: &str = "usr/lib/x86_64-linux-gnu";
 
 pub(crate) fn run(root: &Path) -> ExitCode {
@@ -50,7 +50,7 @@ fn make(root: &Path) -> Result<PathBuf, String> {
     )?;
     std::os::unix::fs::symlink("libmmun.so.0", staged.join(LIB).join("libmmun.so"))
         .map_err(|error| format!("libmmun.so: {error}"))?;
-    // `mmun run` looks there: no linker is to find it.
+    // `mmun run` looks in this folder. The linker must not find the library.
     install(
         &built.join("libmmun_dropin.so"),
         &staged.join("usr/lib/mmun/libmmun_dropin.so"),
@@ -125,8 +125,8 @@ fn pkg_config() -> String {
     )
 }
 
-/// Unpacks the archive where there is nothing else, and uses it: by its programs, by a C program
-/// and by `man`'s rules of where a page lies.
+/// Unpacks the archive in an empty folder and tries it: runs its programs, compiles a C program
+/// against it, and looks for its man pages at the paths that `man` uses.
 fn attempt(root: &Path, archive: &Path) -> Result<PathBuf, String> {
     let empty = std::env::temp_dir().join(format!("dist-{}", std::process::id()));
     fs::create_dir_all(&empty).map_err(|error| format!("{}: {error}", empty.display()))?;
@@ -145,7 +145,7 @@ fn use_it(root: &Path, archive: &Path, empty: &Path) -> Result<(), String> {
     )?;
     let program = empty.join("usr/bin/mmun");
     succeed(Command::new(&program).env_clear().arg("--version"))?;
-    // The library of `mmun run` is the one of the archive: nothing names another.
+    // Checks that `mmun run` uses the library from the archive.
     let mapped = Command::new(&program)
         .env_clear()
         .args(["run", "--", "/bin/cat", "/proc/self/maps"])

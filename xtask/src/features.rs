@@ -1,10 +1,10 @@
-//! `cargo xtask features`: crates whose features are parts, without any and with each alone. All of
-//! them at once is what every other step builds.
+//! `cargo xtask features`: tests crates with no feature and with each feature alone. Every other
+//! step builds them with all features.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-/// The features of a crate, and what it must not pull in without them.
+/// The features of a crate, and the dependencies that it must not have without them.
 const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "mmu-source",
@@ -66,7 +66,8 @@ pub(crate) fn run(root: &Path) -> ExitCode {
                 "--features",
                 feature,
             ];
-            // The tests are no part of the check for warnings: some of what they share is for some.
+            // The check for warnings excludes the tests, because with few features they leave some
+            // of their helpers unused.
             let check = [
                 &["clippy", "--quiet"],
                 &with[..],

@@ -1,13 +1,14 @@
-//! `cargo xtask guest`: the tests in a machine that has what hosts lack, under several kernels.
+//! `cargo xtask guest`: runs tests in a machine with features that hosts lack, under several
+//! kernels.
 //!
 //! QEMU emulates the machine in software: virtualisation inside it, two nodes of memory, swap
 //! space, merging of equal pages, a network card that does RDMA. Its kernel is one of Debian's. Its
 //! root folder is the host's, read-only, below an overlay in memory: every program, library and
-//! test binary stands where it stands on the host, so nothing has to be packed.
+//! test binary has the same path as on the host, so nothing has to be packed.
 //!
-//! Cargo decides what runs: it is given a runner that notes the command line instead of running it
-//! ([`record`]). What was noted runs in one boot ([`agent`]). Whether a test can run there is said
-//! by the test (`testkit::require`), not here.
+//! Cargo decides which commands run: its runner records each command line instead of running it
+//! ([`record`]). In the guest, [`agent`] runs the recorded commands in one boot. Each test itself
+//! decides whether it can run there (`testkit::require`).
 
 pub(crate) mod agent;
 mod arch;
@@ -39,7 +40,7 @@ const ABREAST: usize = 2;
 const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--check [--if VARIABLE]] [--table] \
     [-- ARGUMENTS OF CARGO TEST]";
 
-/// What every kind of machine needs: a program, and the package of Debian that it comes in.
+/// The programs that every kind of machine needs, each with its Debian package.
 const NEEDED: &[(&str, &str)] = &[
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
@@ -49,13 +50,13 @@ const NEEDED: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
 ];
 
-/// What the command line asks for.
+/// The options of the command line.
 struct Options {
     arch: &'static Arch,
     kernels: Vec<&'static str>,
     shell: bool,
     limit: Duration,
-    /// Only whether the host has what is needed.
+    /// Only check whether the host has the needed packages.
     check: bool,
     table: bool,
     tests: Vec<String>,
@@ -192,7 +193,7 @@ fn own_folder(store: &Path) -> io::Result<PathBuf> {
         }
     }
     let folder = store.join(format!("run-{}", process::id()));
-    // A process of the same number may have left one.
+    // An earlier process with the same pid may have left a folder.
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir(&folder)?;
     // A build may replace this program while the guests run.
@@ -260,7 +261,7 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
     Ok(options)
 }
 
-/// Says what is missing, and how to get it, in one line.
+/// Returns an error of one line that names missing packages and how to install them.
 fn check_host(arch: &Arch) -> Result<(), String> {
     if cfg!(not(target_arch = "x86_64")) {
         return Err(
@@ -300,7 +301,8 @@ fn is_of_llvm(entry: io::Result<fs::DirEntry>, file: &str) -> bool {
     })
 }
 
-/// Has Cargo build the tests and note what it would run. Returns the label of each command.
+/// Lets Cargo build the tests and record the commands that it would run. Returns the label of each
+/// command.
 fn note_all(
     root: &Path,
     plan: &Path,
@@ -334,14 +336,14 @@ fn note_all(
     Ok(steps)
 }
 
-/// The folders of what is not of the host's kind.
+/// The folders with tools and files for a machine of another kind than the host.
 fn folders(store: &Path, arch: &Arch) -> Result<Option<Folders>, String> {
     arch.foreign
         .map(|foreign| foreign::get(store, arch, foreign))
         .transpose()
 }
 
-/// How Cargo builds for a machine.
+/// A build with Cargo for a machine.
 struct Build<'a> {
     root: &'a Path,
     plan: &'a Path,
@@ -359,7 +361,8 @@ impl Build<'_> {
         command
     }
 
-    /// Puts this program, built for the machine, where the machine finds it.
+    /// Builds this program for the machine, and copies it to the place where the machine looks for
+    /// it.
     fn agent(&self) -> Result<(), String> {
         let mut built = self.plan.join(AGENT);
         if self.folders.is_some() {
@@ -384,7 +387,7 @@ impl Build<'_> {
             self.arch.triple,
             self.plan.join(AGENT)
         );
-        // A test that is skipped passes, and says so where libtest hides it.
+        // A skipped test passes and prints the reason, which libtest hides without this option.
         let shown: &[&str] = match words {
             ["test", rest @ ..] if rest.contains(&"--") => &["--show-output"],
             ["test", ..] => &["--", "--show-output"],
@@ -421,12 +424,12 @@ fn search_path() -> String {
     )
 }
 
-/// A folder that goes with this value.
+/// A folder that is removed when this value is dropped.
 struct Removed(PathBuf);
 
 impl Drop for Removed {
     fn drop(&mut self) {
-        // What stays behind is scratch of this run's own name.
+        // If this fails, only scratch files under this run's own name stay.
         let _ = fs::remove_dir_all(&self.0);
     }
 }

@@ -1,9 +1,13 @@
-//! The project's own chores: `cargo xtask tidy` checks what rustc does not, `cargo xtask ci` is the
-//! whole gate, `cargo xtask dist` makes what a distribution packs, `cargo xtask features` tests
-//! crates with parts of their features, `cargo xtask packages` each as it will be published, `cargo
-//! xtask guest` runs tests under other kernels, `cargo xtask surroundings` runs those of the
-//! sources where loader and allocator behave differently, and `cargo xtask mutants` breaks the code
-//! and demands that a test fails.
+//! The project's own chores:
+//! * `cargo xtask tidy` checks rules that rustc does not check.
+//! * `cargo xtask ci` is the whole gate.
+//! * `cargo xtask dist` makes and tries a distribution's package.
+//! * `cargo xtask features` tests crates with no feature and with each feature alone.
+//! * `cargo xtask packages` tests each crate as it will be published.
+//! * `cargo xtask guest` runs tests under other kernels.
+//! * `cargo xtask surroundings` runs tests with another loader cache and allocator, and in a pid
+//!   namespace.
+//! * `cargo xtask mutants` breaks the code and demands that a test fails.
 
 mod ci;
 mod dist;
@@ -18,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // Words that need not be UTF-8.
+    // Arguments that need not be UTF-8.
     if std::env::args_os()
         .nth(1)
         .is_some_and(|word| word == "guest-record")

@@ -1,8 +1,8 @@
-//! `cargo xtask mutants [NAME ..]`: breaks the code in ways in which it was broken, and demands
-//! that a test fails. The mutants of orderings are in the models (`MMUN_MUTANT`).
+//! `cargo xtask mutants [NAME ..]`: puts faults of the past back into the code, one at a time, and
+//! demands that a test fails. The mutants of orderings are in the models (`MMUN_MUTANT`).
 //!
-//! It works in a copy below `target`, so the tree stays as it is. `cargo xtask tidy` checks that
-//! what each mutant replaces is still there.
+//! It works in a copy below `target`, so the tree does not change. `cargo xtask tidy` checks that
+//! the text which each mutant replaces still exists.
 
 use std::collections::HashSet;
 use std::fs;
@@ -13,11 +13,11 @@ use std::process::{Command, ExitCode, Stdio};
 struct Mutant {
     name: &'static str,
     file: &'static str,
-    /// What it replaces, which stands there once.
+    /// The text that it replaces, which must occur exactly once.
     from: &'static str,
     to: &'static str,
-    /// The arguments of `cargo test` that must fail then, in words, or those of a hunt that must
-    /// find something: it begins with [`HUNT`].
+    /// The arguments of the `cargo test` that must fail with the mutant. Or, if they begin with
+    /// [`HUNT`], those of a hunt that must find a fault.
     test: &'static str,
 }
 
@@ -136,7 +136,7 @@ const MUTANTS: &[Mutant] = &[
         to: "while let Some(record) = None::<Record> {",
         test: "-p mmu-source --test it a_full_ring_is_a_loss",
     },
-    // What the wait of the kernel source stands on (`kernel/wait.rs`), one by one.
+    // The premises of the kernel source's wait (`kernel/wait.rs`), one by one.
     Mutant {
         name: "the-count-of-the-older-machine",
         file: "crates/mmu-source/src/kernel/machine.rs",
@@ -206,7 +206,7 @@ pub(crate) fn run(root: &Path, names: &[&str]) -> ExitCode {
     }
 }
 
-/// Tells of each mutant that replaces what does not stand there once.
+/// Complains about each mutant whose text does not occur exactly once.
 pub(crate) fn tidy(root: &Path, complaints: &mut Vec<String>) {
     for Mutant {
         name, file, from, ..
@@ -222,8 +222,8 @@ pub(crate) fn tidy(root: &Path, complaints: &mut Vec<String>) {
     }
 }
 
-/// Copies what git knows or would add, and removes what is there besides. A file that has not
-/// changed keeps its time, so Cargo builds little.
+/// Copies the files that git knows or would add, and removes all others from the copy. An unchanged
+/// file keeps its time, so Cargo rebuilds little.
 fn copy(root: &Path, tree: &Path) {
     let listed = Command::new("git")
         .args(["ls-files", "-z", "--cached", "--others"])
@@ -236,7 +236,7 @@ fn copy(root: &Path, tree: &Path) {
     let mut copied = HashSet::new();
     for name in listed.split_terminator('\0') {
         let (from, to) = (root.join(name), tree.join(name));
-        // A link, or a file that was removed and is still known.
+        // Skips a link, and a file that was removed but that git still lists.
         let Ok(new) = fs::read(&from) else { continue };
         copied.insert(to.clone());
         if fs::read(&to).is_ok_and(|old| old == new) {
@@ -255,7 +255,7 @@ fn remove_others(folder: &Path, kept: &HashSet<PathBuf>) {
         let path = entry.path();
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove_others(&path, kept);
-            // One that is not empty stays.
+            // Fails for a folder that is not empty, which stays.
             let _ = fs::remove_dir(&path);
         } else if !kept.contains(&path) {
             fs::remove_file(&path).expect("the copy can be changed");
@@ -263,7 +263,7 @@ fn remove_others(folder: &Path, kept: &HashSet<PathBuf>) {
     }
 }
 
-/// What became of a test.
+/// The outcome of a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     Passes,
@@ -277,7 +277,7 @@ fn run_test(tree: &Path, test: &str) -> Outcome {
     let run = |words: String| {
         let mut words = words.split_whitespace();
         let mut command = Command::new(words.next().expect("a program"));
-        // A test that would be skipped catches nothing.
+        // A skipped test catches no mutant.
         command
             .args(words)
             .current_dir(tree)
@@ -299,7 +299,7 @@ fn run_test(tree: &Path, test: &str) -> Outcome {
     }
     match run(format!("timeout --kill-after=10 900 {test}")).code() {
         Some(0) => Outcome::Passes,
-        // It says 124, or dies of its own SIGKILL.
+        // `timeout` exits with 124, or is killed by its own SIGKILL.
         Some(124 | 137) | None => Outcome::DoesNotEnd,
         Some(_) => Outcome::Fails,
     }

@@ -1,6 +1,6 @@
-//! `cargo xtask packages`: each published crate as its user gets it. Packs all of them, unpacks
-//! each outside the workspace, and runs there the tests that it brings, against the others'
-//! packages.
+//! `cargo xtask packages`: tests each published crate as its user gets it. It packs all crates,
+//! unpacks each outside the workspace, and runs the tests of the package there, against the
+//! packages of the other crates.
 
 use cargo_metadata::MetadataCommand;
 use std::fs;
@@ -19,7 +19,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
         .filter(|package| package.publish.is_none())
         .map(|package| (package.name.to_string(), package.version.to_string()))
         .collect();
-    // The tests compile every package; compiling them here too would tell nothing new.
+    // `--no-verify`: the tests below compile every package.
     let mut package = Command::new("cargo");
     package
         .args(["package", "--quiet", "--no-verify", "--allow-dirty"])
@@ -61,7 +61,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-/// Runs what an unpacked crate brings: examples, doc tests and the tests in its sources.
+/// Runs the examples, doc tests and unit tests of an unpacked crate.
 fn test(
     room: &Path,
     published: &[(String, String)],
@@ -81,7 +81,7 @@ fn test(
         .arg(room.join("target"))
         .current_dir(&folder);
     for (other, version) in published.iter().filter(|(other, _)| other != name) {
-        // The registry may have an older one, or none.
+        // Use the unpacked crate, because the registry may have an older version, or none.
         let path = room.join(format!("{other}-{version}"));
         cargo
             .arg("--config")

@@ -1,26 +1,25 @@
-//! Tests once more in other surroundings.
+//! `cargo xtask surroundings`: runs tests once more in other surroundings.
 //!
-//! * A pid namespace whose session is led from outside, as in many containers: there `getsid` says
-//!   0, and this process's own number is another one in the outer `/proc`.
-//! * For the tests of the sources, a loader, libc and allocator that behave differently: a cache of
-//!   the loader that fills many pages, another allocator, and a large environment. A test that
-//!   takes a call of theirs for its own fails here.
+//! * A pid namespace whose session leader is outside, as in many containers: `getsid` returns 0
+//!   there, and the outer `/proc` has other numbers for the same processes.
+//! * For the tests of the sources: a loader's cache that fills many pages, another allocator, and a
+//!   large environment. If a test mistakes a call of the loader, of libc or of the allocator for
+//!   its own call, it fails here.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// What the loader's cache is filled up to: 16 pages. It does not read what comes after its
-/// entries.
+/// The size to which the loader's cache is padded: 16 pages. The loader ignores the padding.
 const CACHE_BYTES: usize = 1 << 16;
-/// How much is added to the environment, in pieces that `execve` takes.
+/// How many variables are added to the environment, each of a size that `execve` accepts.
 const VARIABLES: usize = 8;
 const VARIABLE_BYTES: usize = 100_000;
 
-/// What is tested, what the tests are told, and whether the allocator is another one. The tests of
-/// `inside` and `allocator`, and those of what happens in the middle of `free`, are about glibc's
-/// own allocator. `mmun`'s are those about processes.
+/// The tests, their arguments, and whether they get another allocator. The tests of `inside` and
+/// `allocator`, and tests of callbacks in the middle of `free`, need glibc's own allocator. The
+/// tests of `mmun` are those about processes.
 const TESTS: &[(&[&str], &[&str], bool)] = &[
     (&["test", "-p", "mmu-source", "--test", "it"], &[], true),
     (
@@ -69,7 +68,7 @@ fn run_all(root: &Path) -> io::Result<bool> {
     bytes.resize(bytes.len().max(CACHE_BYTES), 0);
     fs::write(&cache, bytes)?;
     for (arguments, options, other_allocator) in TESTS {
-        // Built first: the tests alone are to run with another allocator.
+        // Build first, so that only the tests run with the other allocator.
         if !Command::new("cargo")
             .args(*arguments)
             .arg("--no-run")
@@ -102,7 +101,7 @@ fn run_all(root: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Tells whether what it takes is here.
+/// Checks that this machine has everything that the step needs.
 pub(crate) fn probe() -> ExitCode {
     let mounted = Command::new("unshare")
         .args(["--pid", "--fork", "--mount-proc", "true"])

@@ -1,6 +1,6 @@
-//! What the compiler does not check: file sizes, widths of comments, which crate may use which,
-//! circles of modules, syntax that the oldest compiler lacks, the pairs of ordering comments, and
-//! that each scenario of the contract has a test.
+//! Checks rules that the compiler does not check: file sizes, widths of comments, which crate may
+//! use which, circles of modules, syntax that the oldest compiler lacks, pairs of ordering
+//! comments, and that each scenario of the contract has a test.
 
 mod chains;
 mod circles;
@@ -11,9 +11,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-/// The longest a source file may be, in lines.
+/// The maximum length of a source file, in lines.
 const MAX_LINES: usize = 600;
-/// The longest a line of prose in a comment may be, in characters: rustfmt does not wrap comments.
+/// The maximum width of prose in a comment, in characters: rustfmt does not wrap comments.
 const MAX_COLUMNS: usize = 100;
 
 /// Members of the workspace that are not published and may use anything.
@@ -88,13 +88,13 @@ fn sizes(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     }
 }
 
-/// Prose in comments fits. Tables and code in documents are as wide as they have to be.
+/// Checks the width of prose in comments. Tables and code in comments may be wider.
 fn widths(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     for (path, text) in sources {
         let mut is_code = false;
         for (number, line) in (1..).zip(text.lines()) {
             let Some(comment) = line.trim_start().strip_prefix("//") else {
-                // A fence that depends on a feature stands in an attribute.
+                // A fence that depends on a feature is in an attribute.
                 is_code = line.contains("doc = \"```");
                 continue;
             };
@@ -124,8 +124,8 @@ fn code_map(root: &Path) -> Vec<(String, BTreeSet<String>)> {
     text.lines().filter_map(row).collect()
 }
 
-/// Each crate uses the crates that the code map says, and those stand above it. Tests may use all
-/// that stand above.
+/// Checks that each crate uses exactly the crates that the code map lists, and that these stand
+/// above it. Tests may use every crate above.
 fn edges(root: &Path, complaints: &mut Vec<String>) {
     let metadata = MetadataCommand::new()
         .manifest_path(root.join("Cargo.toml"))
@@ -169,7 +169,7 @@ fn edges(root: &Path, complaints: &mut Vec<String>) {
     }
 }
 
-/// Each `ORDER(id)` stands at two places or more, and in the table.
+/// Checks that each `ORDER(id)` occurs at two places or more, and in the table.
 fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     let table =
         fs::read_to_string(root.join("docs/ordering.md")).expect("docs/ordering.md is there");
@@ -184,7 +184,7 @@ fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<Strin
                 .next()
                 .expect("split yields one part at least");
             let comment = rest.split("\n\n").next().unwrap_or(rest);
-            // One site that pairs with itself, such as an AcqRel exchange, is a pair.
+            // A site that pairs with itself, such as an AcqRel exchange, counts as a pair.
             let worth = if comment.contains("Partner: itself") {
                 2
             } else {
@@ -201,15 +201,13 @@ fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<Strin
             && !row.contains(' ');
         if is_id && !sites.contains_key(row) {
             complaints.push(format!(
-                "docs/ordering.md has a row {row}, and no ORDER({row}) stands anywhere"
+                "docs/ordering.md has a row {row}, but there is no ORDER({row}) in the sources"
             ));
         }
     }
     for (id, count) in sites {
         if count < 2 {
-            complaints.push(format!(
-                "ORDER({id}) stands alone: name its partner's place too"
-            ));
+            complaints.push(format!("ORDER({id}) occurs once: mark its partner as well"));
         }
         if !table.contains(&format!("| {id} |")) {
             complaints.push(format!("ORDER({id}) is missing in docs/ordering.md"));
@@ -217,13 +215,13 @@ fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<Strin
     }
 }
 
-/// Returns what stands in the first cell of a table's row.
+/// Returns the first cell of a table's row.
 fn first_cell(line: &str) -> Option<&str> {
     line.strip_prefix('|')?.split('|').next().map(str::trim)
 }
 
-/// Each scenario has a test whose name begins with its id (or with several, `s_48_s_50_`), or a row
-/// in the table of what cannot be written.
+/// Checks that each scenario has a test whose name begins with its id (or with several,
+/// `s_48_s_50_`), or a row in the table of scenarios that types make impossible.
 fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     let table =
         fs::read_to_string(root.join("docs/lifecycle.md")).expect("docs/lifecycle.md is there");
@@ -245,7 +243,7 @@ fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<St
             let mut name = name;
             while let Some(id) = scenario(name) {
                 covered.insert(id);
-                // Past the letter, the number and both underscores.
+                // Skips the letter, the number and both underscores.
                 name = name[2..].split_once('_').map_or("", |(_, rest)| rest);
             }
         }

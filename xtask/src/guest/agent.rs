@@ -1,7 +1,7 @@
-//! Inside the guest: runs what was noted, and tells the host how it went.
+//! Inside the guest: runs the recorded commands, and reports the results to the host.
 //!
-//! Standard output is the line to the host. What the commands write goes there as it comes; lines
-//! that begin with [`MARK`] are the agent's own.
+//! Standard output is the serial line to the host. The commands' output goes there unchanged; lines
+//! that begin with [`MARK`] come from the agent.
 
 use super::record;
 use std::io::{self, Read, Write};
@@ -12,13 +12,13 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-/// Begins a line of the agent: the separator of records, which no test writes.
+/// Begins a line of the agent: the ASCII record separator, which no test writes.
 pub(crate) const MARK: char = '\u{1e}';
 /// The variable that says how many seconds a command may take.
 pub(crate) const LIMIT: &str = "MMUN_GUEST_LIMIT";
 /// The variable that says what the machine's kernel lacks.
 pub(crate) const LACKS: &str = "MMUN_GUEST_LACKS";
-/// The variable that says with which command to begin.
+/// The variable with the number of the first command to run.
 pub(crate) const FIRST: &str = "MMUN_GUEST_FIRST";
 
 pub(crate) fn run(plan: &Path) -> ExitCode {
@@ -30,7 +30,7 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
         tell(&format!("begin {number}"));
         let end = match record::read(plan, number) {
             Some(mut command) => {
-                // The machine has everything: a test that is skipped for another reason has found a
+                // The machine has everything else, so a test that skips for another reason is a
                 // fault.
                 command
                     .env("MMUN_REQUIRE", "all")
@@ -46,11 +46,11 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
 }
 
 fn tell(what: &str) {
-    // Without the line the host could not be told that there is none.
+    // A failure cannot be reported: this line is the only way to the host.
     let _ = io::stdout().write_all(format!("\n{MARK}{what}\n").as_bytes());
 }
 
-/// Runs a command in a process group of its own; says how it ended.
+/// Runs a command in a process group of its own. Returns how it ended.
 fn one(mut command: Command, limit: Duration) -> io::Result<String> {
     let (mut output, writer) = io::pipe()?;
     command
@@ -59,7 +59,7 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
         .stderr(writer)
         .process_group(0);
     let child = command.spawn();
-    // It has the ends of the pipe for writing.
+    // `command` holds the write ends of the pipe.
     drop(command);
     let child = child?;
     let group = child.id();
@@ -68,7 +68,7 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
         let mut child: Child = child;
         let _ = ended.send(child.wait());
     });
-    // Not joined: what the command leaves running may hold the pipe open.
+    // Not joined: processes that the command leaves behind may hold the pipe open.
     thread::spawn(move || {
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = output.read(&mut bytes) {
@@ -91,9 +91,9 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
     Ok(name(status))
 }
 
-/// Ends what is left of a group.
+/// Kills the remaining processes of a group.
 fn kill(group: u32) {
-    // That it is gone is no error.
+    // It is no error if the group has ended.
     let _ = Command::new("kill")
         .args(["-KILL", "--", &format!("-{group}")])
         .stderr(Stdio::null())

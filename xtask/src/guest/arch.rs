@@ -9,35 +9,36 @@ use std::path::PathBuf;
 
 /// A kind of machine.
 pub(crate) struct Arch {
-    /// As the command line has it.
+    /// The name on the command line.
     pub(crate) name: &'static str,
-    /// What Debian calls it.
+    /// Debian's name of the architecture.
     pub(crate) debian: &'static str,
     pub(crate) triple: &'static str,
     pub(crate) emulator: &'static str,
     /// From the oldest to the newest.
     pub(crate) series: &'static [Series],
-    /// The kernel that is taken if none is named.
+    /// The default kernel.
     pub(crate) default: &'static str,
-    /// What runs if nothing else is asked for, for each change: a label, which is a column of the
-    /// table, and the arguments of Cargo. `docs/kernels.md` says what is left out, and why.
+    /// The commands that run by default, for each change: a label, which is a column of the table,
+    /// and the arguments of Cargo. `docs/kernels.md` says which tests are left out, and why.
     pub(crate) standard: &'static [(&'static str, &'static str)],
-    /// What runs besides to write the table: it takes too long for each change.
+    /// Further commands for the table, which take too long to run for each change.
     pub(crate) more: &'static [(&'static str, &'static str)],
     /// A program, or a file if it has a folder, and the package of Debian that it comes in.
     pub(crate) needed: &'static [(&'static str, &'static str)],
-    /// The arguments that say what board and what processors.
+    /// The arguments for the board and the processors.
     pub(crate) board: fn(Accelerator) -> Vec<String>,
     /// The kernel's parameters that only this kind has.
     pub(crate) parameters: &'static str,
-    /// The arguments for the serial line to the host, and its name inside, but for where it leads.
+    /// The arguments for the serial line to the host without its destination, and its device name
+    /// in the guest.
     pub(crate) line: (&'static [&'static str], &'static str),
-    /// The packages of the tools that build for it, and those of its root folder, where neither are
-    /// the host's.
+    /// The packages of the build tools and of the root folder, for a machine of another kind than
+    /// the host.
     pub(crate) foreign: Option<&'static Foreign>,
 }
 
-/// What a machine has that is not of the host's kind.
+/// The packages for a machine of another kind than the host.
 pub(crate) struct Foreign {
     pub(crate) tools: &'static [&'static str],
     pub(crate) root: &'static [&'static str],
@@ -50,7 +51,7 @@ impl Arch {
         self.series.iter().find(|series| series.name == name)
     }
 
-    /// What stands in the first column of the table.
+    /// The first column of the table.
     pub(crate) fn row(&self, series: &str) -> String {
         if self.foreign.is_some() {
             format!("{}, {series}", self.name)
@@ -60,7 +61,7 @@ impl Arch {
     }
 }
 
-/// Where what is foreign lies: the tools, and the guest's root folder.
+/// The folders of the foreign tools and of the guest's root folder.
 #[derive(Debug, Clone)]
 pub(crate) struct Folders {
     pub(crate) tools: PathBuf,

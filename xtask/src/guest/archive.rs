@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// What has to be loaded before modules can be read from the host.
+/// The modules that the guest loads before it can read modules from the host.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "9pnet_virtio",
@@ -27,8 +27,8 @@ struct Archive {
 impl Archive {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.entries += 1;
-        // Number, mode, owner, group, links, time, length, device twice, length of the name with
-        // its zero byte, checksum.
+        // Inode number, mode, owner, group, links, time, length, device (twice two fields), length
+        // of the name with its zero byte, checksum.
         let length = u32::try_from(content.len()).expect("no file of 4 GiB belongs in here");
         let named = u32::try_from(name.len() + 1).expect("names are short");
         let fields = [self.entries, mode, 0, 0, 1, 0, length, 0, 0, 0, 0, named, 0];
@@ -94,8 +94,8 @@ pub(crate) fn make(
     Ok(archive.end())
 }
 
-/// The files of the modules, each behind what it needs. What is no module of this kernel is built
-/// into it.
+/// The files of the modules, each after its dependencies. A name without a module is built into
+/// this kernel.
 fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>, String> {
     let folder = kernel.modules.join(&kernel.version);
     let path = folder.join("modules.dep");
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_archive_is_what_cpio_reads() {
+    fn an_archive_has_the_format_of_cpio() {
         let mut archive = Archive::default();
         archive.folder("folder");
         archive.program("folder/file", b"abc");

@@ -1,6 +1,6 @@
-//! Building for a machine that is not of the host's kind: Debian's compiler and the standard
-//! library of that kind, in a folder of their own, with the host's Cargo registry and this
-//! workspace mounted into it.
+//! Builds for a machine of another kind than the host. A folder holds Debian's compiler and the
+//! standard library of that kind. The host's Cargo registry and this workspace are mounted into the
+//! folder.
 
 use super::arch::{Arch, Folders, Foreign};
 use super::packages::Apt;
@@ -9,7 +9,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// In a mount namespace of its own, so that nothing stays mounted.
+/// Runs in a mount namespace of its own, so that nothing stays mounted.
 const ENTER: &str = r#"set -e
 for folder in /proc /dev /tmp "$WORKSPACE" "$CARGO_HOME"; do
     mkdir -p "$TOOLS$folder"
@@ -17,7 +17,7 @@ for folder in /proc /dev /tmp "$WORKSPACE" "$CARGO_HOME"; do
 done
 exec chroot "$TOOLS" sh -c 'cd "$WORKSPACE" && exec "$@"' sh "$@""#;
 
-/// The folders, made from the mirror if they are not there yet.
+/// Returns the folders, and fills them from the mirror if they do not exist yet.
 pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folders, String> {
     let folder = store.join(arch.name);
     let failed = |error| format!("{}: {error}", folder.display());
@@ -45,8 +45,8 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
         Ok::<PathBuf, String>(path)
     };
     let own = output(Command::new("dpkg").arg("--print-architecture"))?;
-    // The compiler of the suite itself has no standard library of another kind that fits this
-    // workspace's age.
+    // The suite's own compiler is too old for this workspace, or has no standard library for
+    // another kind.
     let tools = made(
         "tools",
         &["trixie", "trixie-backports"],
@@ -91,7 +91,7 @@ pub(crate) fn cargo(root: &Path, folders: &Folders, arch: &Arch) -> Command {
         root.join("target/guest").join(arch.name).join("build"),
     );
     command.env(format!("CARGO_TARGET_{upper}_LINKER"), compiler("gcc"));
-    // What unpacked packages lack is the name `cc`, which an installation chooses.
+    // The packages are unpacked and not installed, so the link `cc` is missing.
     command
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER", "gcc")
         .env("CC", "gcc")
@@ -103,7 +103,7 @@ pub(crate) fn cargo(root: &Path, folders: &Folders, arch: &Arch) -> Command {
     command
 }
 
-/// Downloads the sources of all packages, which the build has no network for.
+/// Downloads the sources of all packages, because the build has no network.
 pub(crate) fn fetch(root: &Path) -> Result<(), String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     output(

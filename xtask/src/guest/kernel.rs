@@ -1,7 +1,7 @@
-//! Debian's kernels: which there are, and getting one.
+//! Finds and downloads Debian's kernels.
 //!
-//! A kernel is downloaded and unpacked, not installed. What was unpacked once is kept in
-//! `target/guest`; to have it renewed, delete it there.
+//! A kernel is downloaded and unpacked, not installed. `target/guest` keeps it; delete it there to
+//! get a newer one.
 
 use super::arch::Arch;
 use super::packages::{Apt, output, unpack_all};
@@ -13,10 +13,10 @@ use std::process::Command;
 pub(crate) struct Series {
     pub(crate) name: &'static str,
     pub(crate) suite: &'static str,
-    /// What follows the architecture in the names of its packages.
+    /// The part of the package names after the architecture.
     pub(crate) flavour: &'static str,
-    /// What its tests do without: names of `testkit::Cap` in small letters. A lack of anything else
-    /// is a failure.
+    /// The capabilities that this kernel lacks: names of `testkit::Cap` in lower case. A lack of
+    /// any other capability is a failure.
     pub(crate) lacks: &'static str,
 }
 
@@ -30,7 +30,7 @@ pub(crate) struct Kernel {
 }
 
 impl Kernel {
-    /// The newest kernel of a series, from the store or, if it is not there, from the mirror.
+    /// Returns the newest kernel of a series, from the store or else from the mirror.
     pub(crate) fn get(store: &Path, arch: &Arch, name: &str) -> Result<Self, String> {
         let series = arch.series(name).expect("the command line was checked");
         let folder = store
@@ -39,7 +39,7 @@ impl Kernel {
         let parent = folder.parent().expect("it was just joined");
         let failed = |error| format!("{}: {error}", parent.display());
         fs::create_dir_all(parent).map_err(failed)?;
-        // Two guests may be started at once.
+        // Two guests may start at once.
         let lock = File::create(parent.join("lock")).map_err(failed)?;
         lock.lock().map_err(failed)?;
         if !folder.exists() {
@@ -114,7 +114,7 @@ fn download(
     unpack_all(folder, folder)?;
     let kernel = Kernel::at(series, folder)
         .ok_or_else(|| format!("{} hold no kernel that is known here", packages.join(", ")))?;
-    // The program looks below `lib`, whatever the package does.
+    // `depmod` looks below `lib`, but newer packages use `usr/lib`.
     if !folder.join("lib").exists() {
         std::os::unix::fs::symlink("usr/lib", folder.join("lib"))
             .map_err(|error| format!("lib: {error}"))?;
@@ -129,8 +129,7 @@ fn download(
     .map(drop)
 }
 
-/// The version of a kernel package without `linux-image-` and the like: its numbers, to be
-/// compared.
+/// The numbers in the version of a kernel package, for comparing versions.
 fn numbers(version: &str) -> Vec<u32> {
     version
         .split(|letter: char| !letter.is_ascii_digit())
@@ -146,7 +145,7 @@ fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
         .filter_map(|name| name.strip_prefix("linux-image-"));
     let versions: Vec<&str> = versions.collect();
     let of_series = |version: &&&str| {
-        // Of `6.12-16k`, the flavour is in the names that are searched.
+        // In `6.12-16k`, the flavour selects the package names; only `6.12` is the version.
         let wanted = numbers(series.split('-').next().unwrap_or_default());
         wanted.is_empty() || numbers(version).starts_with(&wanted)
     };
@@ -158,8 +157,8 @@ fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
         .copied()
 }
 
-/// What has to be downloaded for a version. From 7.1 on the image is an empty package, and its
-/// parts are packages of their own.
+/// Returns the packages of a version. From 7.1 on the image is an empty package, and its parts are
+/// separate packages.
 fn packages<'a>(names: &[&'a str], version: &str) -> Vec<&'a str> {
     let of_version = |name: &&&'a str| {
         name.strip_suffix(version)
@@ -190,7 +189,7 @@ mod tests {
     ];
 
     #[test]
-    fn versions_are_compared_by_number_and_flavours_passed_over() {
+    fn versions_are_compared_by_number_and_flavours_are_ignored() {
         assert_eq!(newest(NAMES, "6.18"), Some("6.18.15+deb13-amd64"));
         assert_eq!(newest(NAMES, "newest"), Some("7.3.4+deb13-amd64"));
         assert_eq!(newest(NAMES, "6.1"), None);

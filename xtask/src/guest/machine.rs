@@ -1,4 +1,4 @@
-//! The emulated machine: its command line, its output, and its end, whichever way that comes.
+//! The emulated machine: its command line, its output, and the ways in which it ends.
 
 use super::agent::{self, MARK};
 use super::arch::{Arch, Folders};
@@ -13,23 +13,23 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the machine may take to boot, and beyond the limit of a command: it takes four seconds
-/// where nothing else runs.
+/// The time limit of a boot, and the grace after the limit of a command. On an idle host a boot
+/// takes four seconds.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// How many of the console's last lines are shown when the machine is lost.
+/// How many of the console's last lines are printed when the machine dies or hangs.
 const LAST_LINES: usize = 40;
 const MEGABYTES: u32 = 1280;
 
-/// How a step went.
+/// The outcome of a step.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outcome {
-    /// What the agent said of its end. Empty if it did not come to that.
+    /// The agent's report of the command's end. Empty if the machine ended before.
     end: String,
     passed: u32,
     failed: u32,
     skipped: u32,
     seconds: f64,
-    /// What it cost the host's processors: on a busy host that says more than how long it took.
+    /// Seconds of the host's CPU time: on a busy host they say more than the elapsed time.
     of_processors: f64,
 }
 
@@ -38,12 +38,12 @@ impl Outcome {
         self.end == "passed"
     }
 
-    /// What stands in the table: counts of tests, or how the command ended.
+    /// The cell of the table: counts of tests, or how the command ended.
     pub(crate) fn cell(outcomes: &[&Self]) -> String {
         let sum =
             |count: fn(&Self) -> u32| outcomes.iter().map(|outcome| count(outcome)).sum::<u32>();
         let (failed, skipped) = (sum(|o| o.failed), sum(|o| o.skipped));
-        // libtest counts what skips itself as passed; other commands skip without counts.
+        // libtest counts skipped tests as passed; other commands skip without counts.
         let passed = sum(|o| o.passed).saturating_sub(skipped);
         let mut words = Vec::new();
         if passed + failed != 0 {
@@ -67,7 +67,7 @@ impl Outcome {
         words.join(", ")
     }
 
-    /// Counts what libtest says of its tests.
+    /// Reads the counts of libtest.
     fn read(&mut self, line: &str) {
         if line.starts_with("SKIP ") {
             self.skipped += 1;
@@ -100,7 +100,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// What executes the machine's instructions.
+/// The accelerator that executes the machine's instructions.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Accelerator {
     Kvm,
@@ -108,7 +108,7 @@ pub(crate) enum Accelerator {
 }
 
 impl Accelerator {
-    /// KVM only where it nests, because the guest needs `/dev/kvm` too.
+    /// Uses KVM only if it supports nesting, because the guest needs `/dev/kvm` as well.
     fn for_machine(arch: &Arch) -> Self {
         if arch.foreign.is_some() {
             return Self::Emulation;
@@ -130,25 +130,25 @@ impl Accelerator {
     }
 }
 
-/// A machine to be.
+/// The description of a machine.
 pub(crate) struct Machine<'a> {
-    /// Begins each line that is printed: two machines may run at once.
+    /// The prefix of each printed line, because two machines may run at once.
     pub(crate) prefix: String,
     pub(crate) arch: &'static Arch,
-    /// What is not of the host's kind.
+    /// The folders for a machine of another kind than the host.
     pub(crate) folders: Option<&'a Folders>,
     pub(crate) root: &'a Path,
     pub(crate) store: &'a Path,
-    /// Where the notes are.
+    /// The folder of the recorded commands.
     pub(crate) plan: &'a Path,
-    /// A folder of this machine's own.
+    /// A scratch folder for this machine.
     pub(crate) scratch: PathBuf,
     pub(crate) kernel: Kernel,
     pub(crate) limit: Duration,
 }
 
 impl Machine<'_> {
-    /// Gives a shell in the machine.
+    /// Runs a shell in the machine.
     pub(crate) fn shell(&self) -> Result<(), String> {
         println!("guest: 'exit' turns the machine off, Ctrl-A X ends it at once");
         let mut command = self.command(0, true, Accelerator::for_machine(self.arch))?;
@@ -163,7 +163,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Runs what was noted, and shows its output as it comes.
+    /// Runs the recorded commands, and prints their output as it comes.
     pub(crate) fn run(&self, labels: &[String]) -> Result<Vec<Outcome>, String> {
         let mut outcomes = vec![Outcome::default(); labels.len()];
         let mut accelerator = Accelerator::for_machine(self.arch);
@@ -181,8 +181,8 @@ impl Machine<'_> {
                 .iter()
                 .position(|outcome| outcome.end.is_empty())
                 .unwrap_or(0);
-            // With several threads, QEMU can run a breakpoint that the kernel has already taken out
-            // of its code.
+            // With several threads, QEMU can execute a breakpoint that the kernel has already
+            // removed from its code.
             let is_emulators = console.contains("Oops: int3") || console.contains("int3: 0000");
             let why = match accelerator {
                 Accelerator::Kvm if first == 0 => {
@@ -201,12 +201,12 @@ impl Machine<'_> {
         Ok(outcomes)
     }
 
-    /// Prints a line, whole.
+    /// Prints a line in one call.
     fn say(&self, line: &str) {
         println!("{}{line}", self.prefix);
     }
 
-    /// Boots once. Says what is wrong if the machine does not come to the end of the plan.
+    /// Boots once. Returns the reason if the machine does not reach the end of the plan.
     fn boot(
         &self,
         first: usize,
@@ -234,8 +234,8 @@ impl Machine<'_> {
                 if let Some((number, ..)) = running {
                     outcomes[number].read(&line);
                 }
-                // The agent begins its lines with an empty one. The tests that passed are named
-                // above.
+                // Skip the empty line before each line of the agent, and libtest's list of passed
+                // tests.
                 is_list = line == "successes:" || is_list && line.starts_with("    ");
                 if running.is_some() && !line.is_empty() && !is_list {
                     self.say(&line);
@@ -263,7 +263,7 @@ impl Machine<'_> {
                 _ => {}
             }
         };
-        // It has ended, or is to end: neither is an error.
+        // It is no error if the machine has ended already.
         let _ = child.kill();
         let _ = child.wait();
         Ok(lost.map(str::to_owned))
@@ -273,7 +273,7 @@ impl Machine<'_> {
         self.scratch.join("console.log")
     }
 
-    /// The machine, but for the line to the host.
+    /// The command for the machine, without the line to the host.
     fn command(
         &self,
         first: usize,
@@ -292,7 +292,7 @@ impl Machine<'_> {
         )?;
         let disks = disks(self.store)?;
         let half = MEGABYTES / 2;
-        // It ends with this program, however that ends.
+        // `setpriv` ends the machine when this program ends, even if it is killed.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", self.arch.emulator]);
         command.args((self.arch.board)(accelerator)).args([
@@ -342,7 +342,7 @@ impl Machine<'_> {
             .args(line);
     }
 
-    /// What the scripts in the guest have to know.
+    /// The variables for the scripts in the guest.
     fn environment(&self, first: usize, shell: bool) -> String {
         let limit = self.limit.as_secs().to_string();
         let variables = [
@@ -377,17 +377,18 @@ impl Machine<'_> {
     }
 }
 
-/// How many seconds of the host's processors a process has used: 0 if that cannot be read.
+/// The CPU time that a process has used, in seconds: 0 if that cannot be read.
 fn processor_time(child: &Child) -> f64 {
     let status = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
-    // The name may hold anything. Behind it the state is first, and times are in hundredths.
+    // The name may contain any character. The state is the first field after it; times are in
+    // hundredths of a second.
     let fields = status.rsplit(')').next().unwrap_or_default();
     let times = fields.split_whitespace().skip(11).take(2);
     let ticks: f64 = times.filter_map(|ticks| ticks.parse::<f64>().ok()).sum();
     ticks / 100.0
 }
 
-/// The machine's lines, read by a thread: the wait for one has an end.
+/// The machine's lines. A thread reads them, so that waiting for a line can time out.
 fn lines(child: &mut Child) -> Receiver<String> {
     let output = BufReader::new(child.stdout.take().expect("it is piped"));
     let (sender, lines) = channel();
@@ -404,7 +405,8 @@ fn lines(child: &mut Child) -> Receiver<String> {
     lines
 }
 
-/// A disk with a file system and one with swap space. The machine writes beside them, not on them.
+/// A disk with a file system and one with swap space. The machine's writes go to temporary files,
+/// not to the disks.
 fn disks(store: &Path) -> Result<[PathBuf; 2], String> {
     let failed = |error| format!("{}: {error}", store.display());
     let lock = File::create(store.join("disks.lock")).map_err(failed)?;
@@ -464,6 +466,10 @@ mod tests {
             ..Outcome::default()
         };
         program.read("SKIP main: no");
-        assert_eq!(Outcome::cell(&[&program]), "1 skipped", "it is no test");
+        assert_eq!(
+            Outcome::cell(&[&program]),
+            "1 skipped",
+            "the program is no test"
+        );
     }
 }

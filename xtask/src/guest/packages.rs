@@ -1,5 +1,5 @@
-//! Debian's packages, from the mirror that the host uses, unpacked and not installed: the host's
-//! own packages and lists are left alone, and no user has to be root.
+//! Downloads Debian's packages from the mirror of the host, and unpacks them without installing. So
+//! the host's own packages and lists do not change, and the user need not be root.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,8 @@ pub(crate) struct Apt {
 }
 
 impl Apt {
-    /// Makes one of these suites, for the first of these architectures, and updates it.
+    /// Makes the package lists of these suites, for the first of these architectures, and updates
+    /// them.
     pub(crate) fn new(
         store: &Path,
         suites: &[&str],
@@ -32,7 +33,7 @@ impl Apt {
             .map(|suite| format!("deb [signed-by={key}] {mirror} {suite} main\n"))
             .collect();
         fs::write(folder.join("sources.list"), sources).map_err(failed)?;
-        // Nothing is installed there.
+        // An empty status file: no package counts as installed.
         fs::write(folder.join("status"), "").map_err(failed)?;
         let place = folder.display();
         let listed: String = architectures
@@ -71,14 +72,14 @@ impl Apt {
         )
     }
 
-    /// Unpacks packages, and what they need, into a folder.
+    /// Unpacks packages and their dependencies into a folder.
     pub(crate) fn unpack(&self, packages: &[&str], folder: &Path) -> Result<(), String> {
         self.run(
             "apt-get",
             &[&["install", "-qq", "-y", "--download-only"], packages].concat(),
             folder,
         )?;
-        // Where the packages expect what was folders once.
+        // The packages expect these links, which were folders in older releases.
         for (name, target) in [
             ("bin", "usr/bin"),
             ("sbin", "usr/sbin"),
@@ -93,14 +94,14 @@ impl Apt {
     }
 }
 
-/// Unpacks the packages that lie in a folder, and removes them: what stays would be space.
+/// Unpacks the packages in a folder, and removes their files to save space.
 pub(crate) fn unpack_all(from: &Path, into: &Path) -> Result<(), String> {
     for entry in fs::read_dir(from).map_err(|error| format!("{}: {error}", from.display()))? {
         let path = entry
             .map_err(|error| format!("{}: {error}", from.display()))?
             .path();
         if path.extension().is_some_and(|extension| extension == "deb") {
-            // Through `tar`, which leaves the links of the root folder as they are.
+            // Through `tar`, because it keeps the links of the root folder.
             let script =
                 r#"dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2""#;
             output(
@@ -115,7 +116,7 @@ pub(crate) fn unpack_all(from: &Path, into: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// The mirror of the host's own packages, if it is a Debian.
+/// The mirror of the host's own packages, if the host is a Debian.
 fn mirror() -> String {
     let arguments = [
         "indextargets",

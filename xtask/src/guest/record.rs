@@ -1,7 +1,7 @@
-//! The runner that Cargo is given: notes what it should run, for the guest to run it.
+//! Cargo's runner: records each command line, so that the guest can run it.
 //!
-//! A note is a file named by its number: the working folder, how many variables follow, those, and
-//! the command line, each ended by a zero byte.
+//! A note is a file whose name is its number. It has the working folder, the number of variables,
+//! the variables, and the command line; a zero byte ends each field.
 
 use std::ffi::OsString;
 use std::fs;
@@ -13,7 +13,7 @@ use std::process::{Command, ExitCode};
 /// The variable that names the folder of the notes.
 pub(crate) const PLAN: &str = "MMUN_GUEST_PLAN";
 
-/// Notes a command line.
+/// Records a command line.
 pub(crate) fn run(command: &[OsString]) -> ExitCode {
     match std::env::var_os(PLAN)
         .ok_or_else(|| io::Error::other("no folder for notes"))
@@ -23,7 +23,7 @@ pub(crate) fn run(command: &[OsString]) -> ExitCode {
                 .first()
                 .is_some_and(|program| program.to_string_lossy().contains("rustdoctest"))
             {
-                // It is gone before the guest starts.
+                // rustdoc removes the example's program before the guest starts.
                 println!("an example of the documentation does not run in the guest");
                 return Ok(());
             }
@@ -55,7 +55,7 @@ fn note(command: &[OsString]) -> io::Result<Vec<u8>> {
     Ok(note)
 }
 
-/// How many notes there are.
+/// The number of notes.
 pub(crate) fn count(plan: &Path) -> usize {
     (0..)
         .find(|number| !plan.join(number.to_string()).exists())
@@ -71,7 +71,7 @@ pub(crate) fn read(plan: &Path, number: usize) -> Option<Command> {
     let folder = fields.next()?;
     let variables: usize = fields.next()?.to_str()?.parse().ok()?;
     let variables: Vec<OsString> = fields.by_ref().take(variables).collect();
-    // After the last end of a field there is nothing.
+    // The last field also ends with a zero byte, so the last piece is empty.
     let mut words: Vec<OsString> = fields.collect();
     words.pop();
     let mut words = words.into_iter();

@@ -1,16 +1,17 @@
 #!/bin/sh
-# Inside the guest, with the host's programs or its own: makes a machine that has everything a test may ask for, then runs the agent.
-# What an old kernel lacks fails here without a word, and is named by the test that misses it.
+# Runs inside the guest, with the host's programs or its own: sets up everything that a test can
+# require, then runs the agent. What an old kernel lacks fails here without a word, and is named by
+# the test that misses it.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 exec 2>/dev/console
 
 mkdir -p /dev/shm /dev/pts /run /tmp /lib/modules /root
-# What an installation makes, where packages were only unpacked.
+# Makes the files that an installation makes, because the packages were only unpacked.
 for file in passwd group; do
     [ -e /etc/$file ] || cp /usr/share/base-passwd/$file.master /etc/$file
 done
 [ -e /usr/bin/cc ] || ln -s gcc /usr/bin/cc
-# MPI wants a name of the machine.
+# MPI needs a host name.
 echo guest >/proc/sys/kernel/hostname
 mount -t tmpfs tmpfs /dev/shm
 mount -t devpts -o ptmxmode=666 devpts /dev/pts
@@ -24,36 +25,39 @@ done
 # The emulator's teaching device, for a test to drive through VFIO.
 echo 1234 11e8 >/sys/bus/pci/drivers/vfio-pci/new_id
 
-# A virtual machine that stays. The first one and the last one patch the scheduler's code (a static key), and with two threads
-# the emulator can run into the breakpoint that the kernel puts there meanwhile, and has already taken out.
+# Keeps a virtual machine open. The first and the last virtual machine patch the scheduler's code (a
+# static key). With two threads the emulator can run into the breakpoint that the kernel puts there
+# meanwhile, and has already taken out.
 python3 -c 'import fcntl, signal
 kvm = open("/dev/kvm")
 machine = fcntl.ioctl(kvm, 0xAE01, 0)
 signal.pause()' &
-# The same for the tracepoint: beside two listeners that stay, one more or less changes no code.
+# The same for the tracepoint: while two listeners stay attached, a further one patches no code.
 for trace in /sys/kernel/tracing /sys/kernel/tracing/instances/still; do
     mkdir -p $trace
     echo 0 >$trace/tracing_on
     echo 1 >$trace/events/kvm/kvm_unmap_hva_range/enable
 done
 
-# A disk for scratch files (what is in memory cannot be written back), and swap space.
+# A disk for scratch files, because a file system in memory has no writeback; and swap space.
 mount -t ext4 /dev/vda /tmp && chmod 1777 /tmp
 swapon /dev/vdb
 
-# What hosts seldom have: merging of equal pages, eager huge pages, memory that follows its user from node to node, cgroups.
+# Features that are rarely enabled on hosts: merging of equal pages, eager huge pages, NUMA
+# balancing, cgroups.
 mount -t cgroup2 cgroup2 /sys/fs/cgroup && echo +memory >/sys/fs/cgroup/cgroup.subtree_control
-# The older freezer, too: nothing else stops what it holds.
+# The cgroup v1 freezer as well, because it holds processes so that not even ptrace can stop them.
 mkdir -p /run/freezer && mount -t cgroup -o freezer cgroup /run/freezer
 echo 20 >/sys/kernel/mm/ksm/sleep_millisecs
 echo 1000 >/sys/kernel/mm/ksm/pages_to_scan
 echo 1 >/sys/kernel/mm/ksm/run
 echo always >/sys/kernel/mm/transparent_hugepage/enabled
 echo 50 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs
-# It takes whole regions only: one that is to be collapsed by a call has a hole, to be left alone until then.
+# khugepaged collapses only regions without a hole. A region that a test will collapse by a call has a hole until then.
 echo 0 >/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none
 echo 1 >/proc/sys/kernel/numa_balancing
-# They are nice to others, and here two processors are kept busy by tests that wait for them.
+# They sleep between passes to save CPU time, but here tests wait for them and keep both processors
+# busy.
 renice -n -15 -p $(pgrep -x 'ksmd|khugepaged') >/dev/null
 echo 1 >/proc/sys/vm/unprivileged_userfaultfd
 

@@ -1,15 +1,15 @@
-//! `docs/kernels.md`: what passes under which kernel, as the rig found it.
+//! Writes the table of `docs/kernels.md`: which tests pass under which kernel.
 
 use super::arch::{ALL, Arch};
 use super::machine::Outcome;
 use std::fs;
 use std::path::Path;
 
-/// Comes in front of the table; the text around it is written by hand.
+/// The line before the table; the text around the table is written by hand.
 const BEGIN: &str = "<!-- written by cargo xtask guest --table -->\n";
 const END: &str = "<!-- end -->\n";
 
-/// Writes the row of a kernel, and leaves the others.
+/// Writes the row of one kernel, and keeps the other rows.
 pub(crate) fn enter(
     root: &Path,
     arch: &Arch,
@@ -62,7 +62,7 @@ fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
         .collect();
     rows.sort_by_key(|row| known.iter().position(|name| *name == key(row)));
     let labels = labels_of_all();
-    // Rows that were written before there were as many columns.
+    // Fill rows that were written when the table had fewer columns.
     for row in &mut rows {
         let cells = row.matches(" | ").count() + 1;
         let missing = " not run |".repeat((labels.len() + 2).saturating_sub(cells));
@@ -96,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_takes_the_place_of_the_one_before_and_kernels_are_in_order() {
+    fn a_row_replaces_the_old_row_and_kernels_are_in_order() {
         let empty = format!("above\n{BEGIN}{END}below\n");
         let text = with_row(&empty, "6.12", "| 6.12 | a |\n").unwrap();
         let text = with_row(&text, "6.1", "| 6.1 | b |\n").unwrap();
@@ -107,7 +107,7 @@ mod tests {
             .collect();
         assert_eq!(rows.len(), 2);
         assert!(rows[0].starts_with("| 6.1 | b |") && rows[1].starts_with("| 6.12 | c |"));
-        // Each has as many cells as the head.
+        // Each row has as many cells as the head.
         let cells = |row: &str| row.matches('|').count();
         let head = text
             .lines()

@@ -1,5 +1,5 @@
-//! No chains of `let` conditions in libraries and programs: they need Rust 1.88, the crates promise
-//! 1.85. Clippy's `incompatible_msrv` knows functions, and no syntax.
+//! Rejects chains of `let` conditions in libraries and programs: they need Rust 1.88, but the
+//! crates promise 1.85. Clippy's `incompatible_msrv` checks functions only, not syntax.
 
 use super::circles::is_for_tests;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>)
     }
 }
 
-/// Tests take the newest compiler.
+/// Whether the file must compile with the oldest compiler. Tests need not.
 fn is_promised(path: &Path) -> bool {
     path.starts_with("crates")
         && !path.starts_with("crates/testkit")
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_is_told_with_its_line() {
+    fn a_chain_is_reported_with_its_line() {
         let told = ["crates/made/src/a.rs:2: a chain of `let` conditions needs Rust 1.88"];
         assert_eq!(
             complaints("crates/made/src/a.rs", "let Some(a) = b && a"),
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn other_conditions_and_tests_are_free() {
+    fn other_conditions_and_tests_are_accepted() {
         assert_eq!(complaints("crates/made/src/a.rs", "a && b"), [""; 0]);
         assert_eq!(
             complaints("crates/made/src/a.rs", "let Some(a) = (b && c)"),

@@ -1,8 +1,8 @@
-//! No circles among modules: neighbours in one folder use each other in one direction only.
+//! Rejects circles of modules: neighbours in one folder may use each other in one direction only.
 //!
-//! A module counts with everything below it: `mm.rs` and `mm/exit.rs` are one room. The rooms of
-//! each folder form a graph of their own. A child may use its parent, and a parent its child. Tests
-//! are left out.
+//! A module and everything below it form one room: `mm.rs` and `mm/exit.rs` are one room. The check
+//! makes one graph for each folder, whose nodes are the folder's rooms. A child may use its parent,
+//! and a parent its child. Tests are ignored.
 
 mod uses;
 
@@ -13,19 +13,10 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 use uses::{Uses, exports, resolve};
 
-/// Uses that close a circle and stay: the crate, the room, its neighbour, and the reason.
-type Allowed = (&'static str, &'static str, &'static str, &'static str);
-
-const ALLOWED: &[Allowed] = &[];
-
 /// The path of a module in its crate: the root is empty.
 type Module = Vec<String>;
 
 pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
-    look(sources, ALLOWED, complaints);
-}
-
-fn look(sources: &[(PathBuf, String)], allowed: &[Allowed], complaints: &mut Vec<String>) {
     let mut crates: BTreeMap<String, Vec<(Module, syn::File)>> = BTreeMap::new();
     for (path, text) in sources {
         let Some((name, module)) = place(path) else {
@@ -36,30 +27,7 @@ fn look(sources: &[(PathBuf, String)], allowed: &[Allowed], complaints: &mut Vec
         crates.entry(name).or_default().push((module, file));
     }
     for (name, files) in &crates {
-        let all = graphs(files);
-        let mut graphs = all.clone();
-        for (_, from, to, _) in allowed.iter().filter(|(owner, ..)| owner == name) {
-            let folder: Module = from.split('/').map(str::to_owned).collect();
-            let folder = &folder[..folder.len() - 1];
-            let [from_room, to_room] =
-                [from, to].map(|room| room.rsplit('/').next().unwrap_or(room));
-            let is_needed = all.get(folder).is_some_and(|graph| {
-                graph
-                    .get(from_room)
-                    .is_some_and(|used| used.contains_key(to_room))
-                    && way(graph, to_room, from_room).is_some()
-            });
-            if !is_needed {
-                complaints.push(format!(
-                    "{name}: {from} -> {to} closes no circle any more: take it off the list"
-                ));
-            } else if let Some(used) = graphs
-                .get_mut(folder)
-                .and_then(|graph| graph.get_mut(from_room))
-            {
-                used.remove(to_room);
-            }
-        }
+        let graphs = graphs(files);
         for circle in graphs
             .iter()
             .flat_map(|(folder, graph)| circles_of(folder, graph))
@@ -107,10 +75,11 @@ impl std::fmt::Display for Step {
     }
 }
 
-/// Of one folder: the rooms that each room uses, with an item as the witness.
+/// The graph of one folder: for each room, the rooms that it uses, each with one used item as the
+/// evidence.
 type Graph = BTreeMap<String, BTreeMap<String, String>>;
 
-/// The folders of one crate.
+/// Returns the graph of each folder of one crate.
 fn graphs(files: &[(Module, syn::File)]) -> BTreeMap<Module, Graph> {
     let modules: BTreeSet<Module> = files.iter().map(|(module, _)| module.clone()).collect();
     let exports: BTreeMap<Module, BTreeMap<String, Module>> = files
@@ -145,13 +114,13 @@ fn graphs(files: &[(Module, syn::File)]) -> BTreeMap<Module, Graph> {
     graphs
 }
 
-/// What the names of a folder's rooms begin with.
+/// The prefix of the names of a folder's rooms.
 fn prefix(folder: &[String]) -> String {
     folder.iter().map(|part| format!("{part}/")).collect()
 }
 
-/// The circles of one folder: for each room that is its circle's first by name, the shortest way
-/// back to it.
+/// Returns the circles of one folder. Each circle begins at its room with the first name, and is
+/// the shortest way back to it.
 fn circles_of(folder: &[String], graph: &Graph) -> Vec<Vec<Step>> {
     let mut found = Vec::new();
     let mut seen: BTreeSet<&str> = BTreeSet::new();
@@ -215,20 +184,20 @@ mod tests {
         ("c", "use crate::a::First;"),
     ];
 
-    fn complaints(files: &[(&str, &str)], allowed: &[Allowed]) -> Vec<String> {
+    fn complaints(files: &[(&str, &str)]) -> Vec<String> {
         let path = |file: &str| PathBuf::from(format!("crates/made/src/{file}.rs"));
         let sources: Vec<_> = files
             .iter()
             .map(|(file, text)| (path(file), (*text).to_owned()))
             .collect();
         let mut complaints = Vec::new();
-        look(&sources, allowed, &mut complaints);
+        check(&sources, &mut complaints);
         complaints
     }
 
     #[test]
-    fn a_circle_is_told_step_by_step() {
-        let all = complaints(&CIRCLE, &[]);
+    fn a_circle_is_reported_step_by_step() {
+        let all = complaints(&CIRCLE);
         let steps = "a uses b (b::Second), b uses c (c::Third), c uses a (a::First)";
         assert_eq!(all, [format!("made has a circle of modules: {steps}")]);
     }
@@ -238,12 +207,7 @@ mod tests {
         for left_out in [1, 3, 4] {
             let mut files = CIRCLE;
             files[left_out].1 = "";
-            assert_eq!(
-                complaints(&files, &[]),
-                [""; 0],
-                "without {}",
-                files[left_out].0
-            );
+            assert_eq!(complaints(&files), [""; 0], "without {}", files[left_out].0);
         }
     }
 
@@ -254,22 +218,6 @@ mod tests {
             ("a", "use crate::Third;"),
             ("c", "use crate::a;"),
         ];
-        assert_eq!(complaints(&files, &[]).len(), 1);
-    }
-
-    #[test]
-    fn an_allowed_use_is_not_complained_of() {
-        assert_eq!(complaints(&CIRCLE, &[("made", "b", "c", "")]), [""; 0]);
-    }
-
-    #[test]
-    fn an_allowance_that_allows_nothing_is_complained_of() {
-        let stale = "made: a -> c closes no circle any more: take it off the list";
-        assert_eq!(
-            complaints(&CIRCLE, &[("made", "b", "c", ""), ("made", "a", "c", "")]),
-            [stale]
-        );
-        let open = [("lib", "mod a; mod c;"), ("a", "use crate::c;"), ("c", "")];
-        assert_eq!(complaints(&open, &[("made", "a", "c", "")]), [stale]);
+        assert_eq!(complaints(&files).len(), 1);
     }
 }

@@ -1,12 +1,13 @@
 //! aarch64 on a host that is x86-64: tools and root folder are unpacked from Debian's packages.
 //!
-//! The emulation orders memory as its host does: it proves code and system calls, not what weak
-//! ordering allows. That is the models' job.
+//! The emulation orders memory accesses as its host does: it tests code and system calls, but not
+//! weak ordering. The models test that.
 
 use super::super::kernel::Series;
 use super::{Arch, Foreign};
 
-/// What no package of the root folder brings. Java, MPI, a browser and systemd would double it.
+/// The capabilities that the root folder lacks. Java, MPI, a browser and systemd would double its
+/// size.
 const LACKS: &str = "rdma vfio i386calls program(\"javac\") program(\"chromium\") \
                      program(\"mpirun.openmpi\") program(\"mpicc.openmpi\") program(\"mpirun.mpich\") \
                      program(\"mpicc.mpich\") pythonmodule(\"mpi4py\") pythonmodule(\"numpy\") \
@@ -46,7 +47,7 @@ pub(super) const ARCH: Arch = Arch {
     default: "6.12",
     standard: &[
         ("core", "test -p srcu -p mmu-notifier --test it"),
-        // What the tests preload; there is no Cargo in the machine.
+        // The library that the tests preload; the machine has no Cargo to build it.
         ("hook", "build -p mmu-source --example preload"),
         ("hook", "build -p mmu-source --example preload --release"),
         ("hook", "test -p mmu-source --test hook"),

@@ -43,8 +43,8 @@ pub(super) const ARCH: Arch = Arch {
     ],
     default: "6.12",
     standard: &[
-        // The broker's tests load programs in several processes, and the emulated kernel takes long
-        // to verify them: they are among those that run for the table.
+        // The broker's tests load BPF programs in several processes, and the emulated kernel takes
+        // long to verify them. So they run only for the table.
         (
             "kernel source",
             "test -p mmu-source --lib --test it -- kernel --skip broker",
@@ -77,7 +77,7 @@ pub(super) const ARCH: Arch = Arch {
         ("busybox", "busybox-static"),
         ("python3", "python3"),
         ("rdma", "iproute2"),
-        // What the tests of `regcache-rdma` are built with, and run with.
+        // The build and run-time dependencies of `regcache-rdma`'s tests.
         ("cmake", "cmake"),
         ("/usr/lib/llvm-*/lib/libclang.so", "libclang-dev"),
         ("/etc/libibverbs.d/rxe.driver", "ibverbs-providers"),
@@ -92,13 +92,13 @@ pub(super) const ARCH: Arch = Arch {
         ["-M", "q35"]
             .into_iter()
             .chain(processor)
-            // And a device that copies memory, for VFIO.
+            // Adds a device that copies memory, for VFIO.
             .chain(["-device", "intel-iommu", "-device", "edu"])
             .map(str::to_owned)
             .collect()
     },
-    // The kernel tries the timer's interrupt while it boots, against a clock that runs on when the
-    // host is busy: under load it finds none, and hangs.
+    // While it boots, the kernel tests the timer's interrupt against a clock that keeps running
+    // when the host is busy. Under load it sees no interrupt, and hangs.
     parameters: "console=ttyS0 no_timer_check intel_iommu=on",
     line: (&["-serial", "chardev:line"], "ttyS1"),
     foreign: None,

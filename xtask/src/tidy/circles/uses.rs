@@ -1,18 +1,19 @@
-//! What a module uses of its own crate, as its source says.
+//! Finds the paths by which a module's source uses its own crate.
 
 use super::Module;
 use std::collections::{BTreeMap, BTreeSet};
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, ItemUse, UseTree};
 
-/// Where the item lies that `path` names: in the deepest module of the path, after re-exports.
+/// Returns the module that defines the item of `path`: the deepest module of the path, after
+/// re-exports.
 pub(super) fn resolve(
     path: &[String],
     modules: &BTreeSet<Module>,
     exports: &BTreeMap<Module, BTreeMap<String, Module>>,
 ) -> Module {
     let mut path = path.to_vec();
-    // A re-export of a re-export ends after a few steps; a glob of names could lead around.
+    // A chain of re-exports ends after a few steps; globs could form a circle.
     for _ in 0..8 {
         let depth = (0..=path.len())
             .rev()
@@ -29,7 +30,7 @@ pub(super) fn resolve(
     path
 }
 
-/// The names that a module brings into itself from elsewhere in the crate, with their paths.
+/// The names that a module imports from other modules of the crate, with their paths.
 pub(super) fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Module> {
     let mut found = BTreeMap::new();
     for item in &file.items {
@@ -138,7 +139,7 @@ pub(in super::super) fn is_for_tests(attribute: &Attribute) -> bool {
         && matches!(&attribute.meta, syn::Meta::List(list) if is_test(&list.tokens.to_string()))
 }
 
-/// Tells whether the condition of a `cfg` needs `test`.
+/// Returns whether the condition of a `cfg` requires `test`.
 fn is_test(condition: &str) -> bool {
     condition == "test" || condition.starts_with("all (test ,")
 }
