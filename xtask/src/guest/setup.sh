@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs inside the guest, with the host's programs or its own: sets up everything that a test can
-# require, then runs the agent. What an old kernel lacks fails here without a word, and is named by
-# the test that misses it.
+# require, then runs the agent. A feature that an old kernel lacks fails here silently; the test that
+# needs it reports the lack.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 exec 2>/dev/console
 
@@ -26,8 +26,8 @@ done
 echo 1234 11e8 >/sys/bus/pci/drivers/vfio-pci/new_id
 
 # Keeps a virtual machine open. The first and the last virtual machine patch the scheduler's code (a
-# static key). With two threads the emulator can run into the breakpoint that the kernel puts there
-# meanwhile, and has already taken out.
+# static key). With two threads the emulator can execute the breakpoint that the kernel uses
+# for patching, after the kernel has removed it.
 python3 -c 'import fcntl, signal
 kvm = open("/dev/kvm")
 machine = fcntl.ioctl(kvm, 0xAE01, 0)
@@ -56,8 +56,7 @@ echo 50 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs
 # khugepaged collapses only regions without a hole. A region that a test will collapse by a call has a hole until then.
 echo 0 >/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none
 echo 1 >/proc/sys/kernel/numa_balancing
-# They sleep between passes to save CPU time, but here tests wait for them and keep both processors
-# busy.
+# ksmd and khugepaged have a low priority, but here tests wait for them and keep both processors busy.
 renice -n -15 -p $(pgrep -x 'ksmd|khugepaged') >/dev/null
 echo 1 >/proc/sys/vm/unprivileged_userfaultfd
 
