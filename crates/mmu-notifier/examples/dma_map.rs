@@ -2,8 +2,8 @@
 //! space.
 //!
 //! The first device that attaches makes the map, later ones find it, and the last one that detaches
-//! frees it. A buffer is pinned once, even if several devices use it. It leaves the translation
-//! tables of all devices before its memory changes.
+//! frees it. A buffer is pinned once, even if several devices use it. Before its memory changes,
+//! the callback removes the buffer from the translation tables of all devices.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{
@@ -38,7 +38,7 @@ struct Pinned {
 
 impl Pinned {
     fn new(range: VaRange) -> Result<Self, Error> {
-        // SAFETY: `mlock` has no memory-safety duty: it fails for unmapped addresses.
+        // SAFETY: `mlock` has no memory-safety precondition: it fails for unmapped addresses.
         match unsafe {
             libc::mlock(
                 range.start().get() as *const libc::c_void,
@@ -56,7 +56,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: As for `mlock`.
+        // SAFETY: `munlock` has no memory-safety precondition either.
         unsafe {
             libc::munlock(
                 self.range.start().get() as *const libc::c_void,
@@ -76,8 +76,8 @@ struct Map {
 
 impl ShadowOps for Map {
     fn zap(&mut self, range: &InvalidateRange<'_>) {
-        // A device writes to the address in its table, so each entry must go before the memory
-        // does.
+        // A device writes to the address in its table, so the callback must remove each entry
+        // before the memory goes.
         for place in &mut self.buffers {
             if let Some(buffer) = place.take_if(|buffer| buffer.range.overlaps(range.range())) {
                 self.flushes.fetch_add(
@@ -117,7 +117,7 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         let snapshot = shared.snapshot(range);
         let pinned = Pinned::new(range)?;
         let installed = shared.try_install(snapshot, |map| {
-            // If another device has pinned the buffer meanwhile, its buffer stays.
+            // If another device has pinned the buffer meanwhile, that device's entry stays.
             if map.find(range).is_some() {
                 return true;
             }
@@ -133,7 +133,7 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
     }
 }
 
-/// Takes a device out of every buffer. A device must do this before it puts the map, because put
+/// Removes a device from every buffer. A device must do this before it puts the map, because put
 /// calls no callback.
 fn detach(shared: SharedMap, device: Device) {
     shared.with_shadow(|map| {
@@ -182,15 +182,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         |shared: &SharedMap| shared.with_shadow(|map| map.buffers.iter().flatten().count());
     assert_eq!(buffers(&devices[2]), 2);
 
-    // The process unmaps the first buffer while devices use it. All of them drop it before that.
+    // The process unmaps the first buffer while devices use it. All devices drop the buffer before
+    // that.
     mm.with_invalidation(first, Event::Unmap, |_| {
         assert_eq!(
             (buffers(&devices[0]), flushes.load(Ordering::Relaxed)),
             (1, 3)
         );
         assert_eq!(
-            // SAFETY: No code uses that memory: no device has it any more, and this program never
-            // did.
+            // SAFETY: No code may use the memory. No device has it any more, and this program never
+            // reads or writes it.
             unsafe { libc::munmap(memory as *mut libc::c_void, 2 * PAGE as usize) },
             0
         );
@@ -223,7 +224,7 @@ fn anonymous(length: u64) -> Result<u64, Error> {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: The call takes free addresses only, because no address is given.
+    // SAFETY: The kernel chooses free addresses, because the call names none.
     let start = unsafe { libc::mmap(ptr::null_mut(), length as usize, protection, flags, -1, 0) };
     if start == libc::MAP_FAILED {
         Err(Error::last_os_error())

@@ -1,4 +1,4 @@
-//! Four patterns that drivers of the kernel have, ported.
+//! Four patterns of the kernel's drivers, ported.
 //!
 //! | pattern | drivers | what it needs |
 //! | --- | --- | --- |
@@ -7,8 +7,8 @@
 //! | register, put, and unload when all is freed | arm-smmu-v3, intel svm | [`Subsystem::register`], `synchronize` |
 //! | many buffers under one lock of the driver | amdgpu, i915, radeon, xe | [`IntervalNotifier::check_retry`] |
 //!
-//! No callback here uses the heap, and no lock that a callback takes is held while its holder does:
-//! so each pattern is safe under every source.
+//! No callback here uses the heap, and no thread uses the heap while it holds a lock that a
+//! callback takes. So each pattern is safe under every event source.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{
@@ -44,8 +44,8 @@ impl Notifier for Enclave {
     }
 }
 
-/// Maps the enclave. It is registered under the lock that the mapping is made under: no other
-/// thread sees a mapping without its notifier, and none undoes the mapping in between.
+/// Maps the enclave, and registers it under the same lock. So no other thread sees a mapping
+/// without its notifier, and none unmaps it in between.
 fn map_enclave(mm: &MmWithUser) -> Result<Registration<Enclave>, WouldDeadlock> {
     let mut locked = mm.mmap_write_lock()?;
     // The mapping itself is made here.
@@ -66,9 +66,9 @@ impl IntervalOps for Svm {
     }
 }
 
-/// Splits a range at `at`; what lies above becomes read-only. The write lock keeps other changes of
-/// attributes out from the moment that the old interval is removed to the moment that both new ones
-/// are there. The device maps neither until it has asked again.
+/// Splits a range at `at`, and makes the upper part read-only. The write lock excludes other
+/// changes of attributes from the removal of the old interval to the insert of both new ones. The
+/// device maps neither part until it faults again.
 fn split(
     mm: &MmWithUser,
     whole: IntervalNotifier<Svm>,
@@ -93,10 +93,10 @@ fn split(
     Ok([low?, high?])
 }
 
-/// What an I/O page table unit keeps of one address space that it walks.
+/// What an IOMMU keeps for one address space whose page table it walks.
 struct Domain {
     flushes: AtomicU64,
-    /// What the driver must not free before the last domain is gone.
+    /// The object that the driver must not free before the last domain is gone.
     unit: Arc<AtomicU64>,
 }
 
@@ -114,8 +114,8 @@ impl Drop for Domain {
 
 static DOMAINS: Subsystem<Domain, Infallible, ()> = Subsystem::without_alloc();
 
-/// Binds address spaces, and unloads the driver: put does not wait, `synchronize` does, once for
-/// all.
+/// Binds address spaces, and unloads the driver. No put waits. One `synchronize` waits for all of
+/// them.
 fn bind_and_unload(spaces: &[MmWithUser]) -> Result<(u64, u64), WouldDeadlock> {
     let (unit, mut flushes) = (Arc::new(AtomicU64::new(0)), 0);
     for mm in spaces {
@@ -133,7 +133,7 @@ fn bind_and_unload(spaces: &[MmWithUser]) -> Result<(u64, u64), WouldDeadlock> {
     Ok((flushes, unit.load(Ordering::Acquire)))
 }
 
-/// The driver's one lock: which buffers a submission may use. Of a fixed size.
+/// Which buffers a submission may use, under the driver's one lock. The table has a fixed size.
 type Usable = Arc<Mutex<[bool; 8]>>;
 
 struct UserBuffer {
@@ -148,17 +148,17 @@ impl IntervalOps for UserBuffer {
     }
 }
 
-/// Submits work on all buffers: each is looked up without a lock, and all are checked under the one
-/// that their callbacks take. If one has changed meanwhile, none is submitted.
+/// Submits work on all buffers. Looks up each buffer without a lock, and then checks all of them
+/// under the lock that their callbacks take. If one buffer has changed meanwhile, starts again.
 fn submit(buffers: &[IntervalNotifier<UserBuffer>], usable: &Usable) -> u32 {
     let mut tries = 0;
     loop {
         tries += 1;
-        // At most as many as the lock's table has.
+        // As many as the driver's table has.
         let mut seqs = [None; 8];
         for (seq, buffer) in seqs.iter_mut().zip(buffers) {
             *seq = Some(buffer.read_begin());
-            // The pages are pinned or looked up here, which may take long.
+            // A driver pins or looks up the pages here, which may take long.
         }
         let mut table = usable.lock().expect("no holder panics");
         let changed = |(buffer, seq): (&IntervalNotifier<UserBuffer>, _)| buffer.check_retry(seq);
@@ -170,7 +170,7 @@ fn submit(buffers: &[IntervalNotifier<UserBuffer>], usable: &Usable) -> u32 {
 }
 
 fn main() -> Result<(), WouldDeadlock> {
-    // Register while the mapping is made; the address space ends; put.
+    // Register while the mapping is made. Then the address space ends, and the driver puts.
     let mm = MmWithUser::new();
     let enclave = map_enclave(&mm)?;
     drop(mm);
@@ -180,7 +180,7 @@ fn main() -> Result<(), WouldDeadlock> {
     );
     enclave.put();
 
-    // Split an interval under the write lock, the first ones of the address space.
+    // Split an interval under the write lock. It is the first interval of the address space.
     let mm = MmWithUser::new();
     let whole = {
         let mut locked = mm.mmap_write_lock()?;

@@ -1,12 +1,11 @@
-//! A shadow page table over real memory. An entry is faulted in when it is first used, and `munmap`
-//! may run at any time.
+//! A shadow page table over real memory. A thread faults an entry in when it first uses it, and
+//! `munmap` may run at any time.
 //!
-//! Readers follow the table's pointers without asking the kernel. That is sound only if an entry
-//! leaves the table before its page leaves the address space: a mistake in the protocol ends this
-//! program with SIGSEGV.
+//! Readers follow the table's pointers without a system call. That is sound only if an entry leaves
+//! the table before its page is unmapped: a mistake in the protocol ends this program with SIGSEGV.
 //!
 //! This program opens a bracket by hand around each call. With an event source, the code that calls
-//! `munmap` need not be changed.
+//! `munmap` stays as it is.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{Event, InvalidateSeq, MmWithUser, SoftTlb, Subsystem, Va, VaRange};
@@ -26,10 +25,10 @@ static ALLOC: CheckedAlloc = CheckedAlloc::new();
 #[derive(Clone, Copy)]
 struct Host(NonNull<u8>);
 
-// SAFETY: The pointer is to memory that belongs to no thread, and is used under the table's lock.
+// SAFETY: The memory belongs to no thread, and threads use the pointer only under the table's lock.
 unsafe impl Send for Host {}
 
-/// The host address of each page that was used lately. The kernel calls one such entry an spte.
+/// The host address of each page that was used lately. The kernel calls such an entry an spte.
 type Shadow = InvalidateSeq<SoftTlb<Host>>;
 
 /// The guest's memory. Any page of it may be missing.
@@ -53,8 +52,8 @@ impl Guest {
     fn unmap(&self, mm: &MmWithUser, number: u64) {
         let page = self.page(number);
         let _bracket = mm.invalidate(page, Event::Unmap);
-        // SAFETY: No code may use the page. It is the guest's, which is reached through the shadow
-        // alone, and the shadow has dropped it.
+        // SAFETY: No code may use the page. Threads reach guest memory only through the shadow, and
+        // the shadow has dropped the page.
         let done = unsafe { libc::munmap(page.start().get() as *mut libc::c_void, PAGE as usize) };
         assert_eq!(done, 0, "munmap: {}", Error::last_os_error());
     }
@@ -86,7 +85,8 @@ fn mmap(at: *mut libc::c_void, length: u64, flags: libc::c_int) -> u64 {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
     );
-    // SAFETY: The call takes free addresses only: no address is given, or MAP_FIXED_NOREPLACE is.
+    // SAFETY: The call maps only free addresses: the kernel chooses them, or MAP_FIXED_NOREPLACE is
+    // set.
     let start = unsafe { libc::mmap(at, length as usize, protection, flags, -1, 0) };
     assert_ne!(start, libc::MAP_FAILED, "mmap: {}", Error::last_os_error());
     start as u64
@@ -99,13 +99,13 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
     let address = page.start();
     let mut faulted = false;
     loop {
-        // Under the shadow's lock, which keeps every entry from being zapped.
+        // The closure runs under the shadow's lock, so no bracket zaps an entry meanwhile.
         let hit = shadow.with_shadow(|table| {
             table.get(address).map(|Host(host)| {
                 // SAFETY: The page must be mapped. Its entry is in the shadow, so no bracket has
                 // reached the point at which the page may be unmapped.
                 let value = unsafe { host.as_ptr().read_volatile() };
-                // SAFETY: As above; only lock holders write.
+                // SAFETY: The page must be mapped, as above. Only holders of the lock write to it.
                 unsafe { host.as_ptr().write_volatile(value.wrapping_add(1)) };
                 value
             })
@@ -118,8 +118,8 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
         let Some(host) = guest.walk(page) else {
             return (None, faulted);
         };
-        // A refusal means that the page was or is being invalidated: the next turn looks it up
-        // again.
+        // A refusal means that a bracket has invalidated the page, or does so now. The next turn
+        // looks the page up again.
         let _ = shadow.try_install(snapshot, |table| table.insert(address, host));
     }
 }
@@ -183,7 +183,7 @@ fn main() {
     });
     assert_eq!(shadow.in_progress(), None);
 
-    // The address space ends: the table is empty, and nothing can be installed any more.
+    // The address space ends. Then the table is empty, and no thread can install an entry any more.
     drop(mm);
     assert!(shadow.with_shadow(|table| table.is_empty()));
     assert!(

@@ -1,8 +1,9 @@
-//! A driver module for two devices, and how to unload it safely. Programs open and close its files
-//! and exit in between; after the unload no code of the module runs and nothing of it is left.
+//! A driver module for two devices, and how to unload it safely. Processes open and close its
+//! files, and exit meanwhile. After the unload, no code of the module runs and all its memory is
+//! freed.
 //!
 //! Each device is a [`Subsystem`]. A process that has opened both devices therefore has two
-//! notifiers. Unloading takes three steps:
+//! notifiers. The unload has three steps:
 //!
 //! 1. The driver stops opening files.
 //! 2. It closes every file, which puts every reference.
@@ -21,7 +22,7 @@ use std::thread;
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// Stands for the module's code and data: an object that holds it may run that code.
+/// Stands for the module's code and data. An object that holds a reference may run that code.
 #[derive(Debug, Default)]
 struct Module {
     invalidations: AtomicU64,
@@ -146,7 +147,7 @@ fn main() {
                 drop(second.invalidate(range, Event::Unmap));
             }
         });
-        // The first process exits with its files open. They are closed later, which is allowed.
+        // The first process exits with open files. The driver closes them later, which is allowed.
         drop(first);
         assert_eq!(
             module.released.load(Ordering::Relaxed),

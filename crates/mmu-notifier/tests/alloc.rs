@@ -1,4 +1,5 @@
-//! What must not call the allocator, under an allocator that counts.
+//! Tests that functions which must not call the allocator do not, with an allocator that counts
+//! calls.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
@@ -30,7 +31,7 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).unwrap()
 }
 
-/// Every kind of dispatch there is.
+/// Dispatches in every way.
 fn dispatch(mm: &MmWithUser) {
     drop(mm.invalidate(VaRange::ALL, Event::Unmap));
     drop(mm.try_invalidate(page(1), Event::Clear));
@@ -78,7 +79,8 @@ fn dispatch_allocates_and_frees_nothing() {
     }
 }
 
-/// A refusal remembers who has accepted, however many they are, and allocates nothing for it.
+/// After a refusal the core must call the subscribers that accepted, however many there are. It
+/// records them without an allocation.
 #[test]
 fn a_refused_start_allocates_and_frees_nothing() {
     struct Refuses;
@@ -100,7 +102,7 @@ fn a_refused_start_allocates_and_frees_nothing() {
     drop((refuses, held, node));
 }
 
-/// What they keep is dropped after the bracket, by another thread.
+/// The reclaimer drops the closures of the second passes after the bracket.
 #[test]
 fn second_passes_that_were_made_beforehand_allocate_and_free_nothing() {
     struct Ready(Option<Finish>);
@@ -133,7 +135,7 @@ fn second_passes_that_were_made_beforehand_allocate_and_free_nothing() {
         drop(bracket);
     });
     assert_eq!((calls, ran.load(Ordering::Relaxed)), (0, 3));
-    // Frees of one address space come in their order.
+    // Frees of one address space run in the order in which they were queued.
     static LATER: Subsystem<Silent> = Subsystem::new(|_| Ok(Silent));
     drop(LATER.get(&mm).unwrap());
     LATER.synchronize().unwrap();
@@ -185,7 +187,8 @@ fn a_put_in_the_middle_of_a_walk_allocates_and_frees_nothing() {
 #[test]
 fn an_end_that_makes_deferred_inserts_allocates_and_frees_nothing() {
     let up = |late| (0..late).map(|number| 2 * number + 1).collect();
-    // Made last in, first out: upwards to full nodes, and then downwards behind them.
+    // The end inserts in reverse order. So this sequence inserts upwards until the nodes are full,
+    // and then downwards behind them.
     let down_behind = (0..3100)
         .map(|number| 100_000 + number)
         .chain((1000..1300).rev())
@@ -193,13 +196,13 @@ fn an_end_that_makes_deferred_inserts_allocates_and_frees_nothing() {
     for late in [up(1), up(2), up(1000), down_behind] {
         let (mm, count): (_, usize) = (MmWithUser::new(), Vec::len(&late));
         let insert = |number| IntervalNotifier::insert(&mm, page(number), Silent).unwrap();
-        // In order, so that every node of the tree is full.
+        // Insert in ascending order, so that every node of the tree is full.
         let mut nodes: Vec<_> = (0..15 * 15).map(|number| insert(2 * number)).collect();
         let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
         nodes.extend(late.into_iter().map(insert));
         assert_eq!(Counting::calls(|| drop(bracket)), 0, "with {count} inserts");
         assert_eq!(mm.callback_panics(), 0);
-        // What was kept for the worst case goes with the first interval that is removed.
+        // The first removal frees the spare nodes that were kept for the worst case.
         drop(nodes.pop());
         let second = Counting::calls(|| drop(nodes.pop()));
         assert!(

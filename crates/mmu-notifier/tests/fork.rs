@@ -1,7 +1,7 @@
-//! What the child of a real `fork` has of its parent's address space: nothing.
+//! In the child of a real `fork`, the address space of the parent has no effect.
 //!
-//! A program of its own, one test at a time: a child has no other threads, but it has what they had
-//! locked.
+//! This is a program of its own, which runs one test at a time: a child has no other threads, but
+//! it inherits the locks that they held.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
@@ -77,8 +77,8 @@ impl IntervalOps for Silent {
     }
 }
 
-/// Lets go of other threads when it is dropped, also if the test fails: it would wait for them for
-/// ever.
+/// Runs a function when it is dropped, also if the test fails. The function releases other threads,
+/// for which the test would otherwise wait for ever.
 struct Finally<F: Fn()>(F);
 
 impl<F: Fn()> Drop for Finally<F> {
@@ -92,7 +92,7 @@ static SUBSYSTEM: Subsystem<Counts> = Subsystem::new(|_| Ok(Counts));
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    // What the test before has put is freed first.
+    // Wait for the frees of the notifiers that the previous test put.
     SUBSYSTEM.synchronize().unwrap();
     CALLS.store(0, Ordering::SeqCst);
     alone
@@ -136,8 +136,8 @@ fn s_17_brackets_of_an_inherited_address_space_call_no_subscriber() {
     assert!(mm.clear_young(VaRange::ALL) && CALLS.load(Ordering::SeqCst) == before + 3);
 }
 
-/// What is left of an interval and a registration in the child says no at once, whatever the
-/// parent's threads hold.
+/// In the child, an inherited interval and an inherited registration refuse every call at once,
+/// whatever locks the parent's threads held.
 #[test]
 fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
     let _alone = alone();
@@ -159,7 +159,7 @@ fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
             drop(bracket);
         });
         open.recv().unwrap();
-        // Dropped at the end also if the test fails, and then the bracket ends.
+        // The drop of `finish` ends the bracket, also if the test fails.
         let _finish = finish;
         assert!(in_child(|| {
             let (interval, registered) = held.take().unwrap();
@@ -219,7 +219,7 @@ fn s_17_what_the_child_drops_stays_the_parents() {
     );
 }
 
-/// The locks of the parent's address space are held by a thread that the child does not have.
+/// A thread that the child does not have holds the locks of the parent's address space.
 #[test]
 fn s_17_a_child_of_a_busy_process_is_not_stuck() {
     let _alone = alone();
@@ -250,7 +250,7 @@ fn s_17_a_child_of_a_busy_process_is_not_stuck() {
     });
 }
 
-/// Runs what it was given when it is freed.
+/// A notifier that calls a function when it is freed.
 struct OnFree(Option<Box<dyn FnOnce() + Send + Sync>>);
 
 impl Notifier for OnFree {}
@@ -263,24 +263,24 @@ impl Drop for OnFree {
 
 type OnFrees = Subsystem<OnFree, (), Box<dyn Fn(&MmWithUser) -> Result<OnFree, ()> + Sync>>;
 
-/// A subsystem whose first notifier runs `f` when it is freed.
+/// Makes a subsystem whose first notifier calls `f` when it is freed.
 fn on_first_free(f: impl FnOnce() + Send + Sync + 'static) -> OnFrees {
     let first: Mutex<Option<Box<dyn FnOnce() + Send + Sync>>> = Mutex::new(Some(Box::new(f)));
-    // In the child of a fork the lock can be held by a thread that is not there; then `f` was the
-    // parent's.
+    // In the child of a fork, a thread of the parent may hold the lock. Then `f` runs in the
+    // parent.
     let take = move || first.try_lock().ok().and_then(|mut first| first.take());
     Subsystem::new(Box::new(move |_: &MmWithUser| Ok(OnFree(take()))))
 }
 
-/// Puts a notifier of this process's own, and waits for its end.
+/// Makes and puts a notifier on an address space of this process, and waits for its free.
 fn works(subsystem: &OnFrees) -> bool {
     let own = MmWithUser::new();
     subsystem.get(&own).unwrap().put();
     subsystem.synchronize().is_ok() && subsystem.drain_until_idle().is_ok() && own.mm_count() == 1
 }
 
-/// A free that runs when the process forks runs in the parent alone, and who waits for it there is
-/// not in the child.
+/// The process forks while a free runs. The free continues in the parent only, and the thread that
+/// waits for it exists in the parent only.
 #[test]
 fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
     let _alone = alone();
@@ -302,13 +302,13 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
             go_on.wait();
         });
         scope.spawn(move || {
-            // SAFETY: No preconditions.
+            // SAFETY: The call has no preconditions.
             waiting.send(unsafe { libc::gettid() }).unwrap();
             subsystem.synchronize().unwrap();
         });
         let stat = format!("/proc/self/task/{}/stat", waiter.recv().unwrap());
-        // The state comes after the name, which is in parentheses. Asleep, it holds what is locked
-        // in `synchronize`.
+        // The state follows the name, which is in parentheses. While the thread sleeps, it holds
+        // the locks that `synchronize` takes.
         while !std::fs::read_to_string(&stat)
             .unwrap()
             .rsplit_once(") ")
@@ -318,7 +318,7 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
         {
             std::thread::yield_now();
         }
-        // The child of the child begins anew as well.
+        // The child of the child begins anew too.
         assert!(in_child(
             || works(subsystem) && in_child(|| works(subsystem))
         ));
@@ -342,12 +342,12 @@ fn s_17_frees_that_were_queued_run_in_the_parent_alone() {
     let before = CALLS.load(Ordering::SeqCst);
     assert!(in_child(|| {
         drop(open.take());
-        // It starts a reclaimer, which comes to the older domain first.
+        // `works` starts a reclaimer, which takes the older domain first.
         works(&on_first_free(|| ())) && CALLS.load(Ordering::SeqCst) == before
     }));
     drop(open);
     SUBSYSTEM.synchronize().unwrap();
-    // The one that no subsystem knows of drops its handle last.
+    // The free that no subsystem counts drops its handle last.
     while mm.mm_count() != 1 {
         std::thread::yield_now();
     }
@@ -357,14 +357,14 @@ fn s_17_frees_that_were_queued_run_in_the_parent_alone() {
 #[test]
 fn s_17_a_subsystem_that_is_used_first_during_a_fork_works_in_the_child() {
     static LATEST: AtomicPtr<OnFrees> = AtomicPtr::new(ptr::null_mut());
-    // So that a leak detector finds them. The child does not look here.
+    // A leak detector finds the leaked values here. The child does not use this list.
     static ALL: Mutex<Vec<&OnFrees>> = Mutex::new(Vec::new());
     let _alone = alone();
     let (mm, stop) = (MmWithUser::new(), AtomicBool::new(false));
     let make = || {
         let made: *mut OnFrees = Box::leak(Box::new(on_first_free(|| ())));
         LATEST.store(made, Ordering::SeqCst);
-        // SAFETY: It was leaked.
+        // SAFETY: The value was leaked.
         let made = unsafe { &*made };
         ALL.lock().unwrap().push(made);
         made.get(&mm).unwrap().put();
@@ -379,7 +379,7 @@ fn s_17_a_subsystem_that_is_used_first_during_a_fork_works_in_the_child() {
         let _finally = Finally(|| stop.store(true, Ordering::SeqCst));
         for round in 0..100 {
             assert!(
-                // SAFETY: It was leaked.
+                // SAFETY: The value was leaked.
                 in_child(|| works(unsafe { &*LATEST.load(Ordering::SeqCst) })),
                 "round {round}"
             );

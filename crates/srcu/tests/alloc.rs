@@ -1,4 +1,5 @@
-//! What must not call the allocator, under an allocator that counts.
+//! Tests that functions which must not call the allocator do not, with an allocator that counts
+//! calls.
 #![cfg(not(mmun_loom))]
 
 use srcu::{Head, Srcu};
@@ -12,7 +13,8 @@ static COUNTING: Counting = Counting;
 #[test]
 fn a_threads_first_section_and_a_domains_first_use_do_not_allocate() {
     static SHARED: Srcu = Srcu::new();
-    // More threads at once than fit in the domain's page, so that further buckets are made.
+    // Run more threads at once than fit in the domain's page, so that the domain makes further
+    // buckets.
     let together = std::sync::Barrier::new(100);
     thread::scope(|scope| {
         for _ in 0..100 {
@@ -39,7 +41,8 @@ fn call_raw_does_not_allocate_after_prepare() {
     let queued = Counting::calls(|| {
         let section = srcu.read_lock();
         for head in &HEADS {
-            // SAFETY: The heads are statics that are queued once; `nothing` may be called anywhere.
+            // SAFETY: The heads are statics, and each is queued once. `nothing` may run on any
+            // thread.
             unsafe { srcu.call_raw(NonNull::from(head), nothing) };
         }
         let _ = srcu.start_poll();

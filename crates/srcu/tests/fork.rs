@@ -1,7 +1,7 @@
-//! The child of a real `fork`.
+//! Tests the child of a real `fork`.
 //!
-//! A program of its own, one test at a time: a child runs the callbacks that it inherits, and those
-//! of other tests may wait for threads that it does not have.
+//! This is a program of its own, which runs one test at a time: a child runs the callbacks that it
+//! inherits, and the callbacks of other tests may wait for threads that the child does not have.
 #![cfg(not(mmun_loom))]
 
 use srcu::Srcu;
@@ -146,8 +146,8 @@ fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
     first.call(move || {
         let good = in_child(|| {
             in_callback.synchronize().unwrap();
-            // This thread is the reclaimer, so it cannot wait for callbacks; that it may not is the
-            // answer wanted.
+            // This thread is the reclaimer, so it cannot wait for callbacks, and the barrier must
+            // be refused.
             in_callback.call(|| ());
             in_callback.barrier().is_err()
         });
@@ -159,14 +159,14 @@ fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
     first.barrier().unwrap();
 }
 
-/// In a process namespace of its own each is number 1.
+/// Each process is in its own PID namespace, so each has the number 1.
 #[test]
 fn a_child_with_its_parents_number_is_told_from_it() {
     if !testkit::require(testkit::Cap::Root) {
         return;
     }
     let _alone = alone();
-    // SAFETY: Concerns children of this process alone.
+    // SAFETY: The call affects only children of this process.
     let next_is_first = || unsafe { libc::unshare(libc::CLONE_NEWPID) } == 0;
     let is_first = || std::process::id() == 1;
     assert!(in_child(|| {
@@ -178,9 +178,9 @@ fn a_child_with_its_parents_number_is_told_from_it() {
     }));
 }
 
-/// The standard library has a lock that each of its threads takes as it starts and as it ends. A
-/// fork copies that lock as it is: if the reclaimer of a child needed it, the child would wait for
-/// a thread that it does not have.
+/// The standard library has a lock that each of its threads takes when it starts and when it ends.
+/// A fork copies the lock in its current state. If the reclaimer of a child needed the lock, the
+/// child could wait for a thread that it does not have.
 #[test]
 fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
     let _alone = alone();
@@ -196,11 +196,12 @@ fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
             });
         }
         let _stopped = Stop(&stop);
-        // Each fork is a chance for the fault. A sanitizer makes a fork a hundred times as dear.
+        // Each fork may show the fault. With a sanitizer, a fork takes a hundred times as long.
         let begin = Instant::now();
         for _ in (0..4000).take_while(|_| begin.elapsed() < Duration::from_secs(30)) {
             let good = in_child(|| {
-                // SAFETY: No preconditions. A child that hangs need not take two minutes.
+                // SAFETY: The call has no preconditions. It ends a child that hangs after 20
+                // seconds.
                 unsafe { libc::alarm(20) };
                 let own = count.clone();
                 srcu.call(move || own.add());
@@ -212,7 +213,7 @@ fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
     });
 }
 
-/// Has threads end, also when the test fails.
+/// Its drop ends the threads, also if the test fails.
 struct Stop<'a>(&'a AtomicBool);
 
 impl Drop for Stop<'_> {

@@ -1,12 +1,12 @@
-//! Models: every interleaving and every allowed reordering of small programs, within the bound on
-//! preemptions.
+//! Models, which check every interleaving and every allowed reordering of small programs, within
+//! the bound on preemptions.
 //!
 //! `RUSTFLAGS="--cfg mmun_loom" cargo test -p srcu --release --test loom --target-dir target/loom`
 //!
-//! A model that cannot fail proves nothing, so each has mutants, in which one fence, scan or check
-//! is left out (`MMUN_MUTANT=no_fence_in_lock`); `mutants_are_caught` runs the models with them and
-//! wants them to fail. The membarrier system call is modelled as the full fence whose place it
-//! takes; `docs/ordering.md` argues why it may.
+//! A model that cannot fail proves nothing. So each model has mutants, in which one fence, scan or
+//! check is left out (`MMUN_MUTANT=no_fence_in_lock`). `mutants_are_caught` runs the models with
+//! the mutants, and each must fail. A full fence models the membarrier system call.
+//! `docs/ordering.md` argues why this is correct.
 #![cfg(mmun_loom)]
 #![allow(missing_docs, reason = "tests")]
 
@@ -18,7 +18,7 @@ use srcu::Srcu;
 
 fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    // The environment may ask for more.
+    // The environment may allow more preemptions.
     builder.preemption_bound = Some(
         builder
             .preemption_bound
@@ -29,16 +29,16 @@ fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
     builder.check(f);
 }
 
-/// An object that a list shows to readers until it is unlinked, and that is freed by writing to it:
-/// `loom` reports a read that is not ordered before the write.
+/// An object that readers find until it is unlinked. Its free is a write: `loom` reports a read
+/// that is not ordered before the write.
 struct Object {
     linked: AtomicBool,
     memory: UnsafeCell<bool>,
 }
 
-// SAFETY: `memory` is used across threads on purpose; `loom` checks that no two uses race.
+// SAFETY: Threads share `memory` on purpose, and `loom` checks that no two accesses race.
 unsafe impl Sync for Object {}
-// SAFETY: As for `Sync`.
+// SAFETY: The same argument as for `Sync`.
 unsafe impl Send for Object {}
 
 impl Object {
@@ -49,7 +49,7 @@ impl Object {
         })
     }
 
-    /// What a reader does in its section.
+    /// Finds and uses the object, as a reader does in its section.
     fn read(&self) {
         if self.is_found() {
             self.use_found();
@@ -61,8 +61,8 @@ impl Object {
     }
 
     fn use_found(&self) {
-        // SAFETY: It was found in this section, so it must not be freed: that is what the model
-        // checks.
+        // SAFETY: This section found the object, so no thread may free it yet. The model checks
+        // exactly this.
         let alive = self.memory.with(|memory| unsafe { *memory });
         assert!(alive, "a reader used a freed object");
     }
@@ -72,7 +72,7 @@ impl Object {
     }
 
     fn free(&self) {
-        // SAFETY: No reader may use it any more: as above.
+        // SAFETY: No reader may use the object any more. The model checks exactly this.
         self.memory.with_mut(|memory| unsafe { *memory = false });
     }
 }
@@ -148,9 +148,9 @@ fn s_85_a_section_sees_all_of_before_or_nothing_of_after() {
     }
 }
 
-/// A reader that loaded the bank before a grace period turned the banks over, and counts in it
-/// afterwards. The first grace period turns them over because of the section that `main` has open
-/// at its first scan.
+/// A reader loads the bank before a grace period switches the banks, and counts in that bank
+/// afterwards. The first grace period switches the banks because at its first scan `main` has a
+/// section open.
 #[test]
 fn s_86_a_late_reader_is_not_missed() {
     model(3, || {
@@ -176,8 +176,8 @@ fn s_86_a_late_reader_is_not_missed() {
     });
 }
 
-/// The end of a section that began after the sum of beginnings must not be taken for the end of one
-/// that began before.
+/// If a section begins after the sum of the beginnings, the scan must not take its end for the end
+/// of an earlier section.
 #[test]
 fn a_later_section_does_not_stand_for_an_earlier_one() {
     model(4, || {
@@ -231,12 +231,12 @@ fn grace_periods_are_shared() {
     });
 }
 
-/// A sleeper that no thread wakes is a deadlock, which `loom` reports.
+/// If no thread wakes a sleeper, `loom` reports a deadlock.
 #[test]
 fn a_wake_up_is_not_lost() {
     model(3, || {
         let srcu = Arc::new(Srcu::new());
-        // SAFETY: The domain must outlive the guard: as in the model below.
+        // SAFETY: The domain must outlive the guard, as in the next model.
         let forever: &'static Srcu = unsafe { &*Arc::as_ptr(&srcu) };
         let section = forever.down_read();
         let reader = thread::spawn({
@@ -255,8 +255,7 @@ fn a_wake_up_is_not_lost() {
 fn a_handed_over_section_is_waited_for() {
     model(3, || {
         let (srcu, object) = (Arc::new(Srcu::new()), Object::new());
-        // SAFETY: The domain must outlive the guard: every thread drops its handle after the guard
-        // is gone.
+        // SAFETY: The domain must outlive the guard. Every thread drops its handle after the guard.
         let forever: &'static Srcu = unsafe { &*Arc::as_ptr(&srcu) };
         let section = forever.down_read();
         object.read();
@@ -309,8 +308,8 @@ fn a_barrier_waits_for_the_calls_of_both_threads() {
     });
 }
 
-/// The reader that ends its section must put the domain back into the inbox, or the batch waits for
-/// ever.
+/// The reader that ends its section must put the domain into the inbox again. Otherwise the batch
+/// waits for ever.
 #[test]
 fn a_callback_waits_for_the_reader_and_is_not_forgotten() {
     model(3, || {
@@ -333,7 +332,7 @@ fn a_callback_waits_for_the_reader_and_is_not_forgotten() {
     });
 }
 
-/// A poll that says yes orders as a wait does.
+/// A poll that returns true orders memory accesses as a wait does.
 #[test]
 fn a_polled_grace_period_waits_for_the_reader() {
     model(2, || {
@@ -360,7 +359,7 @@ fn a_polled_grace_period_waits_for_the_reader() {
     });
 }
 
-/// What is left out, a model that must fail then, and what that must say.
+/// The name of a mutant, a model that must fail with it, and a part of the message.
 const MUTANTS: &[(&str, &str, &str)] = &[
     (
         "no_fence_in_lock",
@@ -485,7 +484,7 @@ fn mutants_are_caught() {
             .env("RUST_BACKTRACE", "0")
             .output()
             .unwrap();
-        // A panic while another one unwinds ends the process, and then what it said is on the other
+        // A second panic during a panic ends the process, and then the message is on the other
         // stream.
         let says = [run.stdout, run.stderr]
             .map(|stream| String::from_utf8_lossy(&stream).into_owned())

@@ -1,5 +1,5 @@
-//! A system that gives no thread (`RLIMIT_NPROC`, `pids.max`): callbacks wait for a barrier, which
-//! runs them itself. One test, since all domains of a process share one reclaimer.
+//! If the system gives no thread (`RLIMIT_NPROC`, `pids.max`), callbacks wait for a barrier, which
+//! runs them itself. There is one test only, because all domains of a process share one reclaimer.
 #![cfg(not(mmun_loom))]
 
 use srcu::{Srcu, WouldDeadlock};
@@ -8,14 +8,14 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::thread;
 
-/// Counts the threads that run callbacks.
+/// Queues a callback that counts its runs and checks its thread.
 fn count(srcu: &Arc<Srcu>, called: &Arc<AtomicUsize>, expected: Option<thread::ThreadId>) {
     let (inner, called) = (Arc::downgrade(srcu), Arc::clone(called));
     srcu.call(move || {
         if let Some(expected) = expected {
             assert_eq!(thread::current().id(), expected);
         }
-        // It would wait for itself.
+        // A barrier in a callback would wait for itself.
         let refused = inner.upgrade().map(|srcu| srcu.barrier());
         assert_ne!(refused, Some(Ok(())));
         called.fetch_add(1, SeqCst);
@@ -24,7 +24,7 @@ fn count(srcu: &Arc<Srcu>, called: &Arc<AtomicUsize>, expected: Option<thread::T
 
 #[test]
 fn without_a_thread_a_barrier_runs_the_callbacks() {
-    // Made before threads are refused.
+    // Make these before the system refuses threads.
     let (a, b) = (Arc::new(Srcu::new()), Arc::new(Srcu::new()));
     let called = Arc::new(AtomicUsize::new(0));
     let meet = Arc::new(Barrier::new(2));
@@ -34,8 +34,8 @@ fn without_a_thread_a_barrier_runs_the_callbacks() {
             testkit::refuse_threads();
             let section = a.read_lock();
             meet.wait();
-            // The first thread waits for this section in its barrier, and this thread, inside the
-            // section, in a barrier of another domain.
+            // The barrier of the first thread waits for this section. This thread, inside the
+            // section, waits in a barrier of another domain.
             count(&b, &called, Some(thread::current().id()));
             assert_eq!(b.barrier(), Ok(()));
             assert_eq!(a.barrier(), Err(WouldDeadlock));
@@ -52,7 +52,7 @@ fn without_a_thread_a_barrier_runs_the_callbacks() {
             (0..300).for_each(|_| count(&a, &called, Some(thread::current().id())));
             assert_eq!(a.barrier(), Ok(()));
             assert!(a.poll(cookie));
-            // A grace period that is polled for needs no barrier.
+            // A polled grace period needs no barrier.
             let section = a.read_lock();
             let cookie = a.start_poll();
             assert!(!a.poll(cookie));
@@ -66,7 +66,7 @@ fn without_a_thread_a_barrier_runs_the_callbacks() {
     other.join().unwrap();
     assert_eq!(called.load(SeqCst), 301);
     assert_eq!(a.callback_panics() + b.callback_panics(), 0);
-    // This thread may start one.
+    // Now this thread may start the reclaimer.
     count(&a, &called, None);
     let here = thread::current().id();
     a.call(move || assert_ne!(thread::current().id(), here));

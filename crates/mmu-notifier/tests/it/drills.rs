@@ -1,4 +1,4 @@
-//! 7.8: whole systems at work, on real mappings where there is something to map.
+//! 7.8: whole systems, on real mappings where possible.
 
 use crate::support::{Counter, page, wait_until};
 use mmu_notifier::{
@@ -80,7 +80,7 @@ fn b_46_after_the_last_puts_and_synchronize_no_operation_runs() {
                     });
                 }
             });
-            // The last puts are done, the events go on.
+            // The last puts are done, and the events continue.
             subsystem.synchronize().unwrap();
             module.unloaded.store(true, Ordering::SeqCst);
             for mm in &mms {
@@ -99,14 +99,14 @@ fn b_46_after_the_last_puts_and_synchronize_no_operation_runs() {
 }
 
 const PAGES: usize = 16;
-/// What is mapped and unmapped at once: a multiple of the pages of any kernel for this processor.
+/// The size of a page of these tests: a multiple of the page size of any kernel for this processor.
 const PAGE: usize = if cfg!(target_arch = "aarch64") {
     64 << 10
 } else {
     4 << 10
 };
 
-/// Real anonymous memory, each page of which begins with a number that was never there before.
+/// Real anonymous memory. Each new page begins with a number that no earlier page had.
 struct Memory {
     base: usize,
     stamp: AtomicU64,
@@ -125,8 +125,8 @@ impl Memory {
 
     fn mmap(at: *mut libc::c_void, length: usize, flags: libc::c_int) -> usize {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
-        // SAFETY: Anonymous memory at a free place, or over pages that this test alone owns and
-        // reaches by system calls only.
+        // SAFETY: The call maps anonymous memory at free addresses, or over pages that only this
+        // test owns and reaches by system calls only.
         let got = unsafe {
             libc::mmap(
                 at,
@@ -154,8 +154,8 @@ impl Memory {
         VaRange::covering(Va::new(self.address(page) as u64), PAGE as u64).unwrap()
     }
 
-    /// Copies between a page and `value`; false if the page is not mapped. The kernel copies, so
-    /// nothing traps.
+    /// Copies between a page and `value`. Returns false if the page is not mapped. The kernel
+    /// copies, so no fault occurs.
     fn copy(&self, page: usize, value: &mut u64, write: bool) -> bool {
         let local = libc::iovec {
             iov_base: std::ptr::from_mut(value).cast(),
@@ -171,8 +171,7 @@ impl Memory {
         } else {
             libc::process_vm_readv
         };
-        // SAFETY: `local` is a live `u64`; `remote` is checked by the kernel, and belongs to this
-        // test.
+        // SAFETY: `local` is a live `u64`. The kernel checks `remote`, which belongs to this test.
         let copied = unsafe { call(me, &raw const local, 1, &raw const remote, 1, 0) };
         copied == 8
     }
@@ -195,10 +194,10 @@ impl Memory {
         );
     }
 
-    /// Takes the content away and leaves the mapping.
+    /// Discards the content and keeps the mapping.
     fn clear(&self, page: usize) {
         let at = self.address(page) as *mut libc::c_void;
-        // SAFETY: As in `unmap`.
+        // SAFETY: The page belongs to this test, as in `unmap`.
         assert_eq!(unsafe { libc::madvise(at, PAGE, libc::MADV_DONTNEED) }, 0);
     }
 
@@ -211,10 +210,10 @@ impl Memory {
     }
 }
 
-/// What a device has of each page: the number that it found there, which stands for the frame.
+/// A device's copy: for each page the number that it found there, which stands for the frame.
 struct Mirror {
     entries: BTreeMap<u64, u64>,
-    /// Whose migrations it need not hear of.
+    /// The owner whose migrations this device ignores.
     owner: Owner,
 }
 
@@ -227,7 +226,7 @@ impl ShadowOps for Mirror {
     }
 }
 
-/// One mirror thread: it faults pages in and looks for entries of pages that are gone.
+/// Runs a mirror thread, which faults pages in and looks for entries of pages that are gone.
 fn mirror(shadow: &InvalidateSeq<Mirror>, memory: &Memory, alive: &Mm, found: &Counter) {
     for page in (0..PAGES).cycle() {
         let Some(_user) = alive.mmget_not_zero() else {
@@ -293,8 +292,8 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
             change(&mm, &memory, round, owners[0], &held[0]);
             round += 1;
         }
-        // Exit, by this thread or by a mirror that is in the middle of a fault. What is mapped goes
-        // away after it.
+        // This is exit, or a mirror in the middle of a fault makes it later. The mappings are
+        // removed after exit.
         drop(mm);
         wait_until(|| !handle.has_notifiers());
         (0..PAGES).for_each(|page| memory.unmap(page));
@@ -315,7 +314,7 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
     assert_eq!((handle.mm_count(), handle.callback_panics()), (1, 0));
 }
 
-/// One change of the address space, in its bracket.
+/// Makes one change of the address space, in its bracket.
 fn change(
     mm: &MmWithUser,
     memory: &Memory,
@@ -340,7 +339,7 @@ fn change(
             drop(bracket);
         }
         2 => {
-            // Over live memory: the old page goes away within the call.
+            // Map over live memory: the call removes the old page.
             let bracket = mm.invalidate(range, Event::Unmap);
             memory.map_again(page);
             memory.write_stamp(page);
@@ -348,8 +347,8 @@ fn change(
         }
         3 if round % 100 == 3 => fork(mm),
         _ => {
-            // The first device moves the page itself: it keeps its entry up to date, the other one
-            // lets go.
+            // The first device moves the page itself, so it updates its entry. The other device
+            // drops its entry.
             let bracket = mm.invalidate(range, Event::Migrate { owner: Some(owner) });
             own.with_shadow(|mirror| {
                 memory.write_stamp(page);
@@ -363,7 +362,7 @@ fn change(
 }
 
 impl Memory {
-    /// Changes the content of a page, as another mapping of it would: with a bracket.
+    /// Changes the content of a page in a bracket, so that every mirror must look it up again.
     fn write_new(&self, mm: &Mm, page: usize) {
         mm.with_invalidation(self.range(page), Event::ProtectionPage, |_| {
             self.write_stamp(page)
@@ -371,14 +370,14 @@ impl Memory {
     }
 }
 
-/// A real child, whose address space starts without subscribers.
+/// Forks a real child, whose address space starts without subscribers.
 fn fork(mm: &MmWithUser) {
     let bracket = mm.invalidate(VaRange::ALL, Event::ProtectionPage);
-    // SAFETY: The child does nothing but end, which is allowed after a fork of a program with
+    // SAFETY: The child only calls `_exit`, which is allowed after a fork of a program with
     // threads.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // SAFETY: Ends the process at once.
+        // SAFETY: The call only ends the process.
         unsafe { libc::_exit(0) };
     }
     assert!(child > 0, "fork: {}", std::io::Error::last_os_error());
@@ -386,6 +385,6 @@ fn fork(mm: &MmWithUser) {
     assert!(!child_mm.has_notifiers());
     drop(bracket);
     let mut status = 0;
-    // SAFETY: Needs a place for the status.
+    // SAFETY: The call needs a place for the status, which is a local.
     assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
 }

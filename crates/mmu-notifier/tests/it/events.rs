@@ -1,4 +1,4 @@
-//! 7.6: start, end and events; `refusals.rs` has starts that refuse.
+//! 7.6: start, end and events. `refusals.rs` has the tests of starts that refuse.
 
 use crate::support::{At, Counter, Log, Probe, Probes, Slot, nothing, page, probes};
 use mmu_notifier::{
@@ -39,7 +39,7 @@ fn s_101_without_subscribers_nothing_happens() {
     );
 }
 
-/// A blockable start cannot return an error; the nearest to it is one that panics.
+/// A blockable start cannot return an error. The nearest case is a start that panics.
 #[test]
 fn s_102_a_start_that_panics_is_counted_and_the_others_are_called() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -60,7 +60,7 @@ fn s_102_a_start_that_panics_is_counted_and_the_others_are_called() {
     }
 }
 
-/// What a subscriber is told of one bracket.
+/// What a subscriber learns of one bracket.
 type Told = Arc<Mutex<Vec<(&'static str, VaRange, Event, Blocking, u64)>>>;
 
 struct Listens(Told);
@@ -202,7 +202,7 @@ fn s_104_young_asks_every_subscriber_and_test_young_stops_at_the_first() {
     );
 }
 
-/// What a subscriber leaves out.
+/// The default methods of a subscriber.
 #[test]
 fn s_104_by_default_nothing_is_young_and_a_start_that_must_not_sleep_is_the_other_one() {
     struct Plain(Counter);
@@ -238,8 +238,8 @@ impl SecondaryTlb for Tlb {
     }
 }
 
-/// Up to Linux 6.5 end flushed secondary TLBs as well; here, as since 6.6, only who changes the
-/// table does.
+/// Up to Linux 6.5, `end` also flushed secondary TLBs. Here, as since Linux 6.6, only the code that
+/// changes the page table flushes them.
 #[test]
 fn s_105_end_does_not_flush_secondary_tlbs() {
     let (mm, flushes) = (MmWithUser::new(), Counter::default());
@@ -271,8 +271,8 @@ fn b_05_a_put_between_the_passes_leaves_a_start_alone() {
     assert_eq!((log.count("a", At::End), log.count("a", At::Free)), (0, 1));
 }
 
-/// A table with both kinds does not compile (see the doc test of `Secondary`); both kinds side by
-/// side work.
+/// A type with callbacks of both kinds does not compile (see the doc test of `Secondary`). Two
+/// subscribers of different kinds work side by side.
 #[test]
 fn b_06_a_table_is_of_one_kind() {
     let (mm, log, flushes) = (MmWithUser::new(), Log::default(), Counter::default());
@@ -291,7 +291,7 @@ fn b_06_a_table_is_of_one_kind() {
 
 #[test]
 fn b_06_release_and_young_reach_a_secondary_tlb() {
-    /// Says yes to each question for a page of its own.
+    /// Answers yes to each question for a different page.
     struct Marked(Log);
     impl SecondaryTlb for Marked {
         fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {}
@@ -381,7 +381,7 @@ fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
     assert_eq!(torn_down.get(), 3);
 }
 
-/// Only exit can make the event (see the doc test of `Exit`), and exit calls `release` of
+/// Only exit can make a release event (see the doc test of `Exit`), and exit calls `release` of
 /// subscribers.
 #[test]
 fn b_10_release_comes_from_exit_alone() {

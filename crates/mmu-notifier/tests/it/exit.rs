@@ -148,7 +148,8 @@ fn s_48_exit_and_unregister_may_both_release_and_exit_waits_for_both() {
     assert_eq!(unregister.join(), "a");
 }
 
-/// One release is inside, the other has ended: exit still waits for the one that `unregister` runs.
+/// The release that exit called has ended, and the release that `unregister` called still runs.
+/// Exit waits for it.
 #[test]
 fn s_48_exit_waits_for_a_release_that_only_unregister_runs() {
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
@@ -199,7 +200,7 @@ fn s_49_unregister_waits_for_a_release_that_exit_runs() {
 
 #[test]
 fn s_50_an_object_is_listed_until_its_release_has_returned() {
-    // In exit this is S-44; here in unregister.
+    // S-44 is the same for exit. This test is for `unregister`.
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
     let registration =
         Registration::new(&mm, Probe::new("a", &log, stop(At::Release, &gate))).unwrap();
@@ -274,7 +275,7 @@ fn s_53_exit_touches_no_other_address_space_and_waits_for_none() {
     );
 }
 
-/// The last user leaves inside a callback, where waiting for brackets would be waiting for itself.
+/// A callback drops the last user. A wait for brackets there would wait for the callback itself.
 #[test]
 fn exit_inside_a_callback_releases_and_does_not_wait() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -78,10 +78,10 @@ fn s_05_an_alloc_error_comes_back_as_it_is() {
     assert_eq!((mm.has_notifiers(), mm.mm_count()), (false, count));
 }
 
-/// The kernel can fail after `alloc`, for want of memory for the list head. Here the head is part
-/// of the address space. What fails does so before `alloc`, or hands an owned notifier back; after
-/// `alloc`, only a bracket that `alloc` itself has left open is refused (`s_14`), and then the
-/// notifier is dropped in this thread, too.
+/// The kernel can fail after `alloc`, if there is no memory for the list head. Here the head is
+/// part of the address space, so a registration fails before `alloc`, or returns the notifier that
+/// the caller made. After `alloc` it fails only if `alloc` has left a bracket open (`s_14`). Then
+/// this thread drops the notifier.
 #[test]
 fn s_06_a_failed_registration_leaves_nothing_behind() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -107,7 +107,7 @@ fn s_06_a_failed_registration_leaves_nothing_behind() {
     );
 }
 
-/// Where the kernel returns EINTR, registration here cannot be interrupted half-way.
+/// The kernel returns EINTR here. This crate's registration continues.
 #[test]
 fn s_07_a_signal_does_not_interrupt_get() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
@@ -295,7 +295,8 @@ fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too()
         std::mem::forget(mm.invalidate(page(1), Event::Clear));
         Ok(Probe::new("b", &log, nothing()))
     });
-    // On an address space of its own, because the open bracket blocks every later registrar of it.
+    // Use another address space, because the open bracket blocks every later registrar of its
+    // address space.
     let other = MmWithUser::new();
     assert_eq!(leaves.get(&other).err().unwrap(), GetError::WouldDeadlock);
     assert_eq!(
@@ -318,7 +319,7 @@ fn s_15_get_does_not_find_a_registered_object() {
     );
 }
 
-/// Two listed objects of one subsystem cannot be (S-15); the nearest to it is an old one that is
+/// A subsystem cannot have two listed objects (S-15). The nearest case is an old object that is
 /// being freed.
 #[test]
 fn s_16_get_returns_the_newest_object_of_its_subsystem() {

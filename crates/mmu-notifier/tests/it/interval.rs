@@ -12,7 +12,7 @@ use std::sync::Arc;
 pub(crate) type Hook =
     Box<dyn FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send>;
 
-/// A state that keeps the events it was told, and what a reader installed.
+/// A state that records the events of its callbacks, and holds the entry that a reader installed.
 #[derive(Default)]
 pub(crate) struct Shadow {
     pub(crate) events: Vec<Event>,
@@ -115,7 +115,7 @@ fn b_19_a_refusing_interval_keeps_subscribers_out() {
     drop(node);
 }
 
-/// A reader or another callback that holds the state's lock is a refusal too.
+/// If a reader or another callback holds the state's lock, the start is refused too.
 #[test]
 fn a_locked_state_refuses_where_sleeping_is_forbidden() {
     let mm = MmWithUser::new();
@@ -164,8 +164,8 @@ fn b_24_read_begin_may_return_a_sequence_that_is_out_of_date() {
     }
 }
 
-/// The window that it waits for is the one that it found, and not whatever comes next: no reader is
-/// held up for ever by a stream of invalidations.
+/// `read_begin` waits only for the window that it found, so a stream of invalidations does not
+/// delay a reader for ever.
 #[test]
 fn b_24_read_begin_waits_for_one_window_only() {
     let mm = Arc::new(MmWithUser::new());
@@ -188,7 +188,8 @@ fn b_24_read_begin_waits_for_one_window_only() {
     drop(second);
 }
 
-/// Inside one's own bracket the wait would never end: the reader gets a sequence that fits no time.
+/// Inside a bracket of the same thread the wait would never end. So the reader gets a sequence that
+/// never matches.
 #[test]
 fn read_begin_inside_ones_own_bracket_does_not_hang() {
     let mm = MmWithUser::new();
@@ -233,7 +234,8 @@ fn b_25_no_stale_entry_survives_an_invalidation() {
     node.with_state(|state| assert!(state.entry.is_none_or(|entry| entry == last)));
 }
 
-/// A callback cannot leave the sequence alone: the core advances it before the state is touched.
+/// A callback cannot prevent the retry, because the core advances the sequence before it calls the
+/// callback.
 #[test]
 fn b_26_a_callback_that_does_nothing_still_makes_readers_retry() {
     struct Lazy;
@@ -268,8 +270,8 @@ fn b_27_the_sequence_may_wrap_around() {
     }
 }
 
-/// Many intervals under one lock of the driver's, which each callback takes: under that lock the
-/// check without the state's own lock says for certain whether an entry may be made.
+/// Many intervals share one lock of the driver, which each callback takes. Under that lock, the
+/// check without the state's own lock is exact.
 #[test]
 fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
     use std::sync::Mutex;

@@ -175,7 +175,7 @@ fn b_41_what_is_not_watched_disturbs_no_fault() {
 fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
     let mm = Arc::new(MmWithUser::new());
     let shadow = shadow(&mm);
-    // Delisted by another thread while this bracket is open: it waits, and the end does not come.
+    // The subscriber is delisted while this bracket is open, so it gets no end.
     let before = shadow.snapshot(page(8));
     let bracket = mm.invalidate(page(7), Event::Clear);
     let (hand_back, back) = std::sync::mpsc::channel();
@@ -250,7 +250,8 @@ fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
     let mm = Arc::new(MmWithUser::new());
     let shadow = Arc::new(shadow(&mm));
     fault(&shadow, 7, 1).unwrap();
-    // Not even of a watched page: its end must decide as its start did.
+    // The page of this bracket is not even watched. But its end must make the same decision as its
+    // start.
     let bracket = mm.invalidate(page(200), Event::Clear);
     let update = spawn({
         let shadow = Arc::clone(&shadow);
@@ -289,8 +290,8 @@ fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
     );
 }
 
-/// Exit delists the shadow while a bracket is open, whose end it never hears: nothing is left to
-/// wait for. The ranges come from an iterator of the caller's, which may leave a bracket open.
+/// The ranges come from an iterator of the caller, which may leave a bracket open. `watch` checks
+/// for open brackets only after it has collected the ranges.
 #[test]
 fn b_44_a_change_of_what_is_watched_asks_after_the_ranges_were_made() {
     let mm = MmWithUser::new();
@@ -305,6 +306,8 @@ fn b_44_a_change_of_what_is_watched_asks_after_the_ranges_were_made() {
     assert!(shadow.watch([page(1)], |_| ()).is_ok());
 }
 
+/// Exit delists the shadow while a bracket is open, so the shadow never gets the end. `watch` must
+/// not wait for it.
 #[test]
 fn b_44_a_change_of_what_is_watched_after_exit_does_not_wait_for_an_end_that_never_comes() {
     let mm = MmWithUser::new();
@@ -330,7 +333,7 @@ fn b_44_a_change_of_what_is_watched_after_exit_does_not_wait_for_an_end_that_nev
     assert!(watch(&shadow).join());
 }
 
-/// Its start saw another set of watched ranges.
+/// The start of this bracket saw other watched ranges.
 #[test]
 fn b_44_an_end_after_release_takes_nothing_back() {
     let mm = MmWithUser::new();

@@ -1,5 +1,5 @@
-//! S-63: waiting for callbacks while holding a lock that a callback takes is found, in whichever
-//! order the two happen.
+//! S-63: the detector finds a wait for callbacks under a lock that a callback takes, whichever
+//! happens first.
 
 use crate::support::{Gate, page, spawn};
 use mmu_notifier::{
@@ -55,7 +55,7 @@ impl ShadowOps for Empty {
     fn zap(&mut self, _: &InvalidateRange<'_>) {}
 }
 
-/// What the detector said, if it stopped `f`.
+/// Runs `f`. Returns the message of the detector if it stopped `f`.
 fn report(f: impl FnOnce()) -> Option<String> {
     let panic = catch_unwind(AssertUnwindSafe(f)).err()?;
     Some(
@@ -143,8 +143,8 @@ fn s_63_the_write_lock_and_the_first_insert_are_waits_too() {
     drop(client.unregister());
 }
 
-/// Each other function that may wait, under a lock that a callback of the same address space has
-/// taken.
+/// Calls each other function that may wait, under a lock that a callback of the same address space
+/// has taken.
 #[test]
 fn s_63_every_function_that_may_wait_is_one() {
     let (mm, table, gate) = (Arc::new(MmWithUser::new()), Table::new(), Gate::new());
@@ -177,7 +177,7 @@ fn s_63_every_function_that_may_wait_is_one() {
     );
     stopped("watch", Box::new(|| shadow.watch([], |_| ()).unwrap()));
     stopped("remove", Box::new(|| drop(removed.remove())));
-    // A window that is another thread's, so that a reader waits.
+    // Another thread opens a window, so that a reader waits.
     let source = spawn({
         let (mm, gate) = (Arc::clone(&mm), Arc::clone(&gate));
         move || mm.with_invalidation(page(1), Event::Unmap, |_| gate.pass())
@@ -209,8 +209,7 @@ fn s_63_a_nested_bracket_hides_no_outer_one() {
     }
 }
 
-/// What was known of a lock goes with its map: another one may get its place in the detector's
-/// table.
+/// The drop of a map removes its records: another lock may get its place in the detector's table.
 #[test]
 fn s_63_a_new_lock_is_not_taken_for_an_old_one() {
     let mm = MmWithUser::new();
@@ -254,10 +253,10 @@ fn s_63_what_cannot_meet_is_not_reported() {
     // Another address space, and another lock.
     table.with(|_| drop(Registration::new(&other, Empty).unwrap().unregister()));
     Table::new().with(|_| drop(Registration::new(&mm, Empty).unwrap().unregister()));
-    // Let go of before the wait.
+    // A lock that is released before the wait.
     table.with(|_| ());
     drop(client.unregister());
-    // A lock that only a free takes, held while brackets are waited for.
+    // A lock that only a free takes, and that a thread holds while it waits for brackets.
     let freed = Table::new();
     drop(Registration::new(&mm, Client(Arc::clone(&freed))).unwrap());
     let subsystem: Subsystem<Empty> = Subsystem::new(|_| Ok(Empty));

@@ -1,4 +1,4 @@
-//! The contract of the core, scenario by scenario: each test is named after the one it checks.
+//! The contract of the core. The name of each test begins with the scenario that it checks.
 
 mod drills;
 mod events;

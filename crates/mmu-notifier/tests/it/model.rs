@@ -1,8 +1,9 @@
-//! Random operations of several threads, run on the core and on the reference model, must agree in
-//! every answer and every callback.
+//! Runs random operations of several threads on the core and on the reference model. Both must
+//! agree in every answer and every callback.
 //!
-//! One thread operates at a time, except where an operation waits for brackets of other threads:
-//! those are ended while it waits, and what is called meanwhile comes in any order.
+//! One thread operates at a time, with one exception. If an operation waits for brackets of other
+//! threads, these threads end the brackets meanwhile, and the callbacks of that time may come in
+//! any order.
 
 mod callbacks;
 mod steps;
@@ -13,8 +14,8 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use world::World;
 
-/// One step. Numbers choose among what there is, modulo how many there are; the first one of a
-/// thread's is the thread.
+/// One step. A number chooses one of the existing objects, modulo how many there are. In a step of
+/// a thread, the first number chooses the thread.
 #[derive(Debug, Clone)]
 enum Op {
     MmNew,
@@ -97,7 +98,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// `PROPTEST_RNG_SEED` repeats a run, `PROPTEST_CASES` lengthens one.
+/// `PROPTEST_RNG_SEED` repeats a run, and `PROPTEST_CASES` lengthens it.
 #[test]
 fn random_operations_agree_with_the_model() {
     let chosen = ProptestConfig::default();

@@ -55,7 +55,7 @@ fn s_22_the_free_waits_for_a_walker_and_put_does_not() {
     assert_eq!(log.count("a", At::Free), 1);
 }
 
-/// With one domain per address space a reader of another one holds nothing up.
+/// Each address space has its own domain, so a reader of another address space delays no free.
 #[test]
 fn s_23_a_reader_of_another_address_space_delays_no_free() {
     let (mm, other, log) = (MmWithUser::new(), MmWithUser::new(), Log::default());
@@ -99,7 +99,7 @@ fn s_24_the_free_is_done_before_the_address_space_is_let_go() {
     let subscription = subsystem.get(&mm).unwrap();
     let keep = (*mm).clone();
     drop(mm);
-    // The free waits for the bracket, so that put has returned and holds nothing any more.
+    // The free waits for the bracket, so put has returned before and holds no handle any more.
     let bracket = keep.invalidate(page(1), Event::Clear);
     subscription.put();
     drop(bracket);
@@ -169,7 +169,7 @@ fn s_26_get_after_last_put_makes_a_new_object() {
     );
 }
 
-/// A notifier that is poisoned when it is freed.
+/// A notifier whose drop poisons it.
 struct Canary<'a> {
     state: AtomicU64,
     frees: &'a AtomicUsize,
@@ -239,8 +239,8 @@ fn s_28_many_putters_free_once() {
     }
 }
 
-/// A surplus put does not compile: `put` consumes its handle (see the doc test of `Subscription`).
-/// What can be written, clones included, is one put for each get.
+/// A surplus put does not compile, because `put` consumes its handle (see the doc test of
+/// `Subscription`). A program can only put once for each get and each clone.
 #[test]
 fn s_29_each_reference_is_put_exactly_once() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -426,8 +426,8 @@ fn s_35_put_returns_while_a_grace_period_is_stuck() {
     assert_eq!(log.count("a", At::Free), 100);
 }
 
-/// The mutex that its own object holds: each putter unlocks before it puts, and the object outlives
-/// every unlock.
+/// The object holds the mutex. Each putter unlocks before it puts, so the object outlives every
+/// unlock.
 #[test]
 fn s_36_unlock_then_put_touches_nothing_freed() {
     static COMPLETE: AtomicUsize = AtomicUsize::new(0);

@@ -1,4 +1,4 @@
-//! Notifiers and intervals in memory of their users.
+//! Notifiers and intervals in memory that the caller provides.
 #![expect(unsafe_code, reason = "that memory")]
 
 use mmu_notifier::raw::{Embedded, Interval, Node, Notifiers, RawIntervalOps, SurplusPut};
@@ -32,11 +32,11 @@ impl Notifier for Counter {
 // SAFETY: The memory of each node is a box of its own, leaked until here or until `unregister`.
 unsafe impl Embedded for Counter {
     unsafe fn dispose(node: NonNull<Node<Self>>) {
-        // SAFETY: `place` leaked it, and no thread uses it any more.
+        // SAFETY: `place` leaked the memory, and no thread uses the node any more.
         let node = unsafe { Box::from_raw(node.as_ptr().cast::<MaybeUninit<Node<Self>>>()) };
-        // SAFETY: The value is still in it.
+        // SAFETY: The node is still initialised.
         let value = unsafe { node.assume_init_ref() }.value();
-        // SAFETY: It is moved out once.
+        // SAFETY: The value is moved out only here.
         let value = unsafe { std::ptr::read(value) };
         value.1.disposed.fetch_add(1, Ordering::Relaxed);
     }
@@ -76,10 +76,10 @@ fn s_15_a_registered_node_is_found_and_s_16_the_newest_first() {
     drop(mm.invalidate(VaRange::ALL, Event::Clear));
     assert_eq!(calls.starts.load(Ordering::Relaxed), 3);
     for (node, users) in [(one, 1), (newer, 2), (other, 2)] {
-        // SAFETY: It is counted, `users` times.
+        // SAFETY: The node must be alive. It is counted, `users` times.
         assert_eq!(unsafe { node.as_ref() }.users(), users);
         for _ in 0..users {
-            // SAFETY: As above.
+            // SAFETY: The node must be alive, and this is one of its `users` puts.
             assert_eq!(unsafe { Node::put(node) }, Ok(()));
         }
     }
@@ -95,9 +95,9 @@ fn s_29_a_surplus_put_is_an_error() {
     let (all, mm, calls) = (Notifiers::new(), MmWithUser::new(), Arc::default());
     let node = register(&all, &mm, 1, &calls);
     let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
-    // SAFETY: It has one user.
+    // SAFETY: The node has one user.
     assert_eq!(unsafe { Node::put(node) }, Ok(()));
-    // SAFETY: The bracket keeps it from being disposed of.
+    // SAFETY: The bracket delays the `dispose` of the node.
     assert_eq!(unsafe { Node::put(node) }, Err(SurplusPut));
     drop(bracket);
     all.synchronize().unwrap();
@@ -110,10 +110,10 @@ fn s_60_unregister_gives_the_memory_back_though_there_are_users() {
     let node = register(&all, &mm, 1, &calls);
     assert!(all.find(&mm, |_| true).unwrap().is_some());
     let bracket = mm.invalidate(VaRange::ALL, Event::Clear);
-    // SAFETY: It is registered, and stays so: this is refused.
+    // SAFETY: The node is registered, and stays so, because the call is refused.
     assert_eq!(unsafe { Node::unregister(node) }, Err(WouldDeadlock));
     drop(bracket);
-    // SAFETY: It is registered, and no thread uses it any more.
+    // SAFETY: The node is registered, and no thread uses it any more.
     assert_eq!(unsafe { Node::unregister(node) }, Ok(()));
     assert_eq!(
         (
@@ -123,7 +123,8 @@ fn s_60_unregister_gives_the_memory_back_though_there_are_users() {
         (1, 0)
     );
     assert_eq!(mm.mm_count(), 1);
-    // SAFETY: `place` leaked it, and it is ours again; only the value in it is left to be dropped.
+    // SAFETY: `place` leaked the memory, and the node is unregistered. Only its value is still to
+    // be dropped.
     unsafe { Counter::dispose(node) };
     assert_eq!((Arc::strong_count(&calls), mm.has_notifiers()), (1, false));
 }
@@ -134,7 +135,7 @@ struct Range {
     seen: Arc<AtomicU64>,
 }
 
-// SAFETY: The pointer is to an interval that its own callbacks, which come through it, find alive.
+// SAFETY: The pointer points to the interval itself, which is alive during its callbacks.
 unsafe impl Send for Range {}
 // SAFETY: As above.
 unsafe impl Sync for Range {}
@@ -142,7 +143,7 @@ unsafe impl Sync for Range {}
 impl RawIntervalOps for Range {
     fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
         let held = self.locked.try_lock().map_err(|_| WouldBlock)?;
-        // SAFETY: It is inserted: this is its callback.
+        // SAFETY: The interval is inserted, because this is its callback.
         unsafe { self.me.as_ref() }.set_seq(seq);
         drop(held);
         self.seen
@@ -174,12 +175,12 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     let bracket = mm.invalidate(page(7), Event::Clear);
     assert!(interval.read_retry(seq) && seen.load(Ordering::Relaxed) == 7 << 12);
     assert_eq!(interval.read_begin(), 0, "it would wait for this thread");
-    // SAFETY: It is inserted, and stays so: this is refused.
+    // SAFETY: The interval is inserted, and stays so, because the call is refused.
     assert_eq!(unsafe { Interval::remove(me) }, Err(WouldDeadlock));
     drop(bracket);
     drop(mm.clone());
     assert_eq!(mm.mm_count(), 2);
-    // SAFETY: It is inserted, and no thread uses it any more.
+    // SAFETY: The interval is inserted, and no thread uses it any more.
     unsafe { Interval::remove(me) }.unwrap();
     assert_eq!((mm.mm_count(), Arc::strong_count(&seen)), (1, 1));
     // SAFETY: `place` leaked it, and it is ours again.

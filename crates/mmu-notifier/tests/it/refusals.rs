@@ -1,4 +1,4 @@
-//! 7.6: starts that must not sleep, and refuse.
+//! 7.6: starts that must not sleep and refuse.
 
 use crate::support::{At, Counter, Hook, Log, Probe, nothing, page};
 use mmu_notifier::{
@@ -30,7 +30,8 @@ fn s_103_a_refusal_reaches_the_caller_and_every_subscriber_was_asked() {
     assert!(mm.mmap_write_lock().is_ok(), "no bracket was left open");
 }
 
-/// Any of many may refuse: the first that is asked, one in the middle, the last, or several.
+/// Any subscriber of many may refuse: the first that is called, one in the middle, the last, or
+/// several.
 #[test]
 fn b_01_a_refusal_by_any_of_many_ends_all_the_others() {
     const ALL: usize = 100;
@@ -85,7 +86,7 @@ impl IntervalOps for Quiet {
     }
 }
 
-/// Writes down its number and whether the window of the intervals is open, at each end.
+/// At each end, records its number and whether the window of the intervals is open.
 struct Ends(usize, Arc<Mutex<Vec<(usize, bool)>>>);
 
 impl Notifier for Ends {
@@ -102,8 +103,8 @@ impl Notifier for Ends {
     }
 }
 
-/// Newest first, after the window of the intervals was closed: for any number of subscribers, and
-/// in the same order as after a bracket that no subscriber refused.
+/// The ends come newest first, after the window of the intervals has closed. This holds for any
+/// number of subscribers, and is the order after a bracket that no subscriber refused.
 #[test]
 fn b_01_ends_come_in_one_order_for_any_number_of_subscribers() {
     for all in [1, 2, 31, 32, 33, 40, 64, 65, 100, 1000] {
@@ -132,8 +133,8 @@ fn b_01_ends_come_in_one_order_for_any_number_of_subscribers() {
     }
 }
 
-/// A start that panics may have done part of its work, so it is owed an end. An end that panics
-/// must not keep the other subscribers from their ends.
+/// A start that panics may have done part of its work, so its end must come. An end that panics
+/// must not prevent the ends of the other subscribers.
 #[test]
 fn b_03_a_panic_in_a_refused_start_or_its_end_leaves_the_others_paired() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -180,7 +181,8 @@ fn b_01_on_a_refusal_each_one_that_accepted_gets_one_end() {
     assert_eq!(log.names(At::End), ["c", "a"]);
 }
 
-/// The kernel cannot tell whose start failed and warns of such a table; here the core remembers.
+/// The kernel does not record whose start failed, so it warns of a table that can refuse and has an
+/// end. The core records it.
 #[test]
 fn b_02_who_can_refuse_may_have_an_end() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -47,7 +47,7 @@ fn s_61_unregister_waits_for_a_running_callback() {
     drop(probe);
 }
 
-/// Under a storm of events: what was handed back is called no more.
+/// Many events occur, and after `unregister` none of them calls the notifier.
 #[test]
 fn s_61_after_unregister_the_count_of_callbacks_stands_still() {
     struct Counts(Counter);
@@ -186,7 +186,7 @@ fn s_14_a_notifier_of_ones_own_is_registered_under_the_write_lock() {
     assert!(!mm.has_notifiers());
 }
 
-/// `?` keeps the reason; the value is dropped.
+/// `?` keeps the reason and drops the value.
 #[test]
 fn errors_that_hand_a_value_back_convert_to_the_reason() {
     struct Quiet;
@@ -289,7 +289,7 @@ fn a_release_that_panics_is_counted_and_holds_nothing_up() {
     assert!(!handle.has_notifiers() && first.unregister().is_ok());
 }
 
-/// Nothing that could wait is started in a free: the reclaimer would wait for itself.
+/// A free must not call a function that could wait, because the reclaimer would wait for itself.
 #[test]
 fn s_65_what_registers_or_unregisters_in_a_deferred_free_is_refused() {
     struct Frees(Box<dyn FnMut() + Send + Sync>);
@@ -339,7 +339,8 @@ fn s_65_what_registers_or_unregisters_in_a_deferred_free_is_refused() {
     );
 }
 
-/// The reclaimer also drops the state of an interval that was let go of inside its own bracket.
+/// The reclaimer also drops the state of an interval that was dropped inside a bracket of the same
+/// thread.
 #[test]
 fn s_65_what_registers_in_the_deferred_drop_of_an_interval_is_refused() {
     struct State(Box<dyn FnMut() + Send>);
@@ -404,8 +405,8 @@ fn s_66_register_waits_for_a_start_in_flight_and_sees_none_of_it() {
     assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
 }
 
-/// A second getter finds the listed object while the first still waits: it must wait as well, or it
-/// could cache what an older bracket is about to change.
+/// A second getter may find the listed object while the first one still waits. It must wait too,
+/// because otherwise it could cache a translation that an older bracket is about to change.
 #[test]
 fn s_66_a_second_getter_waits_for_the_start_in_flight_too() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
@@ -449,8 +450,8 @@ fn s_67_a_nested_start_passes_a_waiting_registrar() {
     );
 }
 
-/// Where the kernel returns EINTR. Here the one that waits for brackets and the one that waits for
-/// its turn both go on waiting, and both succeed.
+/// The kernel returns EINTR here. In this crate, the registrar that waits for brackets and the
+/// registrar that waits for the lock both continue to wait, and both succeed.
 #[test]
 fn s_68_a_signal_does_not_interrupt_a_waiting_register() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());

@@ -1,4 +1,4 @@
-//! A subscriber that writes down what happens to it, and the means to hold it up in the middle.
+//! A subscriber that logs its calls, and tools to stop it in the middle of a call.
 
 use mmu_notifier::{
     InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va, VaRange, WouldBlock,
@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-/// The moments in a subscriber's life at which a test may step in.
+/// The points in a subscriber's life at which a test can run code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum At {
     Alloc,
@@ -23,7 +23,7 @@ pub(crate) enum At {
     Free,
 }
 
-/// What happened, in order: who and what.
+/// The events in order: the name of the subscriber, and the point.
 #[derive(Clone, Default)]
 pub(crate) struct Log(Arc<Mutex<Vec<(&'static str, At)>>>);
 
@@ -47,7 +47,7 @@ impl Log {
             .count()
     }
 
-    /// Who came to `at`, in order.
+    /// Returns the names of the subscribers that reached `at`, in order.
     pub(crate) fn names(&self, at: At) -> Vec<&'static str> {
         self.all()
             .into_iter()
@@ -57,15 +57,16 @@ impl Log {
     }
 }
 
-/// What a test does in the middle of a callback; false refuses a non-blockable start.
+/// The code that a test runs in the middle of a callback. If it returns false, it refuses a
+/// non-blockable start.
 pub(crate) type Hook = Arc<dyn Fn(At) -> bool + Send + Sync>;
 
-/// A hook that lets everything pass.
+/// Returns a hook that does nothing.
 pub(crate) fn nothing() -> Hook {
     Arc::new(|_| true)
 }
 
-/// A hook that stops at `gate` whenever it comes to `at`.
+/// Returns a hook that waits at `gate` whenever it reaches `at`.
 pub(crate) fn stop(at: At, gate: &Arc<Gate>) -> Hook {
     let gate = Arc::clone(gate);
     Arc::new(move |now| {
@@ -168,7 +169,7 @@ impl Gate {
         let _open = self.changed.wait_while(state, |state| !state.1).unwrap();
     }
 
-    /// Waits until `n` have come.
+    /// Waits until `n` threads have reached the gate.
     pub(crate) fn wait_for(&self, n: usize) {
         let _state = self
             .changed
@@ -182,7 +183,7 @@ impl Gate {
     }
 }
 
-/// Work on another thread, of which one can ask whether it is done.
+/// Work on another thread. A test can ask whether it is done.
 pub(crate) struct Task<T> {
     tid: libc::pid_t,
     result: Receiver<T>,
@@ -193,7 +194,7 @@ pub(crate) fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
     let (tell, tid) = channel();
     let (sender, result) = channel();
     let thread = thread::spawn(move || {
-        // SAFETY: No duty.
+        // SAFETY: The call has no preconditions.
         tell.send(unsafe { libc::gettid() }).unwrap();
         drop(sender.send(work()));
     });
@@ -205,8 +206,7 @@ pub(crate) fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
 }
 
 impl<T> Task<T> {
-    /// Asserts that it is held up: it has come to where it sleeps, and had time to go on and did
-    /// not.
+    /// Asserts that the thread is blocked: it sleeps, and it did not finish within some time.
     pub(crate) fn assert_blocked(&self) {
         wait_until(|| self.thread.is_finished() || self.sleeps());
         assert!(matches!(
@@ -219,7 +219,7 @@ impl<T> Task<T> {
     fn sleeps(&self) -> bool {
         let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid))
             .unwrap_or_default();
-        // The state comes after the name, which is in parentheses.
+        // The state follows the name, which is in parentheses.
         stat.rsplit_once(") ")
             .is_some_and(|(_, rest)| rest.starts_with('S'))
     }
@@ -228,24 +228,25 @@ impl<T> Task<T> {
     pub(crate) fn interrupt(&self) {
         use std::os::unix::thread::JoinHandleExt;
         extern "C" fn ignore(_signal: libc::c_int) {}
-        // SAFETY: `sigaction` needs a valid struct; an all-zero one without flags, so without
-        // SA_RESTART, is valid.
+        // SAFETY: `sigaction` needs a valid struct. A struct of zeroes is valid. It has no flags,
+        // so no SA_RESTART.
         let mut action = unsafe { std::mem::zeroed::<libc::sigaction>() };
         action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as usize;
         assert_eq!(
-            // SAFETY: The handler does nothing, which is safe in a signal context; the old action
-            // is not asked for.
+            // SAFETY: The handler does nothing, which is safe in a signal handler. The call does
+            // not return the old action.
             unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) },
             0
         );
         assert_eq!(
-            // SAFETY: `pthread_kill` needs a thread that was not joined: `join` consumes the task.
+            // SAFETY: `pthread_kill` needs a thread that was not joined. `join` consumes the task,
+            // so this one was not.
             unsafe { libc::pthread_kill(self.thread.as_pthread_t(), libc::SIGUSR1) },
             0
         );
     }
 
-    /// Waits for it; a test that hangs here has found something.
+    /// Waits for the result. A test that hangs here has found a deadlock.
     pub(crate) fn join(self) -> T {
         let result = self
             .result
@@ -267,10 +268,10 @@ pub(crate) fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).unwrap()
 }
 
-/// A place from which a callback can put a subscription that a test gave it.
+/// A place in which a test leaves a subscription for a callback to put.
 pub(crate) type Slot<N> = Arc<Mutex<Option<Subscription<N>>>>;
 
-/// A hook that puts what lies in the slot when it comes to `when`.
+/// Returns a hook that puts the subscription in the slot when it reaches `when`.
 pub(crate) fn put_at(when: At, slot: &Slot<Probe>) -> Hook {
     let slot = Arc::clone(slot);
     Arc::new(move |at| {
@@ -291,7 +292,7 @@ impl Counter {
         self.0.fetch_add(1, Ordering::SeqCst) + 1
     }
 
-    /// Counts if `it` holds.
+    /// Counts a call if `it` is true.
     pub(crate) fn add_if(&self, it: bool) {
         if it {
             self.add();

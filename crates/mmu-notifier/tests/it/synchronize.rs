@@ -46,7 +46,8 @@ fn s_81_synchronize_waits_for_a_slow_free() {
     waiter.join();
 }
 
-/// Nor does it wait for notifiers that are put while it waits: a stream of puts cannot delay it.
+/// `synchronize` does not wait for notifiers that are put while it waits, so a stream of puts
+/// cannot delay it.
 #[test]
 fn s_81_synchronize_does_not_wait_for_later_puts() {
     let (mms, log) = ([MmWithUser::new(), MmWithUser::new()], Log::default());
@@ -78,7 +79,8 @@ fn s_81_synchronize_does_not_wait_for_later_puts() {
     assert!(mms.iter().all(|mm| mm.mm_count() == 1));
 }
 
-/// In a bracket, in a callback of any kind, in a free: each says so, and none hangs.
+/// In a bracket, in a callback of any kind and in a free, `synchronize` returns the error and does
+/// not hang.
 #[test]
 fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -122,8 +124,8 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     assert_eq!(*refused.lock().unwrap(), all);
 }
 
-/// Other work on the same reclaimer, of a domain that is the caller's own, is as bad a place as a
-/// free: what would be waited for comes after it.
+/// A callback of another domain on the reclaimer cannot wait either: the frees that it would wait
+/// for run after it, on the same thread.
 #[test]
 fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
     let (mm, log, domain) = (MmWithUser::new(), Log::default(), srcu::Srcu::new());
@@ -142,8 +144,8 @@ fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
     drop(bracket);
 }
 
-/// The callback of an interval, what it leaves for later, and its drop by the reclaimer are such
-/// places too; so is the callback of a secondary TLB.
+/// The callback of an interval, its second pass, its drop by the reclaimer and the callback of a
+/// secondary TLB cannot wait either.
 #[test]
 fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
     static REFUSED: Mutex<Vec<&str>> = Mutex::new(Vec::new());
@@ -187,16 +189,16 @@ fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
     let bracket = handle.invalidate(page(1), Event::Clear);
     drop(interval);
     drop(bracket);
-    // The registration's, the handle and nothing else.
+    // The handle of the registration and `handle` are left.
     wait_until(|| handle.mm_count() == 2);
     assert_eq!(REFUSED.lock().unwrap()[5..], ["interval", "finish", "drop"]);
 }
 
-/// What is promised of `Subsystem::synchronize`: every notifier that was put before the call is
-/// freed. The kernel's is a grace period, so it waits for readers even with nothing pending; that
-/// half of the scenario is `Srcu::synchronize`'s, and tested there. Here nothing pending is nothing
-/// to wait for. With something pending, it waits for every bracket of that address space that was
-/// open at the put, on whichever thread, and for no bracket of another address space.
+/// `Subsystem::synchronize` promises that every notifier that was put before the call is freed. The
+/// kernel's function is a grace period, so it waits for readers even if no free is pending. That
+/// half of the scenario is a promise of `Srcu::synchronize`, whose tests cover it. Here
+/// `synchronize` waits only if a free is pending: then for every bracket of that address space that
+/// was open at the put, on whichever thread, and for no bracket of another address space.
 #[test]
 fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
@@ -220,8 +222,8 @@ fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others
     drop(elsewhere);
 }
 
-/// A driver whose notifiers are its own, registered and then put: `mmu_notifier_synchronize` of the
-/// kernel's is for these, too.
+/// A driver registers notifiers of its own and puts them. The kernel's `mmu_notifier_synchronize`
+/// waits for these too.
 #[test]
 fn s_80_synchronize_waits_for_registrations_that_were_put() {
     let (mms, log, gate) = (
@@ -276,7 +278,8 @@ fn s_80_synchronize_waits_for_registrations_that_were_put() {
     OWNED.synchronize().unwrap();
 }
 
-/// `get` finds only what it has made: a registration has an owner who may take it back.
+/// `get` finds only the notifiers that it has made: a registration has an owner, who may unregister
+/// it.
 #[test]
 fn s_15_get_does_not_find_what_its_subsystem_has_registered() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -312,7 +315,7 @@ fn s_88_one_drain_covers_what_a_free_puts() {
     let made = Counter::default();
     let subsystem: Probes = Subsystem::new({
         let (log, slots) = (log.clone(), slots.clone());
-        // The n-th one made puts the next when it is freed.
+        // The free of each notifier puts the next one.
         Box::new(move |_| {
             let next = slots.get(made.add()).cloned().unwrap_or_default();
             Ok(Probe::new("a", &log, put_at(At::Free, &next)))
@@ -335,8 +338,8 @@ fn s_88_one_drain_covers_what_a_free_puts() {
     drop(bracket);
 }
 
-/// The drain looks again after what it waited for: the second free cannot come to its end before
-/// the drain has had every occasion to return.
+/// After a wait, the drain checks again. The gate stops the second free until the drain has had
+/// time to return too early.
 #[test]
 fn s_88_a_drain_waits_for_the_free_that_the_awaited_one_has_put() {
     let (mms, log, gate) = (
@@ -374,7 +377,7 @@ fn s_88_a_drain_waits_for_the_free_that_the_awaited_one_has_put() {
     assert!(mms.iter().all(|mm| mm.mm_count() == 1));
 }
 
-/// Memory grows by one node for each put, and nothing else: put neither waits nor fails.
+/// Each put adds one node to the queue. It neither waits nor fails.
 #[test]
 fn s_90_a_hundred_thousand_puts_wait_for_a_stuck_reader() {
     const PUTS: usize = 100_000;

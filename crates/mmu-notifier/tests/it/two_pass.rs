@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 type Order = Arc<Mutex<Vec<(&'static str, u32)>>>;
 
-/// A state whose start and finish are written down.
+/// Makes a state that records its start and its finish.
 fn two_pass(order: &Order, number: u32) -> Shadow {
     let order = Arc::clone(order);
     Shadow::with(move |_| {
@@ -85,7 +85,8 @@ fn a_panicking_interval_is_counted_and_the_window_closes() {
     assert_eq!(node.remove().unwrap().events.len(), 1);
 }
 
-/// They run in the window of their invalidation, which closes only after the last one.
+/// The second passes run in the window of their invalidation, which closes only after the last one
+/// has run.
 #[test]
 fn b_33_finishes_run_before_the_window_closes() {
     let (mm, seen) = (MmWithUser::new(), Arc::new(Mutex::new(Vec::new())));
@@ -111,7 +112,7 @@ fn b_33_finishes_run_before_the_window_closes() {
     drop((nodes, refuses));
 }
 
-/// Two invalidations at once of one interval: each has a second pass of its own.
+/// Two invalidations of one interval run at once, and each has its own second pass.
 #[test]
 fn b_33_parallel_invalidations_have_a_finish_each() {
     let (mm, gate, made) = (
@@ -169,7 +170,7 @@ fn b_33_a_finish_that_panics_is_counted_and_the_others_run() {
     assert_eq!(*order.lock().unwrap(), [("start", 2), ("finish", 2)]);
 }
 
-/// In the callback of an interval, at exit as well, nothing can wait for the window that it is in.
+/// The callback of an interval, also at exit, cannot wait for its own window.
 #[test]
 fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
     let (mm, refused) = (MmWithUser::new(), Arc::new(Mutex::new(Vec::new())));
@@ -194,7 +195,7 @@ fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
             Ok(None)
         }
     });
-    // Called in the order of their first pages.
+    // The core calls intervals in the order of their first pages.
     let other = IntervalNotifier::insert(&mm, page(1), Shadow::default()).unwrap();
     let caller = IntervalNotifier::insert(&mm, page(2), shadow).unwrap();
     *slot.lock().unwrap() = Some(other);
@@ -214,7 +215,7 @@ fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
     assert_eq!(other.remove().unwrap().events.len(), 2);
 }
 
-/// S-31 for the callbacks of intervals: put is allowed in both, and the free comes after the
+/// S-31 for the callbacks of intervals: put is allowed in both passes, and the free comes after the
 /// bracket.
 #[test]
 fn s_31_an_intervals_callbacks_may_put() {

@@ -1,4 +1,4 @@
-//! Faults and removals of intervals, racing brackets.
+//! Faults and removals of intervals that race with brackets.
 
 use crate::{model, model_with};
 use loom::sync::Arc;

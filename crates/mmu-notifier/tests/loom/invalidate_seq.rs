@@ -1,4 +1,4 @@
-//! A fault under the collision protocol, racing invalidations.
+//! A fault under the collision protocol that races with invalidations.
 
 use crate::model;
 use loom::sync::Arc;
@@ -24,14 +24,14 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).unwrap()
 }
 
-/// Which of the two is the thread that was there first: `loom` tries out more for the other one.
+/// Which of the two is the main thread. `loom` explores more interleavings of the other one.
 #[derive(Clone, Copy)]
 enum First {
     Fault,
     Source,
 }
 
-/// A fault on page 1, while another thread changes page 1 and then invalidates `then`.
+/// Runs a fault on page 1, while another thread changes page 1 and then invalidates `then`.
 fn fault_racing_invalidations(first: First, then: Option<VaRange>) {
     let mm = Arc::new(MmWithUser::new());
     let shadow = InvalidateSeq::new([VaRange::ALL], OnePage::default());

@@ -1,20 +1,20 @@
-//! What the last user did comes before the free, and before `release`.
+//! The accesses of the last user come before the free, and before `release`.
 
 use crate::model;
 use loom::sync::Arc;
 use loom::thread;
 use mmu_notifier::{Mm, MmWithUser, Notifier, Subsystem};
 
-/// What every user touches and the drop writes: `loom` reports a free that is not ordered after
-/// each use.
+/// A value that every user reads and the drop writes. `loom` reports a free that is not ordered
+/// after each use.
 struct Touched(loom::cell::UnsafeCell<bool>);
 
-// SAFETY: The cell is used across threads on purpose; `loom` checks that no two uses race.
+// SAFETY: Threads share the cell on purpose, and `loom` checks that no two accesses race.
 unsafe impl Sync for Touched {}
 
 impl Touched {
     fn touch(&self) {
-        // SAFETY: No thread may write while a user is left: the model checks exactly that.
+        // SAFETY: No thread may write while a user is left. The model checks exactly this.
         assert!(
             self.0.with(|alive| unsafe { *alive }),
             "used after it was freed"
@@ -30,7 +30,7 @@ impl Notifier for Touched {
 
 impl Drop for Touched {
     fn drop(&mut self) {
-        // SAFETY: No user is left: as above.
+        // SAFETY: No user may be left. The model checks exactly this.
         self.0.with_mut(|alive| unsafe { *alive = false });
     }
 }

@@ -1,5 +1,5 @@
-//! Every interleaving of the races that the contract lists. `RUSTFLAGS="--cfg mmun_loom" cargo test
-//! --release --test loom`.
+//! Checks every interleaving of the races that the contract lists. `RUSTFLAGS="--cfg mmun_loom"
+//! cargo test --release --test loom`.
 #![cfg(mmun_loom)]
 
 mod interval;
@@ -11,8 +11,8 @@ fn model(f: impl Fn() + Sync + Send + 'static) {
     model_with(2, f);
 }
 
-/// Checks every run in which threads are preempted up to `preemptions` times. Waiting does not
-/// count.
+/// Checks every run in which threads are preempted at most `preemptions` times. A thread that waits
+/// is not preempted.
 fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(preemptions));
@@ -20,7 +20,7 @@ fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     builder.check(f);
 }
 
-/// Each way to break the core, the model that must fail for it, and what that must say.
+/// Each mutant of the core, the model that must fail for it, and a part of the message.
 const MUTANTS: &[(&str, &str, &str)] = &[
     (
         "free_at_once",
@@ -138,7 +138,7 @@ fn every_mutant_is_caught() {
             .args(["--exact", model])
             .output()
             .unwrap();
-        // A panic while another one unwinds ends the process, and then what it said is on the other
+        // A second panic during a panic ends the process, and then the message is on the other
         // stream.
         let says = [run.stdout, run.stderr]
             .map(|stream| String::from_utf8_lossy(&stream).into_owned())

@@ -1,4 +1,4 @@
-//! Get, put, register and exit, racing walkers, waits and each other.
+//! Get, put, register and exit, which race with walkers, waits and each other.
 
 use crate::model;
 use loom::sync::Arc;
@@ -8,8 +8,8 @@ use mmu_notifier::{
     Event, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Subsystem, VaRange,
 };
 
-/// What a model's notifiers have seen. What a callback asserts comes out as a counted panic, which
-/// each model checks.
+/// The counts of a model's notifiers. If an assertion in a callback fails, the panic is counted,
+/// and each model checks that count.
 #[derive(Default)]
 struct Seen {
     allocs: AtomicUsize,
@@ -235,8 +235,8 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
     model(move || {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = canaries(&seen);
-        // Another subscriber is listed. A bracket that found an empty list would call no end at
-        // all, and would hide a surplus end.
+        // List another subscriber. If a bracket found an empty list, it would call no end at all,
+        // and a surplus end would not show.
         let Ok(other) = Registration::new(&mm, Canary::new(&Arc::new(Seen::default()))) else {
             panic!("it was made outside")
         };
@@ -246,7 +246,7 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
             move || bracket(&mm, &moved)
         });
         let held = subsystem.get(&mm).unwrap();
-        // The value that is looked up now is either new, or the bracket will call the notifier.
+        // Either the value that is looked up now is new, or the bracket will call the notifier.
         let looked_up = moved.load(Ordering::Relaxed);
         source.join().unwrap();
         let (starts, ends) = (count(&seen.starts), count(&seen.ends));
@@ -291,7 +291,7 @@ fn s_66_a_second_getter_racing_a_bracket() {
         let (mm, seen) = (Arc::new(MmWithUser::new()), Arc::new(Seen::default()));
         let subsystem = Arc::new(canaries(&seen));
         let moved = Arc::new(AtomicUsize::new(0));
-        // Makes the subsystem's shared part, whose `OnceLock` is not modelled.
+        // This makes the subsystem's shared part. Its `OnceBox` is not modelled.
         subsystem.synchronize().unwrap();
         let bracket = mm.invalidate(VaRange::ALL, Event::Unmap);
         let getters = [(); 2].map(|()| {

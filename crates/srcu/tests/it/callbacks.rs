@@ -175,12 +175,12 @@ fn embedded_heads_run_and_can_be_queued_again() {
     let node = NonNull::from(node);
     for round in 1..=3 {
         let _section = (round == 2).then(|| srcu.read_lock());
-        // SAFETY: The node outlives the call, and the round before has been waited for.
+        // SAFETY: The node outlives the call, and the barrier of the previous round has returned.
         unsafe { srcu.call_raw(node.cast(), run) };
         drop(_section);
         srcu.barrier().unwrap();
         assert_eq!(count.get(), round);
     }
-    // SAFETY: From `Box::leak` above; the last callback has returned.
+    // SAFETY: The node comes from `Box::leak` above, and the last callback has returned.
     drop(unsafe { Box::from_raw(node.as_ptr()) });
 }

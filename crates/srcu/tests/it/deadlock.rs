@@ -1,4 +1,4 @@
-//! Waits for oneself: refused, never hung.
+//! A thread that would wait for itself gets an error and does not hang.
 
 use srcu::{Srcu, WouldDeadlock};
 use std::sync::{Arc, mpsc::channel};

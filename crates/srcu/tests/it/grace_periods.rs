@@ -36,7 +36,7 @@ fn s_84_synchronize_waits_for_a_section_that_sleeps_and_nests() {
     });
 }
 
-/// It is a grace period, not a barrier, which could return at once.
+/// `synchronize` is a grace period. Unlike a barrier, it cannot return at once.
 #[test]
 fn s_82_with_nothing_pending_synchronize_still_waits_for_a_reader() {
     let srcu = Srcu::new();
@@ -48,12 +48,12 @@ fn s_82_with_nothing_pending_synchronize_still_waits_for_a_reader() {
             srcu.synchronize().unwrap();
             assert!(left.load(Ordering::SeqCst), "the section had not ended");
         });
-        // The waiter has turned the banks over and sleeps.
+        // Wait until the waiter has switched the banks and sleeps.
         while format!("{srcu:?}").contains("waiting: [0, 0]") {
             thread::yield_now();
         }
-        // A reader that came later, in the other bank, is not waited for, and does not stand for
-        // the first one.
+        // The waiter does not wait for a later reader, which is in the other bank, and does not
+        // take its end for the end of the first reader.
         drop(srcu.read_lock());
         assert!(!waiter.is_finished());
         left.store(true, Ordering::SeqCst);
@@ -124,7 +124,8 @@ fn a_later_section_does_not_hold_up_a_cookie() {
     let early = srcu.read_lock();
     let cookie = srcu.start_poll();
     thread::scope(|scope| {
-        // By now the grace period waits for `early`, and the next section begins behind it.
+        // Wait until the grace period waits for `early`, so that the next section begins after the
+        // switch of the banks.
         while format!("{srcu:?}").contains("waiting: [0, 0]") {
             thread::yield_now();
         }
@@ -150,14 +151,15 @@ fn a_cookie_of_another_domain_is_refused() {
     let _ = b.poll(cookie);
 }
 
-/// With a grace period under way, the caller's is the one after it. A section that begins before
-/// the latter may be waited for; one that begins after it, in the other bank, is not.
+/// If a grace period is under way, the caller's grace period is the next one. It may wait for a
+/// section that begins before it. It does not wait for a section that begins after it, in the other
+/// bank.
 #[test]
 fn s_83_a_grace_period_waits_for_no_section_that_begins_after_it() {
     let srcu = Srcu::new();
     let first = srcu.read_lock();
     let under_way = srcu.start_poll();
-    // The grace period under way has turned the banks over.
+    // Wait until the grace period under way has switched the banks.
     while format!("{srcu:?}").contains("waiting: [0, 0]") {
         thread::yield_now();
     }

@@ -1,4 +1,4 @@
-//! Domains come and go.
+//! Domains are made and dropped.
 
 use crate::{Count, Gate};
 use srcu::{Head, Srcu};
@@ -47,7 +47,7 @@ fn a_domain_dropped_in_its_own_callback_lives_until_the_last_has_returned() {
             let (mine, count) = (Arc::clone(&srcu), count.clone());
             srcu.call(move || {
                 if !last {
-                    // Queued behind the callback that drops the domain.
+                    // Queue a callback behind the callback that drops the domain.
                     let count = count.clone();
                     mine.call(move || count.add());
                 }
@@ -58,8 +58,8 @@ fn a_domain_dropped_in_its_own_callback_lives_until_the_last_has_returned() {
         drop(section);
         drop(srcu);
     }
-    // The domains cannot be asked any more; a last handle dropped on the reclaimer leaves
-    // the rest to it.
+    // The domains are dropped, so no barrier of theirs is possible. If a callback drops the last
+    // handle, the reclaimer runs the remaining callbacks later.
     while count.get() < 600 {
         other.call(|| ());
         other.barrier().unwrap();
@@ -97,7 +97,7 @@ fn s_89_a_leaked_guard_does_not_hang_the_drop() {
     let srcu = Srcu::new();
     std::mem::forget(srcu.read_lock());
     assert!(srcu.synchronize().is_err(), "the thread is inside for ever");
-    // SAFETY: The head is a static that is queued once; `run` may be called anywhere.
+    // SAFETY: The head is a static that is queued once. `run` may run on any thread.
     unsafe { srcu.call_raw(NonNull::from(&HEAD), run) };
     drop(srcu);
     assert!(!RAN.load(Ordering::Relaxed), "its grace period never comes");
@@ -121,8 +121,8 @@ fn domains_are_made_used_and_dropped_on_many_threads() {
     assert_eq!(count.get(), 2000);
 }
 
-/// Each node keeps the domain that it is queued in; whichever is freed last takes the domain along,
-/// perhaps while others are still coming back from their call.
+/// Each node keeps the domain alive in which it is queued. The free of the last node drops the
+/// domain, perhaps while other threads have not yet returned from their call.
 #[test]
 fn the_last_callback_may_drop_its_domain() {
     #[repr(C)]
@@ -132,8 +132,8 @@ fn the_last_callback_may_drop_its_domain() {
         freed: Count,
     }
     unsafe fn free(head: NonNull<Head>) {
-        // SAFETY: The head is the first field of a node from `Box::leak` below, which is queued
-        // once and not used by any other code now.
+        // SAFETY: The head is the first field of a node from `Box::leak` below. The node is queued
+        // once, and no other code uses it now.
         let node = unsafe { Box::from_raw(head.cast::<Node>().as_ptr()) };
         node.freed.add();
     }
@@ -151,11 +151,12 @@ fn the_last_callback_may_drop_its_domain() {
             for node in nodes {
                 scope.spawn(|| {
                     let node = NonNull::from(Box::leak(Box::new(node)));
-                    // SAFETY: A reference needs a live node: it is there until `free`, which is not
-                    // called before the call below.
+                    // SAFETY: A reference needs a live node. The node lives until `free`, which
+                    // cannot run before the call below.
                     let srcu = &unsafe { node.as_ref() }.srcu;
-                    // SAFETY: The node is there until `free`, which is right for it, and its head
-                    // is its first field. It keeps the domain until the head is queued.
+                    // SAFETY: The node lives until `free`, which frees nodes of this type, and its
+                    // head is its first field. The node keeps the domain alive until the head is
+                    // queued.
                     unsafe { srcu.call_raw_dropping(node.cast(), free) };
                 });
             }

@@ -1,4 +1,4 @@
-//! The public API, from outside.
+//! Tests of the public API.
 #![cfg(not(mmun_loom))]
 
 mod callbacks;
@@ -25,7 +25,7 @@ impl Count {
     }
 }
 
-/// Holds its waiters up until it is opened or dropped.
+/// Blocks its waiters until it is opened or dropped.
 struct Gate {
     open: Sender<()>,
     wait: Arc<Mutex<Receiver<()>>>,

@@ -1,4 +1,4 @@
-//! Read sections: nesting, any order of ends, several domains, handles, ends on other threads.
+//! Read sections: nesting, ends in any order, several domains, handles, and ends on other threads.
 
 use srcu::Srcu;
 use std::thread;

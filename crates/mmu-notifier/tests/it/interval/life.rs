@@ -20,7 +20,7 @@ fn b_11_the_last_address_is_fine_and_overflow_is_not() {
     assert_eq!(told(&node), 1);
 }
 
-/// The count is checked by type: insert takes a living address space.
+/// The type system checks this: insert takes a handle of a living address space.
 #[test]
 fn b_12_a_dead_address_space_takes_no_interval() {
     let mm = MmWithUser::new();
@@ -216,8 +216,8 @@ fn b_31_a_first_insert_that_cannot_wait_links_nothing() {
     );
 }
 
-/// For the holder of the write lock, also if it is the first interval of the address space. It
-/// waits for the brackets of other threads, as the first insert does.
+/// The holder of the write lock may insert the first interval of the address space. Like every
+/// first insert, this waits for the brackets of other threads.
 #[test]
 fn b_30_the_first_insert_may_be_under_the_write_lock() {
     let mm = Arc::new(MmWithUser::new());
@@ -266,7 +266,7 @@ fn b_31_a_first_insert_under_the_write_lock_is_refused_in_a_bracket() {
     assert!(IntervalNotifier::insert_locked(&mut locked, page(1), refused.state).is_ok());
 }
 
-/// A drop that would wait for this very thread is finished by the reclaimer.
+/// If the drop of an interval would wait for its own thread, the reclaimer completes it.
 #[test]
 fn dropping_an_interval_in_its_own_bracket_does_not_hang_or_leak() {
     struct Held(Option<std::sync::mpsc::Sender<()>>);
@@ -292,8 +292,8 @@ fn dropping_an_interval_in_its_own_bracket_does_not_hang_or_leak() {
     assert_eq!(mm.interval_snapshot(), (4, 0));
 }
 
-/// A drop that would wait for this thread is left to the reclaimer, and so is what its state's drop
-/// does.
+/// If the drop of an interval would wait for its own thread, the reclaimer completes it. So the
+/// drop of the state runs on the reclaimer.
 #[test]
 fn a_panic_in_the_drop_of_a_state_on_the_reclaimer_is_counted() {
     struct Panics;

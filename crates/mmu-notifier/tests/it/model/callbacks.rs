@@ -1,4 +1,4 @@
-//! What is called on the core's side, and writes that down.
+//! The subscribers on the core's side, which record their calls.
 
 use mmu_notifier::{
     Finish, IntervalOps, InvalidateRange, Mm, Notifier, Secondary, SecondaryTlb, ShadowOps, Va,
@@ -13,9 +13,9 @@ use testkit::model::{Alloc, Callback};
 pub(super) struct Shared {
     pub(super) calls: Arc<Mutex<Vec<Callback>>>,
     pub(super) freed: Arc<Mutex<BTreeSet<usize>>>,
-    /// The number of the next notifier that an `alloc` makes, and what that does.
+    /// The number of the next notifier that an `alloc` makes, and what this `alloc` does.
     pub(super) next: Arc<Mutex<(usize, Alloc)>>,
-    /// Whether a child of a fork has freed what is its parent's.
+    /// Whether a child of a fork has freed a notifier of its parent.
     pub(super) freed_elsewhere: Arc<AtomicBool>,
     process: u32,
 }
@@ -43,7 +43,7 @@ impl Shared {
     }
 }
 
-/// The number of a notifier, which says when it is freed.
+/// The number of a notifier. Its drop records that the notifier is freed.
 pub(super) struct Mark {
     pub(super) number: usize,
     shared: Shared,
@@ -52,7 +52,7 @@ pub(super) struct Mark {
 impl Drop for Mark {
     fn drop(&mut self) {
         if self.shared.process != std::process::id() {
-            // The lock may be held by a thread of the parent.
+            // A thread of the parent may hold the lock.
             return self.shared.freed_elsewhere.store(true, Ordering::SeqCst);
         }
         assert!(

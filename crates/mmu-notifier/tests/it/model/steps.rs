@@ -14,7 +14,7 @@ use testkit::in_child;
 use testkit::model::{Alloc, Answer, Kind};
 
 impl World {
-    /// The address space of that number, and one user of it, if it has any.
+    /// Returns the address space that the number chooses, and one of its users, if it has any.
     fn user(&mut self, mm: usize) -> Option<(usize, MmWithUser)> {
         let mm = pick(mm, self.mms.len())?;
         Some((mm, self.mms[mm].1.users.pop()?))
@@ -108,7 +108,7 @@ impl World {
         }
     }
 
-    /// Drops a notifier that was never registered: its number goes to the next one.
+    /// Drops a notifier that was never registered. The next notifier gets its number.
     fn unmade<N>(&self, notifier: N) {
         drop(notifier);
         assert!(
@@ -176,7 +176,7 @@ impl World {
             Vec::new()
         };
         if self.model.has_intervals(mm) {
-            // Which windows are one would depend on who comes first.
+            // Otherwise the order of the threads would decide which windows overlap.
             self.end_all(&blockers, &[]);
             self.agree();
             blockers.clear();
@@ -395,14 +395,14 @@ impl World {
         let begun = self.workers[thread].begin(move |_| (shadow.watch([range], |_| ()), shadow));
         self.end_all(&blockers, &[]);
         let (got, shadow) = wait(&begun);
-        // Now, as ends decide as their starts did.
+        // Tell the model only now, because ends decide as their starts did.
         let expected = self.model.watch(thread, number, pages);
         self.registrations
             .push((number, Registered::Shadow(shadow)));
         assert_eq!(answer(got, Answer::WouldDeadlock), expected);
     }
 
-    /// In a child nothing of all this is there, and what it drops stays the parent's.
+    /// In a child, none of these objects has an effect, and a drop leaves the object to the parent.
     pub(super) fn fork(&mut self) {
         let good = in_child(|| {
             let own = MmWithUser::new();

@@ -1,4 +1,4 @@
-//! The threads that operate, each with the brackets that it has open.
+//! The threads that operate, each with its open brackets.
 
 use mmu_notifier::{Bracket, Event, Mm, OwnedBracket, VaRange, WouldBlock};
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ pub(super) enum Open {
     Tried { _bracket: Tried },
 }
 
-/// A bracket of the kind that borrows, beside what it borrows from.
+/// A bracket that borrows, beside the address space that it borrows from.
 pub(super) struct Tried {
     bracket: Option<Bracket<'static>>,
     mm: *mut Mm,
@@ -34,7 +34,7 @@ impl Tried {
 impl Drop for Tried {
     fn drop(&mut self) {
         self.bracket = None;
-        // SAFETY: It came from `Box::into_raw`, and the one borrower is gone.
+        // SAFETY: The pointer came from `Box::into_raw`, and its only borrower is gone.
         drop(unsafe { Box::from_raw(self.mm) });
     }
 }
@@ -87,7 +87,7 @@ impl Worker {
     }
 }
 
-/// Waits for what a thread has begun.
+/// Waits for the result of `begin`.
 pub(super) fn wait<R>(result: &Receiver<R>) -> R {
     result
         .recv_timeout(Duration::from_secs(120))
@@ -98,7 +98,7 @@ impl Drop for Worker {
     fn drop(&mut self) {
         self.jobs = None;
         if std::thread::panicking() {
-            // It may hang; then it is left behind.
+            // The thread may hang, so do not join it.
             return;
         }
         if let Some(thread) = self.thread.take() {

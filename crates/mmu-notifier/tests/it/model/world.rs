@@ -1,4 +1,4 @@
-//! The core's side, each thing beside its number in the model.
+//! The core's side: each object beside its number in the model.
 
 use super::Op;
 use super::callbacks::{Entry, Probe, SecondaryProbe, Shadow, Shared, Tlb};
@@ -25,7 +25,7 @@ pub(super) enum Registered {
     Shadow(Registration<InvalidateSeq<Shadow>>),
 }
 
-/// Does the same with a registration of any kind.
+/// Does the same for a registration of any kind.
 macro_rules! each_kind {
     ($registered:expr, $registration:ident => $do:expr) => {
         match $registered {
@@ -54,7 +54,7 @@ impl Registered {
     }
 }
 
-/// What the model and the core said at the last `read_begin`.
+/// The answers of the model and of the core at the last `read_begin`.
 type Seq = (u64, ReadSeq);
 
 #[derive(Default)]
@@ -73,14 +73,15 @@ pub(super) struct World {
     /// The brackets that are open: their number and thread.
     pub(super) brackets: Vec<(usize, usize)>,
     pub(super) intervals: Vec<(usize, IntervalNotifier<Entry>, Option<Seq>)>,
-    /// Faults that have begun: on which shadow, where, and what the model and the core said.
+    /// Faults that have begun: the shadow, the pages, and the snapshots of the model and of the
+    /// core.
     pub(super) faults: Vec<(usize, (u64, u64), u64, Snapshot)>,
-    /// How often each callback may come more than the model says.
+    /// How many more times than the model says each callback may come.
     extra: BTreeMap<Callback, usize>,
     parallel: bool,
 }
 
-/// Chooses one of `len`.
+/// Chooses one of `len` objects.
 pub(super) fn pick(number: usize, len: usize) -> Option<usize> {
     number.checked_rem(len)
 }
@@ -126,8 +127,8 @@ impl World {
         }
     }
 
-    /// The callbacks of the last operation are those of the model; intervals that begin at one page
-    /// come in any order.
+    /// Checks that the callbacks of the last operation are those of the model. Intervals that begin
+    /// at the same page may come in any order.
     pub(super) fn agree(&mut self) {
         let (mut told, mut expected) = (
             take(&mut *self.shared.calls.lock().unwrap()),
@@ -180,11 +181,11 @@ impl World {
         }
     }
 
-    /// Ends what an operation that has begun waits for, in the threads whose brackets they are.
+    /// Ends the brackets that a running operation waits for, each in its thread.
     pub(super) fn end_all(&mut self, blockers: &[(usize, usize)], delisted: &[usize]) {
         self.parallel |= !blockers.is_empty();
         for (bracket, thread) in blockers {
-            // A subscriber that is delisted at the same time may or may not be called.
+            // The end may or may not call a subscriber that is delisted at the same time.
             for notifier in delisted {
                 *self.extra.entry(Callback::End(*notifier)).or_default() += 1;
             }
@@ -360,8 +361,8 @@ impl World {
         self.agree();
     }
 
-    /// Lets go of everything, and counts: as many are freed as were made, and no address space is
-    /// held.
+    /// Drops everything. Then all notifiers that were made must be freed, and no reference may keep
+    /// an address space.
     pub(super) fn finish(mut self) {
         while !self.brackets.is_empty() {
             self.run(&Op::End(0));
