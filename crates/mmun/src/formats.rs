@@ -1,5 +1,7 @@
 //! A recorded trace in the formats of trace viewers: what both show, and in which words.
 
+#[cfg(test)]
+mod alike;
 mod chrome;
 mod perfetto;
 

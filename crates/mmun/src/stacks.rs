@@ -7,8 +7,8 @@
 
 mod aside;
 mod bounded;
-#[cfg(test)]
-mod corrupt;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod corrupt;
 mod guard;
 mod image;
 #[cfg(target_arch = "aarch64")]

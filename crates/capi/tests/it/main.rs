@@ -5,6 +5,7 @@ mod examples;
 mod headers;
 mod history;
 mod hostile;
+mod linked;
 mod mmun;
 mod prototypes;
 mod scenarios;

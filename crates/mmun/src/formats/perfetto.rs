@@ -266,6 +266,111 @@ fn describe(writer: &mut Writer, recording: &Recording) {
     }
 }
 
+/// The fields of a message: number, and a varint or bytes.
+#[cfg(test)]
+fn fields(mut bytes: &[u8]) -> Vec<(u32, u64, &[u8])> {
+    fn varint(bytes: &mut &[u8]) -> u64 {
+        let count = bytes
+            .iter()
+            .position(|byte| byte & 0x80 == 0)
+            .expect("it ends")
+            + 1;
+        let (now, rest) = bytes.split_at(count);
+        *bytes = rest;
+        now.iter()
+            .rev()
+            .fold(0, |value, byte| value << 7 | u64::from(byte & 0x7f))
+    }
+    let mut all = Vec::new();
+    while !bytes.is_empty() {
+        let key = varint(&mut bytes);
+        let value = varint(&mut bytes);
+        let (text, rest) = bytes.split_at(if key & 7 == 2 { value as usize } else { 0 });
+        bytes = rest;
+        all.push(((key >> 3) as u32, value, text));
+    }
+    all
+}
+
+/// An event as a reader finds it.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(super) struct ReadBack {
+    pub(super) kind: u64,
+    pub(super) track: u64,
+    pub(super) t: u64,
+    pub(super) name: String,
+    pub(super) category: String,
+    pub(super) pid: u64,
+    /// That of a thread's track.
+    pub(super) tid: Option<u64>,
+    pub(super) counter: u64,
+    pub(super) details: BTreeMap<String, String>,
+}
+
+/// All events, in order, with what the descriptions of their tracks say. A counter has the name of
+/// its track, and the process that is the parent of that.
+#[cfg(test)]
+pub(super) fn read_back(trace: &[u8]) -> Vec<ReadBack> {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("text");
+    let (mut tracks, mut all) = (BTreeMap::<u64, ReadBack>::new(), Vec::new());
+    for (_, _, packet) in fields(trace) {
+        let mut event = ReadBack::default();
+        for (number, value, bytes) in fields(packet) {
+            match number {
+                field::packet::TIMESTAMP => event.t = value,
+                field::packet::TRACK_DESCRIPTOR => {
+                    let mut track = ReadBack::default();
+                    for (number, value, bytes) in fields(bytes) {
+                        match number {
+                            field::track::UUID => event.track = value,
+                            field::track::NAME => track.name = text(bytes),
+                            field::track::PARENT_UUID => track.pid = tracks[&value].pid,
+                            field::track::PROCESS => track.pid = fields(bytes)[0].1,
+                            field::track::THREAD => {
+                                track.pid = fields(bytes)[0].1;
+                                track.tid = Some(fields(bytes)[1].1);
+                            }
+                            _ => {}
+                        }
+                    }
+                    tracks.insert(event.track, track);
+                }
+                field::packet::TRACK_EVENT => {
+                    for (number, value, bytes) in fields(bytes) {
+                        match number {
+                            field::event::TYPE => event.kind = value,
+                            field::event::TRACK_UUID => event.track = value,
+                            field::event::CATEGORIES => event.category = text(bytes),
+                            field::event::NAME => event.name = text(bytes),
+                            field::event::COUNTER_VALUE => event.counter = value,
+                            field::event::DEBUG_ANNOTATIONS => {
+                                let said = fields(bytes);
+                                let value = match said[1].0 {
+                                    field::annotation::STRING_VALUE => text(said[1].2),
+                                    _ => (said[1].1 as i64).to_string(),
+                                };
+                                event.details.insert(text(said[0].2), value);
+                            }
+                            _ => {}
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        if event.kind > 0 {
+            let track = &tracks[&event.track];
+            (event.pid, event.tid) = (track.pid, track.tid);
+            if event.kind == Type::Counter as u64 {
+                event.name.clone_from(&track.name);
+            }
+            all.push(event);
+        }
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::{by_another, recording};
@@ -286,31 +391,6 @@ mod tests {
         let mut message = Message::default();
         message.varint(u64::MAX);
         assert_eq!(message.0.len(), 10);
-    }
-
-    /// The fields of a message: number, and a varint or bytes.
-    fn fields(mut bytes: &[u8]) -> Vec<(u32, u64, &[u8])> {
-        fn varint(bytes: &mut &[u8]) -> u64 {
-            let count = bytes
-                .iter()
-                .position(|byte| byte & 0x80 == 0)
-                .expect("it ends")
-                + 1;
-            let (now, rest) = bytes.split_at(count);
-            *bytes = rest;
-            now.iter()
-                .rev()
-                .fold(0, |value, byte| value << 7 | u64::from(byte & 0x7f))
-        }
-        let mut all = Vec::new();
-        while !bytes.is_empty() {
-            let key = varint(&mut bytes);
-            let value = varint(&mut bytes);
-            let (text, rest) = bytes.split_at(if key & 7 == 2 { value as usize } else { 0 });
-            bytes = rest;
-            all.push(((key >> 3) as u32, value, text));
-        }
-        all
     }
 
     /// A byte that changes is seen here. Whether Perfetto reads the bytes is another test's

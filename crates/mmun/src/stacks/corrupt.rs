@@ -94,6 +94,13 @@ fn read(bytes: Vec<u8>, random: &mut Random) -> Vec<String> {
         .collect()
 }
 
+/// What a fuzzer runs: reads a file of these bytes. That a file can make the readers recurse until
+/// their stack is full is known, and is what the child process of the naming is for.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    read(bytes.to_vec(), &mut Random(0x9e37_79b9_7f4a_7c15));
+}
+
 /// Unwinds with the file's tables, whatever processor the file is for.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn unwind(image: &Image, random: &mut Random) {

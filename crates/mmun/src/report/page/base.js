@@ -96,8 +96,8 @@ if (isEmpty) document.querySelectorAll("main > *").forEach(part => { part.hidden
 const tile = (value, label) => $("tiles").append(make("div", {}, make("dt", {}, label), make("dd", {}, value)));
 tile(count(D.all[CALLS]), "calls that change translations");
 tile(size(D.all[RANGE]), "address range given up, by unmaps and clears");
-if (isSized) tile(size(D.all[RESIDENT]), "of it in memory: " + percent(D.all[RESIDENT], D.all[RANGE]));
-else tile("not known", "how much of it was in memory");
+if (D.all[RANGE] && isSized) tile(size(D.all[RESIDENT]), "of it in memory: " + percent(D.all[RESIDENT], D.all[RANGE]));
+else if (!isSized) tile("not known", "how much of it was in memory");
 tile(time(D.all[TIME]), (D.is_own ? "in the calls themselves" : "between start and end, stops of the tracer included") + ": " + percent(D.all[TIME], D.end) + " of the run");
 tile(time(D.all[LONGEST]), "the longest call");
 if (D.removals[0]) tile(percent(D.removals[1], D.removals[0]), `of ${count(D.removals[0])} unmaps and clears removed nothing`);
