@@ -20,8 +20,9 @@
 //!
 //! * If the reader takes the lock first, the callback comes later and removes what the reader
 //!   installed.
-//! * If the bracket takes the lock first, the reader finds another sequence and retries. Its next
-//!   `read_begin` waits until the last window has closed, so the new look-up follows the change.
+//! * If the bracket takes the lock first, the reader finds another sequence and retries. The
+//!   reader's next `read_begin` waits until the last window has closed, so the new look-up follows
+//!   the change.
 //!
 //! `mm/intervals.rs` holds the shared sequence and the tree of the intervals by range.
 

@@ -77,12 +77,12 @@
 //! the callback may run in the middle of `free`. [`Notifier`] has the rule in full.
 //!
 //! # What a wait waits for
-//! A registrar, `unregister` and exit wait for every bracket that is open when they begin. They
-//! also wait for some brackets that open later, in two cases. If another grace period of the
-//! address space is under way at that time (another registrar's, or one for a subscription that was
-//! put), they wait for brackets that open before that grace period ends. If a thread was preempted
-//! while it opened a bracket, they may wait for that bracket. They wait for no later bracket, so a
-//! stream of brackets delays no caller for ever.
+//! A registrar, `unregister` and exit wait for every bracket that is open when they begin. These
+//! three calls also wait for some brackets that open later, in two cases. If another grace period
+//! of the address space is under way at that time (another registrar's, or one for a subscription
+//! that was put), they wait for brackets that open before that grace period ends. If a thread was
+//! preempted while it opened a bracket, they may wait for that bracket. The calls wait for no later
+//! bracket, so a stream of brackets delays no caller for ever.
 //!
 //! # What a thread must not do
 //! Inside a bracket of one address space, a thread must not subscribe to or unregister from another

@@ -78,7 +78,7 @@ impl Map {
         Self(imp::Map::new(name))
     }
 
-    /// Records that this thread takes the lock. It counts as held until the guard is dropped.
+    /// Records that this thread takes the lock. The lock counts as held until the guard is dropped.
     ///
     /// # Panics
     /// With `debug_assertions`, if this thread is inside a bracket or callback of an address space,

@@ -92,10 +92,10 @@ impl Mm {
 
     /// Tells whether this address space belongs to a process from which this one was forked.
     ///
-    /// It stays the parent's. In the child it has no subscribers, and a bracket of it calls no
-    /// callback. The child can neither subscribe to it nor take a user of it. A last put or drop in
-    /// the child frees nothing, because the value and all that it owns belong to the parent. The
-    /// child makes an address space of its own.
+    /// The address space stays the parent's. In the child it has no subscribers, and a bracket of
+    /// it calls no callback. The child can neither subscribe to it nor take a user of it. A last
+    /// put or drop in the child frees nothing, because the value and all that it owns belong to the
+    /// parent. The child makes an address space of its own.
     ///
     /// # Source
     /// `mmu_notifier_subscriptions_init` in `mm_init`, kernel/fork.c: a child starts without
@@ -304,8 +304,8 @@ impl Mm {
     /// Tells whether waiting here for brackets of this address space would wait for this thread
     /// itself, or could wait for ever.
     pub(crate) fn would_deadlock(&self) -> bool {
-        // An inherited address space may have brackets of parent threads. They never end in the
-        // child.
+        // An inherited address space may have brackets of parent threads. These brackets never end
+        // in the child.
         self.0.subscriptions.srcu().read_lock_held() || context::is_freeing() || self.is_inherited()
     }
 
@@ -348,7 +348,7 @@ impl fmt::Debug for Mm {
 /// A counted handle of an address space that is alive (`mm_users`).
 ///
 /// Cloning it is `mmget`. Dropping the last one is exit: it calls `release` of every subscriber,
-/// delists them, and waits until no callback runs in any of them. It does not promise this for a
+/// delists them, and waits until no callback runs in any of them. Exit does not promise this for a
 /// subscriber that was put or unregistered before. The owner of the pages frees them after exit has
 /// returned.
 ///

@@ -2,12 +2,13 @@
 
 use std::fmt;
 
-/// The size of the smallest page of any supported machine, in bytes. Every [`VaRange`] is a
-/// multiple of it. If the kernel's pages are larger (16 or 64 KiB on aarch64), its changes are
-/// multiples of it too.
+/// The size of the smallest page of any supported machine, in bytes. A [`VaRange`] consists of such
+/// pages. If the kernel's pages are larger (16 or 64 KiB on aarch64), each of them is a whole
+/// number of such pages.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// A virtual address, in bytes. It may belong to another process, so it is never a pointer.
+/// A virtual address, in bytes. The address may belong to another process, so it is never a
+/// pointer.
 ///
 /// # Examples
 /// ```
@@ -109,7 +110,7 @@ impl VaRange {
     ///
     /// # Source
     /// `mmu_notifier_range_init`, include/linux/mmu_notifier.h. Differs: the kernel accepts an
-    /// empty range, and one at address zero then hits every interval.
+    /// empty range, and an empty range at address zero hits every interval there.
     pub const fn new(start: Va, end: Va) -> Result<Self, InvalidRange> {
         if start.0 < end.0 && start.0 % PAGE_SIZE == 0 && end.0 % PAGE_SIZE == 0 {
             Ok(Self {

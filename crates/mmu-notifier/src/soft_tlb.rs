@@ -5,10 +5,10 @@ use crate::{InvalidateRange, PAGE_SIZE, ShadowOps, Va, VaRange};
 /// A software TLB: a fixed number of page translations, which can be the shadow of an
 /// [`InvalidateSeq`](crate::InvalidateSeq).
 ///
-/// It replaces a map of pages under a lock. When a callback removes entries, a map frees nodes,
-/// which a callback must not do (see [`Notifier`](crate::Notifier)). When a thread adds entries, a
-/// map allocates, which no holder of a lock that a callback takes may do. A `SoftTlb` allocates
-/// once, in [`new`](Self::new), and frees in its drop.
+/// A `SoftTlb` replaces a map of pages under a lock. When a callback removes entries, a map frees
+/// nodes, which a callback must not do (see [`Notifier`](crate::Notifier)). When a thread adds
+/// entries, a map allocates, which no holder of a lock that a callback takes may do. A `SoftTlb`
+/// allocates once, in [`new`](Self::new), and frees in its drop.
 ///
 /// Like a processor's TLB, a `SoftTlb` may evict entries: each page has one place, and inserting a
 /// page evicts the page that had the place. The next use of the evicted page is a miss, and the

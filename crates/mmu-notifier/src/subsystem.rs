@@ -189,8 +189,7 @@ where
 }
 
 impl<N: Notifier> Subsystem<N, Infallible, ()> {
-    /// Makes a subsystem whose notifiers all come from [`register`](Self::register). It has no
-    /// `get`.
+    /// Makes a subsystem without `get`. All its notifiers come from [`register`](Self::register).
     ///
     /// # Source
     /// `struct mmu_notifier_ops` without `alloc_notifier`.
@@ -288,7 +287,7 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
     /// [`register`](Self::register) registered, and also
     /// [`unregister_no_release`](Registration::unregister_no_release).
     ///
-    /// It does not wait for notifiers that these frees put. Use
+    /// This call does not wait for notifiers that these frees put. Use
     /// [`drain_until_idle`](Self::drain_until_idle) for those.
     ///
     /// # Blocking

@@ -1,8 +1,8 @@
 //! Runs a program and writes a line for every invalidation that it causes: `trace_log FILE PROG
 //! [ARGS..]`.
 //!
-//! Its callbacks lock, format and write. They may do so because they run for other processes only.
-//! Callbacks for this process's own address space must not: see `own_process.rs`.
+//! The callbacks of this program lock, format and write. They may do so, because they run for other
+//! processes only. Callbacks for this process's own address space must not: see `own_process.rs`.
 //!
 //! The benchmarks compare this program with strace: `trace_log /dev/null PROG`.
 

@@ -8,9 +8,9 @@
 //! sees the page unchanged.
 //!
 //! # Safety
-//! This module maps the page and hands out references into it. The page is never unmapped. It is
-//! writable, the kernel has zeroed it, and it is aligned for any type. It is accessed only as the
-//! atomics of [`Marks`].
+//! This module maps the page and hands out references into it. The page is never unmapped. The page
+//! is writable and aligned for any type, and the kernel has zeroed it. Code accesses the page only
+//! as the atomics of [`Marks`].
 //!
 //! If a thread holds a lock while another thread forks, the lock stays locked in the child for
 //! ever. So the locks that a child needs for starting its own source lie in this page, or are made
@@ -150,8 +150,8 @@ pub(crate) fn keep<T>(value: T) -> *mut T {
     value
 }
 
-/// Returns the mutex that `slot` of [`marks`] points to, made on first use. It lives as long as the
-/// process.
+/// Returns the mutex that `slot` of [`marks`] points to, made on first use. The mutex lives as long
+/// as the process.
 fn own(slot: &'static AtomicPtr<Running>) -> &'static Running {
     // ORDER(source-running): Acquire, for the mutex. Partner: the store below.
     let mut made = slot.load(Ordering::Acquire);
@@ -192,8 +192,8 @@ pub(crate) fn running<T: Any + Send + Sync>(
     Ok(source)
 }
 
-/// A spin lock in [`Marks`]. It is free in the child of a fork even if a thread of the parent held
-/// it.
+/// A spin lock in [`Marks`]. The lock is free in the child of a fork, even if a thread of the
+/// parent held it.
 #[derive(Debug)]
 pub(crate) struct Lock(AtomicBool);
 
@@ -225,7 +225,7 @@ impl Drop for Held {
 pub(crate) fn space(
     pointer: *mut mmu_notifier::MmWithUser,
 ) -> Option<&'static mmu_notifier::MmWithUser> {
-    // SAFETY: the pointer is null or comes from `keep` in `current_mm`. It was published with
-    // Release, and its target is never freed.
+    // SAFETY: the pointer is null or comes from `keep` in `current_mm`. `keep` published the
+    // pointer with Release, and its target is never freed.
     unsafe { pointer.as_ref() }
 }

@@ -8,7 +8,7 @@
 //! numbers.
 //!
 //! The hook also sees the calls that libc makes for itself: `free` of a large block, `malloc_trim`,
-//! thread stacks, `dlclose` in the dynamic loader. It does not see a system call instruction
+//! thread stacks, `dlclose` in the dynamic loader. The hook does not see a system call instruction
 //! outside of libc, or a change that no call of this process makes. `docs/sources.md` has the
 //! table.
 //!
@@ -28,8 +28,8 @@
 //! code. The hook patches a copy of the page and moves that copy over the original with `mremap`.
 //! So other threads see either the old page or the new one, and patching is safe while they run the
 //! code.
-//! 2. The trampoline runs the replaced instruction and calls the handler. It preserves all
-//!    registers that a system call preserves.
+//! 2. The trampoline runs the replaced instruction and calls the handler. The trampoline
+//!    preserves all registers that a system call preserves.
 //! 3. The handler reads the arguments of the call. If the call changes no translation, the handler
 //!    skips steps 4 and 6.
 //! 4. The start callbacks run, in the calling thread.
@@ -55,10 +55,10 @@
 //! installed.
 //!
 //! The library with this code may be loaded by `dlopen`. From then on `dlclose` does not unload it.
-//! Its thread-local variables come from the surplus that glibc reserves for such libraries: 1,664
-//! bytes a process, of which `libmmun.so` takes 352 and `libmmun_dropin.so` 184. If the surplus is
-//! used up, `dlopen` fails with "cannot allocate memory in static TLS block". Then `LD_PRELOAD`,
-//! linking, or `GLIBC_TUNABLES=glibc.rtld.optional_static_tls=4096` helps.
+//! The library's thread-local variables come from the surplus that glibc reserves for such
+//! libraries: 1,664 bytes a process, of which `libmmun.so` takes 352 and `libmmun_dropin.so` 184.
+//! If the surplus is used up, `dlopen` fails with "cannot allocate memory in static TLS block".
+//! Then `LD_PRELOAD`, linking, or `GLIBC_TUNABLES=glibc.rtld.optional_static_tls=4096` helps.
 //!
 //! A *callback* in a library loaded by `dlopen` must not use the standard library's thread-locals,
 //! because their first use in a thread may allocate. [`lockdep`](mmu_notifier::lockdep) uses them
@@ -107,7 +107,7 @@ use crate::Error;
 use crate::fork::{mark, marks};
 use std::sync::atomic::Ordering;
 
-/// The patches in libc. They stay installed while at least one `Hook` exists.
+/// The patches in libc. The patches stay installed while at least one `Hook` exists.
 ///
 /// Dropping the last `Hook` removes the patches. A call that another thread began before the
 /// removal may still have its bracket shortly afterwards. The trampolines stay mapped for ever,
@@ -124,7 +124,7 @@ impl Hook {
     ///
     /// # Blocking
     /// The first call searches libc's code, which takes some milliseconds. Then it replaces a few
-    /// pages. It waits while another thread installs or removes the patches.
+    /// pages. This call waits while another thread installs or removes the patches.
     /// # Errors
     /// [`Error::Unavailable`] if this is not x86-64 or aarch64 with glibc, or if libc contains no
     /// instruction that can be patched; the message says what was found. [`Error::Kernel`] if the
@@ -162,8 +162,8 @@ impl Drop for Hook {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Patch {
-    /// The name of the call: `munmap`, `brk`, ... It is `syscall` for the function that makes any
-    /// call.
+    /// The name of the call: `munmap`, `brk`, ... The name is `syscall` for the function that makes
+    /// any call.
     pub name: &'static str,
     /// The function that contains the instruction, if its name is known: `posix_madvise`.
     pub function: Option<String>,

@@ -78,14 +78,15 @@
 //!   When it returns, no change is under way that passed the filter before the range was in it.
 //!
 //! The generation says nothing about a device that still uses a translation. The callbacks serve
-//! that purpose. They run after the start of the change, and the change does not wait for them.
+//! that purpose. The callbacks run after the start of the change, and the change does not wait for
+//! them.
 //!
 //! # What a callback may do
 //! A callback runs on the thread that calls [`settle`](Kernel::settle), [`drain`](Kernel::drain) or
-//! [`read_begin`](Armed::read_begin), or on the source's own thread. It may allocate, lock, map,
-//! unmap, arm and disarm. It must not wait for another thread that may be draining, because that
-//! thread may wait for the callback. Draining inside a callback returns at once. Dropping the
-//! source or an armed range never waits for a callback.
+//! [`read_begin`](Armed::read_begin), or on the source's own thread. A callback may allocate, lock,
+//! map, unmap, arm and disarm. A callback must not wait for another thread that may be draining,
+//! because that thread may wait for the callback. Draining inside a callback returns at once.
+//! Dropping the source or an armed range never waits for a callback.
 //!
 //! # Signal handlers
 //! A signal handler may call [`Watch::is_valid`](crate::Watch::is_valid),
@@ -150,7 +151,7 @@ use std::thread::Thread;
 use sys::{ProgressPage, Shared};
 use wait::Waits;
 
-/// The source. It runs while a handle exists.
+/// The source, which runs while a handle exists.
 pub struct Kernel {
     inner: Arc<Inner>,
     /// `None` once the source is being dropped.
@@ -212,8 +213,8 @@ impl Drained {
 impl Kernel {
     /// Returns one more than the number of changes of armed ranges that have begun. For statistics.
     ///
-    /// It counts only events that touch an armed range, and a few others because the filter is
-    /// coarse. So an allocator's other traffic does not make clients drain.
+    /// The generation counts only events that touch an armed range, and a few others because the
+    /// filter is coarse. So an allocator's other traffic does not make clients drain.
     #[must_use]
     #[inline]
     pub fn generation(&self) -> u64 {
@@ -303,8 +304,8 @@ impl Kernel {
     /// Returns how often records were lost, because the ring or the queue was full or because the
     /// kernel skipped the program (`missed` in the `Debug` output).
     ///
-    /// It counts records, not invalidations: one invalidation of the whole address space covers all
-    /// records that were lost since the last one.
+    /// The number counts records, not invalidations: one invalidation of the whole address space
+    /// covers all records that were lost since the last one.
     #[must_use]
     pub fn lost(&self) -> u64 {
         let overflows = self
@@ -333,8 +334,9 @@ impl Kernel {
     /// Waits until the source's own threads have finished the work that they postponed at the
     /// start. Until then they read files, and map and unmap memory.
     ///
-    /// It is for a program in which other code is about to overwrite functions like `munmap`, as
-    /// Open MPI and libfabric do: a thread that is inside such a function at that time crashes.
+    /// This call is for a program in which other code is about to overwrite functions like
+    /// `munmap`, as Open MPI and libfabric do: a thread that is inside such a function at that time
+    /// crashes.
     ///
     /// # Blocking
     /// Waits some milliseconds. Returns at once in the child of a fork.

@@ -17,9 +17,8 @@ pub(crate) const fn untagged(address: u64) -> u64 {
     mmu_notifier::Va::untagged(address).get()
 }
 
-/// The size of a huge page at the level above the page table. It is also the size of the largest
-/// folio outside of hugetlbfs. A page table fills one page with eight-byte entries, each of which
-/// maps one page.
+/// The size of a huge page at the level above the page table. No folio outside of hugetlbfs is
+/// larger. A page table fills one page with eight-byte entries, each of which maps one page.
 #[inline]
 pub(crate) fn huge() -> u64 {
     size() / 8 * size()

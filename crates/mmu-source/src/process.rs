@@ -1,6 +1,6 @@
 //! Other processes, through ptrace and a seccomp filter.
 //!
-//! A [`Tracer`] runs processes or attaches to them. It gives each address space a
+//! A [`Tracer`] runs processes or attaches to them. The tracer gives each address space a
 //! [`mmu_notifier::MmWithUser`], and opens an invalidation bracket on it around every memory system
 //! call. The start callbacks run while the task is stopped before the call. The end callbacks run
 //! after the call, even if it fails. The tracer tells its [`Observer`] which task is in which

@@ -145,8 +145,8 @@ pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64
 }
 
 /// Adds the pages of `length` bytes from `address`, and all of the folios that contain them. A
-/// folio is at most as large as a huge page. It can reach beyond the mapping into the adjacent one,
-/// if both were once a single mapping.
+/// folio is at most as large as a huge page. The folio can reach beyond the mapping into the
+/// adjacent one, if both were once a single mapping.
 #[cold]
 pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
     let (address, huge) = (page::untagged(address), page::huge());

@@ -61,7 +61,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use sys::Message;
 
-/// The source. It runs while a handle exists.
+/// The source, which runs while a handle exists.
 pub struct Uffd {
     inner: Arc<Inner>,
     /// Both are `None` once the source is being dropped.

@@ -23,7 +23,7 @@ pub(crate) fn event_fd() -> io::Result<OwnedFd> {
 /// Signals `event`.
 pub(crate) fn wake(event: BorrowedFd<'_>) {
     let one = 1_u64;
-    // SAFETY: `write` reads the eight bytes of a local. It fails only if `event` is already
+    // SAFETY: `write` reads the eight bytes of a local. The call fails only if `event` is already
     // signalled.
     unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
 }
@@ -67,8 +67,9 @@ pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
     }
 }
 
-/// Sleeps for a microsecond, so that other threads can run. It is a raw system call because libc's
-/// function is a cancellation point: `pthread_cancel` would unwind this thread through Rust code.
+/// Sleeps for a microsecond, so that other threads can run. This is a raw system call because
+/// libc's function is a cancellation point: `pthread_cancel` would unwind this thread through Rust
+/// code.
 pub(crate) fn pause() {
     let moment = libc::timespec {
         tv_sec: 0,

@@ -78,9 +78,9 @@ impl Watch {
     /// again afterwards.
     ///
     /// # Blocking
-    /// No. It runs no callback and allocates nothing. It may be called in a callback, under any
-    /// lock, inside `free` and in a signal handler. It takes some nanoseconds if no change has
-    /// happened. Otherwise it sorts the new records, which takes some tens of nanoseconds each.
+    /// No. The call runs no callback and allocates nothing. It may be made in a callback, under any
+    /// lock, inside `free` and in a signal handler. If no change has happened, the call takes some
+    /// nanoseconds. Otherwise it sorts the new records, which takes some tens of nanoseconds each.
     #[must_use]
     #[inline]
     pub fn is_valid(&self) -> bool {

@@ -56,7 +56,7 @@ struct Watched {
 #[derive(Debug)]
 pub(crate) struct Table {
     nodes: Vec<Node>,
-    /// The first link of each chain. Their number is a power of two.
+    /// The first link of each chain. The number of chains is a power of two.
     heads: Vec<u32>,
     free: u32,
     counts: [u32; LEVELS],

@@ -46,7 +46,7 @@ type Make<R> = Box<dyn Fn(&MmWithUser) -> io::Result<Cache<R>> + Send + Sync>;
 /// ```
 pub struct Device<R: Registrar> {
     registrar: Arc<R>,
-    /// An address space that has exited. It identifies the process that made the device.
+    /// An address space that has exited, which identifies the process that made the device.
     origin: Mm,
     subsystem: Subsystem<Cache<R>, io::Error, Make<R>>,
 }
@@ -84,7 +84,7 @@ impl<R: Registrar> Device<R> {
     /// The first call for an address space sleeps until the invalidations that are running have
     /// ended.
     /// # Errors
-    /// [`Error::Open`] with the reason of the core or of the kernel. Its reason is `InvalidInput`
+    /// [`Error::Open`] with the reason of the core or of the kernel. The reason is `InvalidInput`
     /// if the options have a kernel source and `mm` is not [`mmu_source::current`].
     /// [`Error::Forked`] in the child of a fork.
     pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
@@ -171,7 +171,7 @@ impl<R: Registrar> RegCache<R> {
         }
     }
 
-    /// Leases a region that covers `range`, if the look-up finds one. It never registers, allocates
+    /// Leases a region that covers `range`, if the look-up finds one. Never registers, allocates
     /// nothing, and calls neither the registrar nor a callback. So it suits signal handlers, and
     /// callers that do not want to wait for a registration.
     ///
@@ -179,8 +179,8 @@ impl<R: Registrar> RegCache<R> {
     /// Does not wait, except once in each thread: the first look-up takes a number for the thread,
     /// under a lock that other threads hold for some hundred nanoseconds at a time.
     ///
-    /// It also returns `None` in the child of a fork, and while the cache has not yet been told of
-    /// changes that the kernel source of [`Options::kernel`] has counted. A later
+    /// This call also returns `None` in the child of a fork, and while the cache has not yet been
+    /// told of changes that the kernel source of [`Options::kernel`] has counted. A later
     /// [`get`](Self::get) or the source's own thread runs the callbacks of these changes.
     ///
     /// # Examples
@@ -220,8 +220,8 @@ impl<R: Registrar> RegCache<R> {
     }
 
     /// Like [`get`](Self::get), but the lease keeps the cache itself alive, for example for a lease
-    /// that is stored with a request until the request completes. It costs two more updates of a
-    /// handle count.
+    /// that is stored with a request until the request completes. Such a lease costs two more
+    /// updates of a handle count.
     ///
     /// # Errors
     /// The errors of `get`; [`Error::Open`] if there are too many handles.
@@ -244,7 +244,7 @@ impl<R: Registrar> RegCache<R> {
     }
 
     /// Like [`get_for`](Self::get_for), but the lease keeps the cache alive, as that of
-    /// [`get_owned`](Self::get_owned) does. It does not keep the buffer alive.
+    /// [`get_owned`](Self::get_owned) does. The lease does not keep the buffer alive.
     ///
     /// # Errors
     /// The errors of [`get_owned`](Self::get_owned).
@@ -293,8 +293,9 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.mm()
     }
 
-    /// Makes another handle of the same cache. It is not `Clone`, because it can fail: the count of
-    /// handles has 32 bits, as in the kernel. Put one handle into an `Arc` to clone it.
+    /// Makes another handle of the same cache. A cache is not `Clone`, because this call can fail:
+    /// the count of handles has 32 bits, as in the kernel. Put one handle into an `Arc` to clone
+    /// it.
     ///
     /// # Errors
     /// [`Overflow`] after 2^32 - 1 handles.

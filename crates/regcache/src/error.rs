@@ -51,10 +51,10 @@ pub enum Error<E> {
     /// This process is the child of a fork, and the cache or the device belongs to the parent. The
     /// child must make its own device and open a cache for its own address space.
     Forked,
-    /// The call would wait for its own thread. It comes from a signal handler that has interrupted
-    /// this thread's work on the cache, or from the registrar or a callback in the middle of that
-    /// work. It needs the result of that work, or a larger table while the interrupted code may be
-    /// allocating one. Try again after the interrupted work has continued.
+    /// The call would wait for its own thread. The call comes from a signal handler that has
+    /// interrupted this thread's work on the cache, or from the registrar or a callback in the
+    /// middle of that work. The call needs the result of that work, or a larger table while the
+    /// interrupted code may be allocating one. Try again after the interrupted work has continued.
     WouldDeadlock,
     /// The kernel source cannot say what has changed.
     #[cfg(feature = "kernel")]
@@ -116,10 +116,10 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
     }
 }
 
-/// An error on its way through the slow path. It has a tag and one word, which compilers keep in
-/// registers. Only errors of the registrar or of the kernel are boxed. All other refusals must not
-/// allocate, because a signal handler or a callback that has interrupted the allocator may get
-/// them.
+/// An error on its way through the slow path. The error has a tag and one word, which compilers
+/// keep in registers. Only errors of the registrar or of the kernel are boxed. All other refusals
+/// must not allocate, because a signal handler or a callback that has interrupted the allocator may
+/// get them.
 #[derive(Debug)]
 pub(crate) enum Refusal<E> {
     WouldDeadlock,

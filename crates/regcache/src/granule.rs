@@ -68,8 +68,8 @@ pub(crate) const fn lead(level: u32) -> Lead {
     }
 }
 
-/// Returns the hash of the granule that contains an address, at the level of `lead`. It is the
-/// upper half of the product, which spreads neighbours evenly (Fibonacci hashing).
+/// Returns the hash of the granule that contains an address, at the level of `lead`. The hash is
+/// the upper half of the product, which spreads neighbours evenly (Fibonacci hashing).
 #[inline(always)]
 pub(crate) fn hash(address: Va, lead: Lead) -> u32 {
     ((address.get() & lead.mask).wrapping_mul(lead.factor) >> 32) as u32

@@ -65,10 +65,10 @@ impl<'a, R: Registrar> Lease<'a, R> {
 
     /// Tells whether the region still matches the memory at its addresses.
     ///
-    /// It is false as soon as a part of the memory is about to change. It is also false if the
-    /// region was merged into another one, evicted or flushed. If it is false after a transfer, the
-    /// transfer may have gone to memory that the program does not have any more. So a program that
-    /// unmaps buffers in use must check.
+    /// The answer is false as soon as a part of the memory is about to change. It is also false if
+    /// the region was merged into another one, evicted or flushed. If it is false after a transfer,
+    /// the transfer may have gone to memory that the program does not have any more. So a program
+    /// that unmaps buffers in use must check.
     ///
     /// # Blocking
     /// Waits while callbacks run, if the cache uses the kernel source and that source has

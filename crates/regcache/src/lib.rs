@@ -36,8 +36,8 @@
 //!   it knows of every change that began before `get` was called.
 //! * If an invalidation overlaps a registration in progress, that registration never enters the
 //!   table.
-//! * A lease does not prevent the memory from being unmapped. It keeps the *registration*, and
-//!   [`Lease::is_current`] says whether the registration still matches the memory.
+//! * A lease does not prevent the memory from being unmapped. The lease keeps the *registration*,
+//!   and [`Lease::is_current`] says whether the registration still matches the memory.
 //!
 //! # How a hit works
 //! A region has an entry in a hash table for each of the few granules of the address space that it
@@ -80,8 +80,8 @@
 //!
 //! In the child, `get` returns [`Error::Forked`] and every other call on the inherited cache has no
 //! effect, because the registrations belong to the parent. The child can make a device of its own
-//! and open a cache. It cannot use the parent's device: the parent's registrar may have been in the
-//! middle of a call, and a fork does not copy a ring or a device table.
+//! and open a cache. The child cannot use the parent's device: the parent's registrar may have been
+//! in the middle of a call, and a fork does not copy a ring or a device table.
 //!
 //! # Features
 //! `hook` and `kernel` re-export `mmu_source` with the source of that name. `kernel` also adds

@@ -163,7 +163,7 @@ impl<R: Registrar> Cache<R> {
         }
     }
 
-    /// Makes the table larger. It does so without the lock, because it allocates.
+    /// Makes the table larger, without the lock, because this allocates.
     fn grow(&self, log2: u32) {
         let table = Table::new(log2);
         let state = self.lock();

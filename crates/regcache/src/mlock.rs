@@ -22,8 +22,9 @@ use std::sync::{Mutex, PoisonError};
 /// that lock is lost too.
 ///
 /// # Signal handlers
-/// It is not for signal handlers: it takes a lock and allocates, so it would wait for the code that
-/// the handler has interrupted. A handler calls
+///
+/// `Mlock` is not for signal handlers: it takes a lock and allocates, so it would wait for the code
+/// that the handler has interrupted. A handler calls
 /// [`RegCache::get_cached`](crate::RegCache::get_cached) and
 /// [`Lease::end_later`](crate::Lease::end_later), which never call the registrar.
 ///
@@ -79,8 +80,8 @@ fn unlock_others(pages: Range<u64>, counts: &BTreeMap<u64, u32>) {
     }
 }
 
-/// Returns the kernel pages of a range. They may be larger than the range's granules, and `mlock`
-/// locks whole ones.
+/// Returns the kernel pages of a range. A kernel page may be larger than the range's granules, and
+/// `mlock` locks whole kernel pages.
 fn pages(range: VaRange) -> Range<u64> {
     let size = page_size() as u64;
     range.start().get() / size..range.last().get() / size + 1

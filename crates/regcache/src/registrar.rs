@@ -35,7 +35,7 @@ pub trait Registrar: Send + Sync + 'static {
     /// Registers a range of this process's memory.
     ///
     /// The cache calls it without a lock, on several threads at once, and for ranges that may
-    /// overlap. It must not use the cache that calls it.
+    /// overlap. The registrar must not use the cache that calls it.
     ///
     /// # Errors
     /// Any error of the device; [`cause`](Self::cause) tells the cache how to handle it. After an
@@ -44,8 +44,8 @@ pub trait Registrar: Send + Sync + 'static {
 
     /// Undoes a registration that has no lease any more.
     ///
-    /// The cache calls it without a lock. It cannot fail, because the cache could not do anything
-    /// about a failure.
+    /// The cache calls it without a lock. The function cannot fail, because the cache could not do
+    /// anything about a failure.
     fn deregister(&self, handle: Self::Handle);
 
     /// Tells what an error of [`register`](Self::register) means for the cache.

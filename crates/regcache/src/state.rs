@@ -48,7 +48,7 @@ pub(crate) struct Counts {
 pub(crate) enum Target {
     /// This live region covers the request.
     Found(u32),
-    /// Register this range for the request. It may replace regions that it covers.
+    /// Register this range for the request. The new region may replace regions that it covers.
     New { range: VaRange, replaces: bool },
 }
 

@@ -118,7 +118,7 @@ impl Drop for AtWork {
     }
 }
 
-/// Locks. It ignores poisoning, because nothing that can panic runs under the lock of a cache.
+/// Locks. Ignores poisoning, because nothing that can panic runs under the lock of a cache.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     let locking = Locking::mark();
     MutexGuard {
@@ -127,7 +127,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     }
 }
 
-/// Tries to lock without waiting. It ignores poisoning.
+/// Tries to lock without waiting. Ignores poisoning.
 pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     let locking = Locking::mark();
     match mutex.try_lock() {

@@ -18,10 +18,10 @@ use std::sync::{Mutex, PoisonError};
 
 /// Registers memory as fixed buffers of an io_uring, for `ReadFixed` and `WriteFixed`.
 ///
-/// It works with any ring, for example one of the `io-uring` crate (with its feature `io_safety`,
-/// or by `BorrowedFd::borrow_raw`). It keeps a descriptor of its own, and does not touch submission
-/// and completion. It takes over the ring's table of buffers: no other code may register buffers
-/// with the ring.
+/// A `Uring` works with any ring, for example one of the `io-uring` crate (with its feature
+/// `io_safety`, or by `BorrowedFd::borrow_raw`). A `Uring` keeps a descriptor of its own, and does
+/// not touch submission and completion. It takes over the ring's table of buffers: no other code
+/// may register buffers with the ring.
 ///
 /// A lease must last until its requests have completed, because its slot in the table is reused for
 /// another region afterwards. (The kernel itself keeps the pages of a request in progress.) It
@@ -70,9 +70,9 @@ pub struct Uring {
     free: Mutex<Vec<u16>>,
 }
 
-/// A descriptor of the ring in the program's table, where the program can close or replace it. It
-/// is not in a separate descriptor table: a ring may accept registrations from one thread only, and
-/// callbacks must not wait for another thread.
+/// A descriptor of the ring in the program's table, where the program can close or replace it. The
+/// descriptor is not in a separate descriptor table: a ring may accept registrations from one
+/// thread only, and callbacks must not wait for another thread.
 #[derive(Debug)]
 struct Ring {
     file: ManuallyDrop<File>,
@@ -242,8 +242,8 @@ impl Uring {
         Ok(())
     }
 
-    /// Takes a slot off the list or puts one back. It does nothing else under the lock, because
-    /// `deregister` runs in callbacks.
+    /// Takes a slot off the list or puts one back. This function does nothing else under the lock,
+    /// because `deregister` runs in callbacks.
     fn slots<T>(&self, f: impl FnOnce(&mut Vec<u16>) -> T) -> T {
         f(&mut self.free.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -277,8 +277,8 @@ impl Registrar for Uring {
     }
 
     fn deregister(&self, buffer: FixedBuffer) {
-        // If the slot cannot be emptied, it is not used again. Its pages are released with the
-        // ring.
+        // If the slot cannot be emptied, it is not used again. The pages of the slot are released
+        // with the ring.
         if self
             .update(buffer.index, &Iovec { base: 0, len: 0 })
             .is_ok()

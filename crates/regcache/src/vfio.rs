@@ -20,14 +20,14 @@ use std::os::fd::{AsFd, OwnedFd};
 /// Maps memory for the devices of a VFIO container, at I/O virtual addresses that it chooses.
 ///
 /// A device behind an IOMMU accesses memory by *I/O virtual addresses*. The handle of a region
-/// gives the region's addresses: [`DmaMapping::iova`]. It works with any container of type 1, for
-/// example a `VfioContainer` of the crate `vfio-ioctls` (by `BorrowedFd::borrow_raw`). It keeps a
-/// descriptor of its own, and does not touch groups and devices.
+/// gives the region's addresses: [`DmaMapping::iova`]. A `Vfio` works with any container of type 1,
+/// for example a `VfioContainer` of the crate `vfio-ioctls` (by `BorrowedFd::borrow_raw`). A `Vfio`
+/// keeps a descriptor of its own, and does not touch groups and devices.
 ///
-/// It does not deregister in callbacks. So after an invalidation, a region without a lease stays
-/// mapped until the next miss, `reap`, `flush` or end of a lease. Until then, a device that still
-/// uses the region's addresses accesses the old, pinned pages. Afterwards the IOMMU blocks the
-/// access, and the device reports a DMA error.
+/// A `Vfio` does not deregister in callbacks. So after an invalidation, a region without a lease
+/// stays mapped until the next miss, `reap`, `flush` or end of a lease. Until then, a device that
+/// still uses the region's addresses accesses the old, pinned pages. Afterwards the IOMMU blocks
+/// the access, and the device reports a DMA error.
 ///
 /// # Limits
 /// * Mapped memory counts against `RLIMIT_MEMLOCK`, and a container has room for 65,535 regions
@@ -47,13 +47,13 @@ pub struct Vfio {
 
 /// What the devices of a [`Vfio`] may do with registered memory.
 ///
-/// It is a property of the whole cache, because a cache finds a region by its range alone. So
-/// memory that devices must not write needs a [`Device`](crate::Device) of its own.
+/// The access is a property of the whole cache, because a cache finds a region by its range alone.
+/// So memory that devices must not write needs a [`Device`](crate::Device) of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum DmaAccess {
-    /// They may read it.
+    /// The devices may read the memory.
     Read,
-    /// They may read and write it, so it must be mapped as writable.
+    /// The devices may read and write the memory, so it must be mapped as writable.
     ReadWrite,
 }
 
@@ -120,17 +120,18 @@ unsafe fn control<const CALL: Opcode, T>(
 }
 
 impl Vfio {
-    /// Makes a registrar for the devices of `container`. It uses I/O virtual addresses from
-    /// `addresses`, except those that the IOMMU cannot translate.
+    /// Makes a registrar for the devices of `container`. The registrar uses I/O virtual addresses
+    /// from `addresses`, except those that the IOMMU cannot translate.
     ///
     /// The devices must be able to emit `addresses`: many devices have 32 address bits or fewer. No
     /// other code may map anything at these addresses.
     ///
     /// # Safety
-    /// A device reads and writes the memory of leased regions, and the compiler does not know. The
-    /// caller must ensure that a device uses an address only while the lease lasts, and only for
-    /// bytes that no code in this process reads or writes at the same time. A transfer into the
-    /// memory also needs bytes that may be written, so not those behind a shared reference.
+    /// A device reads and writes the memory of leased regions, and the compiler does not know of
+    /// these accesses. The caller must ensure that a device uses an address only while the lease
+    /// lasts, and only for bytes that no code in this process reads or writes at the same time. A
+    /// transfer into the memory also needs bytes that may be written, so not those behind a shared
+    /// reference.
     ///
     /// # Errors
     /// [`InvalidInput`](io::ErrorKind::InvalidInput) if `addresses` is empty or does not consist of

@@ -11,8 +11,8 @@ use std::marker::PhantomData;
 /// before the guard is dropped.
 ///
 /// From [`Srcu::read_lock`](crate::Srcu::read_lock). The thread may sleep inside it, open further
-/// sections of this or another domain, and drop its guards in any order. It is `!Send`; a section
-/// that may end on another thread is a [`SendGuard`].
+/// sections of this or another domain, and drop its guards in any order. A `Guard` is `!Send`. A
+/// section that may end on another thread is a [`SendGuard`].
 ///
 /// If a guard is forgotten (`mem::forget`), its section never ends, and no later grace period of
 /// the domain ends either.
@@ -34,9 +34,9 @@ pub struct Guard<'a> {
 
 /// A read section that may end on another thread, such as that of a task that awaits I/O inside it.
 ///
-/// From [`Srcu::down_read`](crate::Srcu::down_read). Dropping it ends the section. It belongs to no
-/// thread, so this crate cannot detect a thread that waits for a grace period while it holds one:
-/// such a wait hangs.
+/// From [`Srcu::down_read`](crate::Srcu::down_read). Dropping it ends the section. A `SendGuard`
+/// belongs to no thread, so this crate cannot detect a thread that waits for a grace period while
+/// it holds a `SendGuard`: such a wait hangs.
 #[must_use = "the section ends when the guard is dropped"]
 pub struct SendGuard<'a> {
     section: Section<'a>,

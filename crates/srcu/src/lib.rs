@@ -45,10 +45,10 @@
 //! # What a grace period is
 //!
 //! A reader brackets its use of shared data with a *section*. An updater first *unlinks* an object,
-//! so that no new section can find it. It then waits until all sections that began before have
-//! ended: a *grace period*. Sections that begin later cannot reach the object, so the updater does
-//! not wait for them, and the wait ends although there are always readers. Then the object can be
-//! freed.
+//! so that no new section can find it. The updater then waits until all sections that began before
+//! have ended: a *grace period*. Sections that begin later cannot reach the object, so the updater
+//! does not wait for them, and the wait ends although there are always readers. Then the object can
+//! be freed.
 //!
 //! Each [`Srcu`] is a *domain* of its own. A reader that sleeps for an hour delays the grace
 //! periods of its domain for an hour, and those of no other domain. That makes sleeping readers
@@ -79,11 +79,11 @@
 //!
 //! # Callbacks
 //!
-//! One thread, started by the first `call` or `prepare`, runs the callbacks of all domains. It
-//! sleeps until some domain can advance. The reader that ends the last section of a grace period
-//! wakes it, so a callback runs microseconds later. A domain whose reader is stuck delays no other
-//! domain. A callback that blocks delays the callbacks of all domains. A panic in a callback is
-//! caught and counted.
+//! One thread, started by the first `call` or `prepare`, runs the callbacks of all domains. The
+//! thread sleeps until some domain can advance. The reader that ends the last section of a grace
+//! period wakes it, so a callback runs microseconds later. A domain whose reader is stuck delays no
+//! other domain. A callback that blocks delays the callbacks of all domains. A panic in a callback
+//! is caught and counted.
 //!
 //! # When not to use it
 //!
@@ -106,7 +106,7 @@
 //!
 //! Linux only. Not for signal handlers. [`Srcu`] describes the child of a `fork`. If the
 //! environment variable `SRCU_NO_MEMBARRIER` is set when the first domain is used, readers use real
-//! fences. They also do so if the kernel refuses `membarrier`. A seccomp filter that forbids
+//! fences. Readers also do so if the kernel refuses `membarrier`. A seccomp filter that forbids
 //! `membarrier` *later* aborts the process at the next grace period.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]

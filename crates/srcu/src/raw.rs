@@ -4,9 +4,9 @@
 //! # Safety
 //! Nearly every block below relies on three facts.
 //!
-//! 1. A [`state::State`] lies in pages that are never unmapped. It is recycled when its count
-//!    reaches zero. The `Srcu` handle, the place in the reclaimer's inbox and the current batch
-//!    each hold one count.
+//! 1. A [`state::State`] lies in pages that are never unmapped. A state is recycled when its
+//!    count reaches zero. The `Srcu` handle, the place in the reclaimer's inbox and the current
+//!    batch each hold one count.
 //! 2. Guards borrow the `Srcu`. So when the handle is dropped, no thread is in a section or still
 //!    leaving one.
 //! 3. Only one thread writes a slot: the thread that holds the slot's robust mutex in [`ids`],

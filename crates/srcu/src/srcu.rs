@@ -183,8 +183,8 @@ impl Srcu {
     /// [`start_poll`](Self::start_poll)), the call waits for the next one, because the current one
     /// may have scanned the readers before the caller's unlinking. The next one begins when the
     /// current one has ended. Until then new sections count in the same bank as older ones, so the
-    /// call also waits for sections that begin before the next grace period does. It does not wait
-    /// for sections that begin after that.
+    /// call also waits for sections that begin before the next grace period does. The call does not
+    /// wait for sections that begin after that.
     ///
     /// The call also waits for a reader that was preempted in the middle of `read_lock` and had
     /// chosen its bank earlier. In no case does a stream of new sections delay the caller for ever.

@@ -26,7 +26,7 @@ pub(crate) fn fence(order: Ordering) {
 /// absence.
 ///
 /// The environment variable `MMUN_MUTANT` selects it, only in models and under `--cfg
-/// 'mmun_mutant="env"'`. It is read at run time, so that one build can try all of them.
+/// 'mmun_mutant="env"'`. The variable is read at run time, so that one build can try all mutants.
 #[cfg(not(any(mmun_loom, mmun_mutant = "env")))]
 #[inline(always)]
 pub const fn mutant(_name: &str) -> bool {

@@ -31,11 +31,11 @@ mod machine;
 #[path = "word/x86_64.rs"]
 mod machine;
 
-/// Declares thread-local words with their initial values. They have the methods `get`, `set`,
+/// Declares thread-local words with their initial values. The words have the methods `get`, `set`,
 /// `mark` and `add`.
 ///
-/// It is not part of the interface of this crate. It is public for the crates above, whose brackets
-/// and look-ups may begin wherever sections may.
+/// This macro is not part of the interface of this crate. It is public for the crates that build on
+/// this one, whose brackets and look-ups may begin wherever sections may.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! thread_word {
@@ -103,7 +103,7 @@ macro_rules! thread_word {
             }
         };
     )* };
-    // The word's name in assembly. It contains the version, so two versions of a crate in one
+    // The word's name in assembly. The name contains the version, so two versions of a crate in one
     // program have different names. The mangled name of an item would too, but the compiler may
     // change a mangled name after the assembly was written.
     (@symbol $name:ident) => {

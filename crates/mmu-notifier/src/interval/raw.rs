@@ -8,9 +8,9 @@ use crate::{InvalidateRange, Mm, MmWithUser, MmapWriteGuard, VaRange, WouldBlock
 use std::fmt;
 use std::ptr::{self, NonNull};
 
-/// What an interval does when its range is invalidated. It must take the caller's lock and store
-/// `seq` with [`Interval::set_seq`] in every call, before it drops anything: otherwise a reader
-/// that looked up before would not retry.
+/// The callback of an interval, for when its range is invalidated. The callback must take the
+/// caller's lock and store `seq` with [`Interval::set_seq`] in every call, before it drops
+/// anything: otherwise a reader that looked up before would not retry.
 ///
 /// # Source
 /// `struct mmu_interval_notifier_ops`, Linux 5.5.
@@ -39,8 +39,8 @@ impl<T: RawIntervalOps> Callback for State<T> {
     }
 }
 
-/// The memory of one interval. Its user holds a lock of its own around [`set_seq`](Self::set_seq)
-/// and [`read_retry`](Self::read_retry).
+/// The memory of one interval. The user of the interval holds a lock of its own around
+/// [`set_seq`](Self::set_seq) and [`read_retry`](Self::read_retry).
 #[repr(C)]
 pub struct Interval<T>(Node<State<T>>);
 

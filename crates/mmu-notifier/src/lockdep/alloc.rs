@@ -20,10 +20,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 /// [`Map`](super::Map) that some callback takes, or the state of an
 /// [`InvalidateSeq`](crate::InvalidateSeq) or an [`IntervalNotifier`](crate::IntervalNotifier).
 ///
-/// It checks brackets of every source, but only start and end callbacks:
+/// The allocator checks the brackets of every source, but only start and end callbacks:
 /// [`release`](crate::Notifier::release) and `Drop` run outside of the allocator. A program whose
-/// callbacks come from the `process` source alone may allocate in them, and does not need it. It
-/// sees calls of Rust's allocator, but no `malloc` from C.
+/// callbacks come from the `process` source alone may allocate in them, and does not need it.
+/// `CheckedAlloc` sees calls of Rust's allocator, but no `malloc` from C.
 ///
 /// Builds without `debug_assertions` check nothing and only forward calls.
 ///

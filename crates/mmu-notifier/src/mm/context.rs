@@ -1,5 +1,5 @@
-//! The sections that this thread is inside of. They tell which waits could never end and must be
-//! refused.
+//! The sections that this thread is inside of. These sections determine which waits could never end
+//! and must be refused.
 
 use crate::Mm;
 use crate::lockdep::Section;
@@ -7,7 +7,8 @@ use crate::lockdep::Section;
 srcu::thread_word! {
     /// How many brackets, releases and frees of any address space this thread is inside of.
     static DEPTH: u64 = 0;
-    /// One if this thread is running a deferred free. Only the background thread does.
+    /// One if this thread is running a deferred free. Only the background thread runs those, or a
+    /// thread that acts in its place.
     static FREEING: u64 = 0;
 }
 

@@ -9,16 +9,16 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// What a subscriber does when an address space changes. Every method has a default that does
 /// nothing.
 ///
-/// The kernel's `free_notifier` is the value's own `Drop`. It runs on the background thread of the
-/// `srcu` crate, after a grace period, when no callback of this value can still be running. For a
-/// value that was never registered, it runs in the caller's thread.
+/// The kernel's `free_notifier` is the value's own `Drop`. The drop runs on the background thread
+/// of the `srcu` crate, after a grace period, when no callback of this value can still be running.
+/// For a value that was never registered, it runs in the caller's thread.
 ///
 /// Callbacks may run before `get` has returned, in parallel with themselves, and after the last
 /// put, until the grace period ends. A start need not be followed by an end: the subscriber may be
 /// put, unregistered or released in between.
 ///
-/// A callback may put, look up existing subscriptions and open further brackets. It cannot wait for
-/// callbacks to end: a call that would wait returns [`WouldDeadlock`](crate::WouldDeadlock)
+/// A callback may put, look up existing subscriptions and open further brackets, but it cannot wait
+/// for callbacks to end: a call that would wait returns [`WouldDeadlock`](crate::WouldDeadlock)
 /// instead. A panic in a callback is caught and counted ([`Mm::callback_panics`]), and the other
 /// subscribers are still called.
 ///

@@ -419,8 +419,8 @@ fn try_start_from<'a>(
             // A callback that ran earlier in this bracket has delisted this node.
             continue;
         }
-        // A start that panicked may have done part of its work. It counts as accepted, so its end
-        // runs.
+        // A start that panicked may have done part of its work, so it counts as accepted and its
+        // end runs.
         match catch_unwind(AssertUnwindSafe(|| node.callbacks().try_start(range))) {
             Ok(Err(WouldBlock)) => refused = true,
             Ok(Ok(())) => *slot = Some(node),

@@ -405,8 +405,9 @@ fn s_66_register_waits_for_a_start_in_flight_and_sees_none_of_it() {
     assert_eq!(log.all(), [("a", At::Start), ("a", At::End)]);
 }
 
-/// A second getter may find the listed object while the first one still waits. It must wait too,
-/// because otherwise it could cache a translation that an older bracket is about to change.
+/// A second getter may find the listed object while the first one still waits. The second getter
+/// must wait too, because otherwise it could cache a translation that an older bracket is about to
+/// change.
 #[test]
 fn s_66_a_second_getter_waits_for_the_start_in_flight_too() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());

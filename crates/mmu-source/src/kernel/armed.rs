@@ -31,7 +31,7 @@ pub struct Armed {
 pub struct ReadSeq(Settled);
 
 impl ReadSeq {
-    /// Returns the sequence as a number, for callers in other languages. It is never zero.
+    /// Returns the sequence as a number, for callers in other languages. The number is never zero.
     #[must_use]
     pub const fn to_bits(self) -> u64 {
         self.0.0
@@ -45,7 +45,7 @@ impl ReadSeq {
 
 impl Kernel {
     /// Begins to fill a cache with translations of ranges that the caller has armed or watches. For
-    /// other languages: no type here proves that the ranges are armed. It does the same as
+    /// other languages: no type here proves that the ranges are armed. Otherwise the same as
     /// [`Armed::read_begin`], which waits for changes of every armed range.
     ///
     /// # Blocking

@@ -6,7 +6,7 @@ srcu::thread_word! {
     static DOING: u64 = 0;
 }
 
-/// A flag of this thread. It is set until it is dropped.
+/// A flag of this thread, which is set until this value is dropped.
 ///
 /// A thread sets the flag before it tries to take the corresponding lock, and clears the flag after
 /// it has released the lock. So if a signal handler finds the flag clear, its own thread does not

@@ -14,11 +14,11 @@
 //! granules of that level in `own`. Ranges wider than 16 TiB are only counted, in one counter;
 //! while it is above zero, every event is a hit. An event wider than 16 TiB is always a hit.
 //!
-//! Each granule has two counters, at positions given by two hashes. It counts as armed if both are
-//! above zero; the second is read only if the first is. Granules with equal hashes share a counter,
-//! and a counter that has reached its maximum stays there for ever. Both effects can only turn a
-//! miss into a hit, which costs a needless invalidation. With 10,000 armed pages that happens to
-//! about one in 190 events of one page.
+//! Each granule has two counters, at positions given by two hashes. A granule counts as armed if
+//! both counters are above zero. The program reads the second counter only if the first is above
+//! zero. Granules with equal hashes share a counter, and a counter that has reached its maximum
+//! stays there for ever. Both effects can only turn a miss into a hit, which costs a needless
+//! invalidation. With 10,000 armed pages that happens to about one in 190 events of one page.
 
 use super::sys::Shared;
 use mmu_notifier::VaRange;

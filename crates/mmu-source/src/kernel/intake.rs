@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Taking in is short: it marks the words of watches and moves records into a queue of fixed size.
-//! It runs no callback, allocates nothing and frees nothing. So a thread that asks a
+//! Taking in runs no callback, allocates nothing and frees nothing. So a thread that asks a
 //! [`Watch`](crate::Watch) can do it in the middle of `free`. Passing records to subscribers
 //! (`tell.rs`) runs callbacks and has a lock of its own.
 //!

@@ -96,8 +96,7 @@ impl Machines {
         }
     }
 
-    /// Takes over the listener. It is informed about machine B, and ends before the machines are
-    /// closed.
+    /// Takes over the listener, which learns of machine B and ends before the machines are closed.
     pub(super) fn set_listener(&mut self, inner: Arc<Inner>, nudge: OwnedFd, thread: Thread) {
         self.listener = Some(Listener {
             inner,
@@ -144,8 +143,8 @@ impl Machines {
                 self.later.post(move |_| drop(made));
                 self.forget_b();
             }
-            // The broker is late or has ended. Its program may read this machine's count now or
-            // later, so the machine must stay open as long as the vault.
+            // The broker is late or has ended. The broker's program may read this machine's count
+            // now or later, so the machine must stay open as long as the vault.
             None => std::mem::forget(made),
         }
         Ok(())

@@ -40,15 +40,15 @@ const LENGTH: isize = CONTEXT - 8;
 /// The number of stack bytes that are compared as one piece.
 const PIECE: isize = 256;
 const BUFFER: isize = LENGTH - PIECE;
-/// The distance between the starts of two pieces. They overlap, because the three words may cross
-/// the border.
+/// The distance between the starts of two pieces. The pieces overlap, because the three words may
+/// cross the border.
 const STEP: isize = PIECE - 16;
 /// The largest number of stack bytes that are searched, because the verifier requires a bound. Only
 /// on a kernel with KASAN can the three words be deeper on the stack. Then the change counts as the
 /// client's.
 const STACK: isize = 16 << 10;
-/// How many bytes the last piece may extend into the saved registers. It must not extend beyond
-/// them.
+/// How many bytes the last piece may extend into the saved registers. The piece must not extend
+/// beyond the registers.
 const REGISTERS: isize = 168;
 
 /// Tells whether the three words are consecutive in this kernel, according to its BTF.

@@ -113,15 +113,15 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
 /// Tells whether the few events that have not been taken in are all outside `range` or not after
 /// `base`. Returns `None` if reading the ring cannot decide that.
 ///
-/// It takes no lock, and touches one page more than a load of the generation; taking in one event
-/// touches seven. It decides only if the records in the ring are exactly those from `marked` to the
-/// generation. So it checks the number of each record. A lost event, or a record that was already
-/// taken in as part of a loss, makes the numbers differ.
+/// This function takes no lock, and touches one page more than a load of the generation. (Taking in
+/// one event touches seven pages.) It decides only if the records in the ring are exactly those
+/// from `marked` to the generation. So it checks the number of each record. A lost event, or a
+/// record that was already taken in as part of a loss, makes the numbers differ.
 pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool> {
     // The kernel publishes a record's header by the producer's position, which this function does
-    // not load. It relies on x86-64 instead, where stores become visible in program order. On
-    // another processor this thread could see the number before the header, and take the header of
-    // an older record for the new one's.
+    // not load. Instead the function relies on x86-64, where stores become visible in program
+    // order. On another processor this thread could see the number before the header, and take the
+    // header of an older record for the new one's.
     if cfg!(not(target_arch = "x86_64")) {
         return None;
     }

@@ -25,21 +25,21 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 
-/// The generation before the first event. It must not be zero: see [`sys::Progress`].
+/// The generation before the first event, which must not be zero: see [`sys::Progress`].
 const FIRST: u64 = 1;
 
 impl Kernel {
     /// Starts the source. If it is already running, returns that one.
     ///
-    /// It opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs, and
-    /// starts three threads that sleep until there is work. It uses some 5 MiB of kernel memory.
-    /// None of its descriptors is in the program's table.
+    /// The source opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs,
+    /// and starts three threads that sleep until there is work. The source uses some 5 MiB of
+    /// kernel memory. None of its descriptors is in the program's table.
     ///
     /// # Blocking
     /// The first call takes some milliseconds.
     /// # Errors
     /// [`Error::Unavailable`] if the machine, the privileges or the limit of descriptors do not
-    /// suffice. It says what is missing, and gives a command that provides it.
+    /// suffice. The error names the missing thing, and a command that provides it.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().kernel, |mark| Self::make(mark, RING, true))
     }

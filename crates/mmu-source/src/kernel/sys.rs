@@ -2,9 +2,9 @@
 //!
 //! # Safety
 //! This is the only module of the source with unsafe code. The calls take integers, and pointers to
-//! locals whose size the kernel is told. [`Shared`] owns a mapping until it is dropped. Its words
-//! are available only as atomics, with a bounds check, because the BPF program may write them at
-//! any time.
+//! locals whose size the kernel is told. [`Shared`] owns a mapping until it is dropped. The words
+//! of the mapping are available only as atomics, with a bounds check, because the BPF program may
+//! write them at any time.
 
 #![allow(
     unsafe_code,
@@ -49,7 +49,7 @@ pub(super) fn open_kvm() -> io::Result<OwnedFd> {
 /// Makes a virtual machine of this process, which registers another MMU notifier on its address
 /// space.
 pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    // SAFETY: the request takes an integer, the type of machine. It returns a new close-on-exec
+    // SAFETY: the request takes an integer, the type of machine, and returns a new close-on-exec
     // descriptor, or -1.
     uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }))
 }
@@ -147,8 +147,8 @@ impl Drop for Scratch {
     }
 }
 
-/// The content of one of the kernel's files. It is mapped if the kernel supports that (Linux 6.16),
-/// which is far faster, and read otherwise.
+/// The content of one of the kernel's files: mapped if the kernel supports that (Linux 6.16),
+/// because it is far faster, and read otherwise.
 #[derive(Debug)]
 pub(super) enum Whole {
     Mapped { base: NonNull<u8>, bytes: usize },

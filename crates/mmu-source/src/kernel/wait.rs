@@ -171,13 +171,12 @@ impl Waits {
         // ORDER(source-generation): Acquire, like every load of the generation: the question comes
         // after it.
         let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
-        // ORDER(source-wait): full fence between these two words and the load of the count. It has
-        // two partners. First, the program's load of `dirty`, which comes after its change has
-        // raised B's count (with a full barrier between): if the program's load comes before the
-        // store of WAITING, so that the program does not set `dirty` again, the count shows the
-        // change.
-        // Second, the fence of `arm` before the ticket: a thread that relies on this wait has added
-        // its range before.
+        // ORDER(source-wait): full fence between these two words and the load of the count. This
+        // fence has two partners. First, the program's load of `dirty`, which comes after its
+        // change has raised B's count (with a full barrier between): if the program's load comes
+        // before the store of WAITING, so that the program does not set `dirty` again, the count
+        // shows the change. Second, the fence of `arm` before the ticket: a thread that relies on
+        // this wait has added its range before.
         fence(Ordering::SeqCst);
         if !self.is_over(state, header) {
             vault

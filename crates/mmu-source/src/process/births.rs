@@ -13,7 +13,7 @@ pub(super) enum Birth {
     Bytes(u64),
     /// The heap, which ends at the result.
     Heap,
-    /// A mapping that starts at the result. Its size is in `/proc`.
+    /// A mapping that starts at the result, and whose size is in `/proc`.
     One,
 }
 

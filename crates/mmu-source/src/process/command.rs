@@ -9,10 +9,10 @@ use std::path::PathBuf;
 
 /// A program to run under a tracer.
 ///
-/// It offers less than [`std::process::Command`] on purpose. Everything is prepared before the
-/// fork, so the child makes only system calls until its program runs. The child inherits the
-/// standard streams that the caller does not set, the signal mask, and the ignored signals. One
-/// exception is `SIGPIPE`: Rust programs ignore it, so it is reset to the default.
+/// A `Command` offers less than [`std::process::Command`]. Everything is prepared before the fork,
+/// so the child makes only system calls until its program runs. The child inherits the standard
+/// streams that the caller does not set, the signal mask, and the ignored signals. One exception is
+/// `SIGPIPE`: Rust programs ignore it, so it is reset to the default.
 #[derive(Debug)]
 pub struct Command {
     program: OsString,

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use super::kinds::{Registers, Task};
 
-/// The task and the call for which a callback runs. It corresponds to the kernel's `current`.
+/// The task and the call for which a callback runs, like the kernel's `current`.
 #[doc(alias = "current")]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -50,14 +50,14 @@ thread_local! {
 
 /// Returns the task and the call for which this thread runs a callback.
 ///
-/// It is set while the tracer runs callbacks (`invalidate_range_start`, `invalidate_range_end`,
-/// `release`) and methods of the observer. It is `None` at any other time, and in other threads,
-/// such as the one that frees notifiers.
+/// The value is set while the tracer runs callbacks (`invalidate_range_start`,
+/// `invalidate_range_end`, `release`) and methods of the observer. The value is `None` at any other
+/// time, and in other threads, such as the thread that frees notifiers.
 pub fn current() -> Option<Current> {
     CURRENT.get()
 }
 
-/// Sets [`current`] while it lives. Its drop restores the previous value.
+/// Sets [`current`] as long as this value lives. The drop restores the previous value.
 #[derive(Debug)]
 pub(super) struct Scope {
     before: Option<Current>,

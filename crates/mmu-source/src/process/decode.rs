@@ -59,8 +59,8 @@ impl Entry {
     /// Returns what the call is about to invalidate, as far as its arguments and `/proc` say.
     /// Returns `None` if the call invalidates nothing.
     ///
-    /// It rounds up when in doubt: even if the kernel will refuse the call, the arguments give a
-    /// range whenever one can be formed.
+    /// This function rounds up when in doubt: even if the kernel will refuse the call, the
+    /// arguments give a range whenever one can be formed.
     pub(super) fn plan(&self, context: Context<'_>, ranges: &mut Vec<VaRange>) -> Option<Plan> {
         let [a0, a1, a2, a3, a4, a5] = self.args;
         let mut cause = self.call.name();

@@ -1,7 +1,7 @@
 //! The seccomp filter of a spawned process, assembled by hand.
 //!
 //! The filter returns `SECCOMP_RET_TRACE` for a memory call whose arguments allow it to change a
-//! translation, and `SECCOMP_RET_ALLOW` for every other call. It works in these steps:
+//! translation, and `SECCOMP_RET_ALLOW` for every other call. The filter works in these steps:
 //!
 //! 1. Load the architecture. Continue at 2 for the native one, at 4 for the 32-bit one. Trace a
 //!    call of any other architecture, so that the tracer can report that it cannot decode it.

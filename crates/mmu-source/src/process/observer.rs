@@ -25,7 +25,8 @@ pub trait Observer {
     ///
     /// All brackets of the task are closed by then. If the task was the last one in the address
     /// space, the address space exits next: `release` runs for each notifier that is registered
-    /// then. It does not run for a notifier whose last [`mmu_notifier::Subscription`] was put here.
+    /// then. `release` does not run for a notifier whose last [`mmu_notifier::Subscription`] was
+    /// put here.
     fn leave(&mut self, task: Task, held: Self::Held);
 
     /// Something happened to a task.

@@ -191,7 +191,7 @@ pub(super) fn lowest_break(tid: Pid) -> Option<u64> {
 }
 
 /// The second column is a name in parentheses. `end_data` and `start_brk` are columns 46 and 47.
-/// They are zero if the reader may not see them.
+/// Both are zero if the reader may not see them.
 fn lowest_break_in(stat: &str) -> Option<u64> {
     let mut columns = stat.rsplit_once(')')?.1.split_whitespace().skip(46 - 3);
     let mut next = || columns.next()?.parse::<u64>().ok();

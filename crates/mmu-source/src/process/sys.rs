@@ -3,8 +3,8 @@
 //! # Safety
 //! This is the only module of the source with unsafe code. ptrace and wait take integers, and
 //! pointers to local buffers whose size the kernel is told, so the functions here are safe for any
-//! caller. Between `fork` and `execve` the child runs [`Child::run`]. It makes only system calls on
-//! memory prepared before the fork: no allocation, no lock, no unwinding.
+//! caller. Between `fork` and `execve` the child runs [`Child::run`]. `run` makes only system calls
+//! on memory prepared before the fork: no allocation, no lock, no unwinding.
 
 #![allow(
     unsafe_code,
@@ -56,8 +56,8 @@ pub(super) fn same_memory(a: Pid, b: Pid) -> Option<bool> {
     (order >= 0).then_some(order == 0)
 }
 
-/// Tells whether `tid` is a thread of process `pid`. It asks the kernel by a signal of number 0,
-/// which needs no privilege and no `/proc`.
+/// Tells whether `tid` is a thread of process `pid`. Asks the kernel by a signal of number 0, which
+/// needs no privilege and no `/proc`.
 pub(super) fn is_thread_of(pid: Pid, tid: Pid) -> bool {
     // SAFETY: `tgkill` takes integers, and signal 0 is not delivered.
     let result = unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, 0) };

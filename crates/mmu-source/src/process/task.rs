@@ -1,6 +1,7 @@
 //! What the tracer keeps about one task.
 //!
-//! A task is in one of these states. It is stopped while the tracer serves it, and runs otherwise.
+//! A task is in one of these states. The task is stopped while the tracer serves it, and runs
+//! otherwise.
 //!
 //! | state | meaning | left by |
 //! | --- | --- | --- |

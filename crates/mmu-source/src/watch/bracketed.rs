@@ -2,7 +2,7 @@
 //!
 //! One subscriber marks all of these watches, at the start of each bracket and again at its end.
 //! The second mark is for a watch made in between: that watch may stand for a translation from
-//! before the change, so it must be marked before the call that makes the change returns.
+//! before the change. So the subscriber must mark it before the changing call returns.
 
 use crate::Error;
 use crate::current_mm::current_ref;

@@ -7,9 +7,9 @@
 //! is missing or refused, leases are not written into slots but counted in their regions, with full
 //! fences on both sides. That decision is made once and never changes.
 //!
-//! `srcu` has a similar fence. It aborts if the kernel refuses the call later, because its readers
-//! rely on the fence. Here a refusal only delays a deregistration, and a library must not abort the
-//! program that loads it. So the two do not share code.
+//! `srcu` has a similar fence. `srcu` aborts if the kernel refuses the call later, because its
+//! readers rely on the fence. Here a refusal only delays a deregistration, and a library must not
+//! abort the program that loads it. So the two do not share code.
 
 #[cfg(not(mmun_loom))]
 use crate::sync::atomic::AtomicUsize;
@@ -29,8 +29,8 @@ pub(crate) fn light() {
     compiler_barrier();
 }
 
-/// The side of a reader that does not rely on `membarrier`. It also pairs with `heavy`, which is a
-/// full fence on its own thread.
+/// The side of a reader that does not rely on `membarrier`. This fence also pairs with `heavy`,
+/// which is a full fence on its own thread.
 pub(crate) fn full() {
     // ORDER(cache-lease, cache-unlease): the side of counted leases in the pairs named at the
     // callers.

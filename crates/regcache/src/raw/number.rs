@@ -1,6 +1,6 @@
-//! A small number for every thread that takes leases. It is the thread's number in `srcu`, and is
-//! free again when the thread ends. Claiming a number allocates nothing, because a signal handler
-//! or code inside an allocator may do it.
+//! A small number for every thread that takes leases. The number is the thread's number in `srcu`,
+//! and is free again when the thread ends. Claiming a number allocates nothing, because a signal
+//! handler or code inside an allocator may do it.
 
 #[cfg(not(mmun_loom))]
 mod imp {

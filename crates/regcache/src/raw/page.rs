@@ -8,7 +8,8 @@ use std::io;
 use std::ops::Deref;
 use std::ptr::NonNull;
 
-/// The content of the page. It is rarely written, so every processor keeps its own cached copy.
+/// The content of the page. The page is rarely written, so every processor keeps its own cached
+/// copy.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Fields {
@@ -77,8 +78,8 @@ impl Page {
         &self.tables
     }
 
-    /// Makes `table` the current table. It takes over the entries of the present one. The caller
-    /// holds the lock of the cache.
+    /// Makes `table` the current table. `table` takes over the entries of the present table. The
+    /// caller holds the lock of the cache.
     pub(crate) fn install(&self, table: Box<Table>) {
         let first = self.tables.install(table).first();
         // ORDER(cache-table): Release, for the entries. Partner: the Acquire in `View::load`.

@@ -20,7 +20,7 @@ pub(crate) struct Region {
 }
 
 const VISITED: u32 = 1;
-/// Look-ups find the region. It is the higher bit, so that one comparison tests it.
+/// Look-ups find the region. This is the higher bit, so that one comparison tests it.
 const LIVE: u32 = 2;
 
 // SAFETY: zeroes are valid integers.
@@ -36,7 +36,7 @@ unsafe impl Zero for Region {
 }
 
 impl Region {
-    /// Returns the range. It is stable only for a caller that holds the lock or a lease.
+    /// Returns the range. The range is stable only for a caller that holds the lock or a lease.
     #[inline(always)]
     pub(crate) fn range(&self) -> VaRange {
         range(
@@ -91,7 +91,7 @@ impl Region {
     #[cold]
     #[inline(never)]
     fn mark(&self) -> bool {
-        // Relaxed: a hint. It does no harm to a region that has died or has been replaced
+        // Relaxed: a hint. The hint does no harm to a region that has died or has been replaced
         // meanwhile.
         self.state.fetch_or(VISITED, Ordering::Relaxed);
         true
@@ -114,9 +114,9 @@ impl Region {
     pub(crate) fn set_dead(&self) {
         // Relaxed: the heavy fence orders this store, ORDER(cache-lease). ORDER(cache-use): the
         // store comes before the change, because the system call that makes the change begins
-        // later. Partner: the fence in `Lease::is_current`. It is a swap instead of a store for the
-        // sake of loom: loom would not order an overwritten `mark` before a plain store, and would
-        // still show the mark.
+        // later. Partner: the fence in `Lease::is_current`. This is a swap instead of a store for
+        // the sake of loom: loom would not order an overwritten `mark` before a plain store, and
+        // would still show the mark.
         self.state.swap(0, Ordering::Relaxed);
     }
 

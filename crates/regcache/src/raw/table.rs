@@ -85,7 +85,7 @@ impl<'a> View<'a> {
         unsafe { len.as_ref() }.load(Ordering::Relaxed) as usize
     }
 
-    /// Returns the position where a hash belongs. It takes the hash's upper bits by a
+    /// Returns the position where a hash belongs. The position is the hash's upper bits, taken by a
     /// multiplication, because a shift by a variable is slow on some processors.
     #[inline(always)]
     fn home(self, hash: u32) -> usize {
@@ -114,7 +114,7 @@ impl<'a> View<'a> {
     }
 
     /// Calls `f` with the name of each region that has an entry with `hash`, until `f` returns a
-    /// result. It may also call `f` with names of other regions.
+    /// result. May also call `f` with names of other regions.
     #[inline(always)]
     pub(crate) fn probe_names<T>(
         self,
@@ -257,8 +257,8 @@ impl Tables {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// Returns the current table. It is the latest one only for a caller that holds the lock of the
-    /// cache.
+    /// Returns the current table. This is the latest table only for a caller that holds the lock of
+    /// the cache.
     pub(crate) fn newest(&self) -> Option<&Table> {
         // ORDER: Relaxed: a writer of the table holds the lock, under which the table was
         // installed.

@@ -47,8 +47,8 @@ unsafe impl Zero for Block {
 #[derive(Debug)]
 pub(crate) struct Slot(AtomicU32);
 
-/// The blocks of all threads with a number. They reserve address space, and use memory only when a
-/// thread uses its block.
+/// The blocks of all threads with a number. The blocks reserve address space. A block uses memory
+/// only when its thread uses it.
 #[derive(Debug)]
 pub(crate) struct Threads {
     /// Empty if slots cannot be used.

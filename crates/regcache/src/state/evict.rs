@@ -9,8 +9,8 @@ impl State {
     /// Evicts regions that have not been used lately, to make room for `size` more bytes and a few
     /// future regions.
     ///
-    /// SIEVE: the hand moves from the oldest region to the newest. It spares a region that was used
-    /// since the hand's last pass, evicts one that was not, and stays there.
+    /// SIEVE: the hand moves from the oldest region to the newest. The hand spares a region that
+    /// was used since its last pass, evicts a region that was not, and stays there.
     pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u128) -> u64 {
         let Some(table) = index.page.tables().newest() else {
             return 0;

@@ -266,8 +266,8 @@ impl Batch {
         self.newest.store(ptr::null_mut(), Ordering::Relaxed);
     }
 
-    /// Removes the oldest callback from the batch and returns it with its function. Its grace
-    /// period has passed.
+    /// Removes the oldest callback from the batch and returns it with its function. The grace
+    /// period of that callback has passed.
     pub(super) fn take_one(&self) -> Option<(NonNull<Head>, Function)> {
         let oldest = NonNull::new(self.oldest.load(Ordering::Relaxed))?;
         // SAFETY: the head must be valid and belong to this crate, which the module's invariant

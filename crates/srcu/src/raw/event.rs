@@ -1,8 +1,8 @@
 //! A counter on which threads can sleep until it changes.
 //!
 //! The waiter reads the counter, checks whether its condition holds, and sleeps only if the counter
-//! has not changed. The thread that makes the condition true increments the counter afterwards. It
-//! enters the kernel only if a thread sleeps.
+//! has not changed. The thread that makes the condition true increments the counter afterwards.
+//! That thread enters the kernel only if another thread sleeps.
 
 use crate::sync::{AtomicU32, Ordering, fence, mutant};
 

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 /// The number of forks between this process and its first ancestor that used this crate.
 static FORKS: AtomicUsize = AtomicUsize::new(0);
 
-/// The number of registrations that have begun. It is hardly ever more than one.
+/// The number of registrations that have begun. The number is hardly ever more than one.
 static REGISTERED: AtomicUsize = AtomicUsize::new(0);
 
 /// Returns the number of forks between this process and its first ancestor that used this crate. A

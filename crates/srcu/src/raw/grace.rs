@@ -14,9 +14,9 @@
 //!    idle again.
 //!
 //! Why scan both banks, and not only the one in use? A reader may have loaded the index and then
-//! been preempted before it counted. It then counts in a bank that two grace periods may have
-//! switched meanwhile. Only a scan of both banks, in every grace period, is certain to see that
-//! reader. `docs/ordering.md` has the complete argument.
+//! been preempted before it counted. Such a reader then counts in a bank that two grace periods may
+//! have switched meanwhile. Only a scan of both banks, in every grace period, is certain to see
+//! that reader. `docs/ordering.md` has the complete argument.
 
 use super::barrier;
 use super::slot::Counters;

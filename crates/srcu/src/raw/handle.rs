@@ -31,8 +31,8 @@ impl Handle {
     pub(crate) fn peek(&self) -> &State {
         // ORDER(srcu-state): Acquire; partner in `first_use`.
         let state = self.0.load(Ordering::Acquire);
-        // SAFETY: the state must outlive the reference. It is a static, or this handle keeps it
-        // alive, from which the reference borrows.
+        // SAFETY: the state must outlive the reference. The state is a static, or this handle, from
+        // which the reference borrows, keeps it alive.
         unsafe { &*state }
     }
 

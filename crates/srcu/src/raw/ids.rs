@@ -40,8 +40,8 @@ static CHUNKS: [AtomicPtr<Mutex>; BUCKETS] = [const { AtomicPtr::new(ptr::null_m
 static CURSOR: Lock<usize> = Lock::new(0);
 
 /// How many numbers a claim probes before it makes a new one. The limit bounds the time of a claim.
-/// It also bounds the number of dead entries: once a large enough fraction of all numbers is dead,
-/// a claim almost certainly finds one.
+/// The limit also bounds the number of dead entries: once a large enough fraction of all numbers is
+/// dead, a claim almost certainly finds one.
 const PROBES: usize = 32;
 
 #[inline(always)]

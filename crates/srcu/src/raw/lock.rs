@@ -1,5 +1,5 @@
-//! A mutex for slow paths. It never allocates, can be made in a constant, and can be reset in the
-//! child of a fork.
+//! A mutex for slow paths, which never allocates, can be made in a constant, and can be reset in
+//! the child of a fork.
 
 use std::ops::{Deref, DerefMut};
 

@@ -41,8 +41,8 @@ pub(super) fn alloc(class: usize) -> NonNull<u8> {
         FREE[class].store(next, Ordering::Relaxed);
         drop(held);
         let run: NonNull<u8> = run.cast();
-        // SAFETY: the write needs memory that this crate owns. It is a run of this class that was
-        // just taken off its list.
+        // SAFETY: the write needs memory that this crate owns. The memory is a run of this class
+        // that was just taken off its list.
         unsafe { run.write_bytes(0, PAGE << class) };
         return run;
     }

@@ -10,7 +10,8 @@ use super::slot::Slot;
 pub(crate) const INLINE: usize = 28;
 /// The number of slots in the second bucket, which is one page.
 const SECOND: usize = 32;
-/// The number of buckets. They have room for 28 + 32 * (2^17 - 1) threads; Linux has at most 2^22.
+/// The number of buckets. The buckets have room for 28 + 32 * (2^17 - 1) threads; Linux has at most
+/// 2^22.
 pub(crate) const BUCKETS: usize = 18;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -15,7 +15,7 @@
 //!    domain.
 //!
 //! # Safety
-//! A domain from the inbox comes with a count of its state. Its turn releases that count.
+//! A domain from the inbox comes with a count of its state. The turn releases that count.
 
 use super::run::run;
 use super::state::State;
@@ -28,7 +28,7 @@ const TURN: usize = 256;
 
 /// If a batch is at least this large, callbacks arrive faster than grace periods are worth: each
 /// grace period interrupts the queueing threads twice. So the reclaimer pauses, and then takes more
-/// callbacks at once. It does not pause while a thread waits for it.
+/// callbacks at once. The reclaimer does not pause while a thread waits for it.
 const STORM: usize = 64;
 
 /// Advances a domain as far as possible without waiting, and releases the inbox's count of it.
@@ -88,8 +88,8 @@ fn work(state: &State) {
             // ORDER(srcu-busy): Release: a thread that finds `busy` clear sees that the callbacks
             // are done. Partner: `is_idle`.
             pending.busy.store(false, Ordering::Release);
-            // SAFETY: `release` needs a count that the caller owns. It is that of the batch, which
-            // is now empty. The inbox's count keeps the state alive.
+            // SAFETY: `release` needs a count that the caller owns. This is the count of the batch,
+            // which is now empty. The inbox's count keeps the state alive.
             unsafe { State::release(state) };
             break;
         }
@@ -264,8 +264,9 @@ mod thread {
         }
     }
 
-    /// The object that `barrier` waits on. It is not on the waiter's stack: in the child of a fork
-    /// by another thread, that stack is gone, but the child's queue still points to the object.
+    /// The object that `barrier` waits on. The object is not on the waiter's stack: in the child of
+    /// a fork by another thread, that stack is gone, but the child's queue still points to the
+    /// object.
     struct Waiter {
         event: Event,
         done: AtomicBool,

@@ -30,8 +30,8 @@ static HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
 type PanicHook = fn(&(dyn Any + Send));
 
-/// Sets the function that the reclaimer thread calls with the payload of a callback's panic. It
-/// replaces an earlier one.
+/// Sets the function that the reclaimer thread calls with the payload of a callback's panic. The
+/// function replaces an earlier one.
 ///
 /// By then the panic has been caught and counted
 /// ([`Srcu::callback_panics`](crate::Srcu::callback_panics)), and the standard panic hook has

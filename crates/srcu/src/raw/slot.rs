@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! Only the owning thread writes a slot, so its stores need no read-modify-write instruction.
-//! Counters only grow, and wrap around. They are never reset while the domain is in use, so the end
+//! Counters only grow, and wrap around. No code resets them while the domain is in use, so the end
 //! of a thread needs no clean-up.
 
 use crate::sync::{AtomicUsize, Ordering, mutant};

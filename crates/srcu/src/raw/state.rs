@@ -49,8 +49,8 @@ macro_rules! at_compile_time_too {
     };
 }
 
-/// A domain. Its cache lines are grouped in pairs: what readers load, what grace periods write,
-/// what producers of callbacks write.
+/// A domain. The cache lines of a domain are grouped in pairs: what readers load, what grace
+/// periods write, what producers of callbacks write.
 #[repr(C, align(128))]
 pub(crate) struct State {
     /// The bank for new sections, and [`barrier::FULL_FENCES`].
@@ -77,8 +77,8 @@ pub(crate) struct Updater {
     pub(in crate::raw) gp: Lock<Gp>,
     /// A thread advances it when a waiting updater should check again.
     pub(crate) event: Event,
-    /// It is here because the reclaimer writes it for every callback, and the producers need a
-    /// cache line of their own.
+    /// This field is here because the reclaimer writes it for every callback, and the producers
+    /// need a cache line of their own.
     pub(super) batch: Batch,
 }
 
@@ -100,8 +100,8 @@ pub(crate) struct Pending {
 }
 
 // SAFETY: all fields are atomics, locks and events, except `batch`. By the invariant one thread at
-// a time uses `batch`. Its callbacks may run on any thread: `call` requires `Send`, and `call_raw`
-// has that rule.
+// a time uses `batch`. The callbacks of the batch may run on any thread: `call` requires `Send`,
+// and `call_raw` has that rule.
 unsafe impl Sync for State {}
 // SAFETY: as for `Sync`. Nothing in it is bound to a thread.
 unsafe impl Send for State {}

@@ -3,8 +3,8 @@
 //!
 //! The first bucket is the rest of the domain's own page, so in a program with few threads each
 //! domain needs one page. Every further bucket doubles the room. A thread's number determines the
-//! place of its slot, which is the same in every domain. It is computed once for each thread, and
-//! kept in thread-local storage.
+//! place of its slot, which is the same in every domain. Each thread computes its place once, and
+//! keeps it in thread-local storage.
 //!
 //! # Safety
 //! # Invariants
@@ -51,7 +51,8 @@ impl Table {
         // ORDER(srcu-bucket): Acquire: the zeroes of a new bucket are visible. Partner: the Release
         // in `install`.
         let first = NonNull::new(bucket.load(Ordering::Acquire))?;
-        // SAFETY: the offset must be inside the allocation. It is that of a slot in this bucket.
+        // SAFETY: the offset must be inside the allocation. This is the offset of a slot in this
+        // bucket.
         let slot = unsafe { first.byte_add(place.offset as usize) };
         // SAFETY: it must point to a live slot without a `&mut` to it. Buckets live as long as the
         // domain, which `&self` keeps alive, and slots are only shared.

@@ -13,11 +13,11 @@ use std::mem::MaybeUninit;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
-/// A thread that the child of a fork can start. It runs with all signals blocked, so the program's
-/// signal handlers never run on it.
+/// A thread that the child of a fork can start. The thread runs with all signals blocked, so the
+/// program's signal handlers never run on it.
 ///
-/// It is internal to this workspace. Dropping the handle neither detaches nor joins: in the child
-/// of a fork, the handle of a parent's thread must not be used in any other way.
+/// This type is internal to the workspace. Dropping the handle neither detaches nor joins: in the
+/// child of a fork, the handle of a parent's thread must not be used in any other way.
 #[derive(Debug)]
 pub struct Thread(libc::pthread_t);
 
@@ -86,7 +86,7 @@ pub fn without_signals<T>(f: impl FnOnce() -> T) -> T {
     f()
 }
 
-/// Blocks this thread's signals while it lives. It cannot leave its thread.
+/// Blocks this thread's signals as long as this value lives. The value cannot leave its thread.
 pub(super) struct Blocked(libc::sigset_t, PhantomData<*mut ()>);
 
 impl Blocked {

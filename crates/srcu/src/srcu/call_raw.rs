@@ -61,8 +61,8 @@ impl Srcu {
     /// Like [`call_raw`](Self::call_raw), but `f` may drop the domain itself, possibly before this
     /// call returns.
     ///
-    /// It costs two more atomic read-modify-writes if nothing is queued yet. It never blocks, and
-    /// never allocates once the domain is prepared.
+    /// This call costs two more atomic read-modify-writes if no callback is queued yet. It never
+    /// blocks, and never allocates once the domain is prepared.
     ///
     /// # Safety
     /// The caller must follow the rules of [`call_raw`](Self::call_raw). The domain may be gone

@@ -1,7 +1,7 @@
 //! The part of an interval that the tree links and a bracket calls.
 //!
 //! `in_tree` and `deferred_next` are used only under the lock of the address space's intervals.
-//! They are atomics only to avoid `unsafe` code.
+//! The two are atomics only to avoid `unsafe` code.
 
 use super::Finish;
 use super::tree::Tree;

@@ -11,18 +11,18 @@
 //!    may still stand on the node.
 //! 6. After one more grace period no walker can reach the node, and the background thread frees it.
 //!
-//! A `Registration` never becomes `live`. Its `unregister` may replace steps 5 and 6: it delists
-//! the node, waits for the grace period itself, and takes the value back.
+//! A `Registration` never becomes `live`. `unregister` may replace steps 5 and 6: it delists the
+//! node, waits for the grace period itself, and returns the value.
 //!
 //! # Safety
-//! A node is handled as `NonNull`. It is one `Box<Aligned<N>>`, or lies in memory that a caller of
-//! [`raw`](crate::raw) provides. Two facts carry every `unsafe` block here:
+//! A node is handled as `NonNull`. Each node is one `Box<Aligned<N>>`, or lies in memory that a
+//! caller of [`raw`](crate::raw) provides. Two facts carry every `unsafe` block here:
 //!
 //! * **counted**: a [`NodeRef`] holds one of `users`. While `users` is not zero, no thread queues
 //!   the free.
 //! * **deferred**: exactly one thread queues the free, once: the thread that took `users` to zero,
-//!   or the thread that consumed the `Registration`. It does so after it unlinked the node, and the
-//!   free runs after a grace period of the address space's domain. So a node that was reached
+//!   or the thread that consumed the `Registration`. This thread has unlinked the node before, and
+//!   the free runs after a grace period of the address space's domain. So a node that was reached
 //!   through the list stays alive until the end of the read section in which it was reached.
 
 mod raw;
@@ -43,7 +43,8 @@ use std::ptr::{self, NonNull};
 /// The part of a subscriber that does not depend on its type.
 ///
 /// # Invariants
-/// It is the first field of a `Node<N>`, and `notifier` points to the `value` of that same node.
+/// The header is the first field of a `Node<N>`, and `notifier` points to the `value` of that same
+/// node.
 #[repr(C)]
 pub(super) struct Header {
     /// First, so that the address of a queued head is the address of its node.
@@ -70,9 +71,9 @@ pub(super) struct Header {
 impl Header {
     #[inline(always)]
     pub(super) fn callbacks(&self) -> &dyn Callbacks {
-        // SAFETY: The pointee must be alive and not mutably borrowed. It is the `value` of the node
-        // that `self` is part of (invariant), so it lives as long as `self` does, and no code makes
-        // a `&mut` to the value before the node is freed.
+        // SAFETY: The pointee must be alive and not mutably borrowed. The pointee is the `value` of
+        // the node that `self` is part of (invariant), so it lives as long as `self` does, and no
+        // code makes a `&mut` to the value before the node is freed.
         unsafe { self.notifier.as_ref() }
     }
 
@@ -202,7 +203,7 @@ impl CountedFree {
 pub(crate) enum NotCounted {
     /// There is no such node, or its last reference was put.
     Gone,
-    /// Its count is at the maximum.
+    /// The node's count is at the maximum.
     Overflow,
 }
 
@@ -348,8 +349,8 @@ impl<N: Notifier> NodeRef<N> {
     }
 }
 
-/// Drops the reference. The drop of the last one delists the node and queues its free. It never
-/// blocks and never allocates.
+/// Drops the reference. The drop of the last one delists the node and queues its free. The drop
+/// never blocks and never allocates.
 impl<N: Notifier> Drop for NodeRef<N> {
     #[inline]
     fn drop(&mut self) {

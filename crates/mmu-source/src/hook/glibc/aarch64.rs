@@ -27,7 +27,7 @@ pub(super) const REACH: u64 = (1 << 27) - (1 << 20);
 /// `brk #5`, which the kernel writes for uprobes.
 pub(super) const BREAKPOINT: [u8; 4] = 0xd420_00a0_u32.to_le_bytes();
 
-/// Returns the trampoline of a site. It will be placed at `at`.
+/// Returns the trampoline of a site, for the place `at`.
 #[cfg(target_arch = "aarch64")]
 pub(super) fn trampoline(at: u64, found: &Found, _: Code64<'_>) -> Option<Vec<u8>> {
     let table = std::ptr::from_ref(&super::handler::IS_HOOKED).expose_provenance() as u64;

@@ -7,7 +7,7 @@ use super::raw;
 use crate::page;
 use std::ptr;
 
-/// Memory for trampolines. It is never unmapped, because a thread may be executing in it.
+/// Memory for trampolines, which is never unmapped, because a thread may be executing in it.
 #[derive(Debug)]
 pub(super) struct Arena {
     start: u64,

@@ -9,9 +9,9 @@
 //! the new page is there. So it runs either the old instruction or the new one. Only whole
 //! instructions are replaced, so no thread is in the middle of an instruction.
 //!
-//! The usual method is a breakpoint: write `int3` first, then the tail, then the first byte. It
-//! does not work here, because a thread that blocks SIGTRAP dies at a breakpoint, and glibc's own
-//! threads release their stacks by `madvise` with every signal blocked.
+//! The usual method is a breakpoint: write `int3` first, then the tail, then the first byte. This
+//! method does not work here, because a thread that blocks SIGTRAP dies at a breakpoint, and
+//! glibc's own threads release their stacks by `madvise` with every signal blocked.
 
 #![allow(unsafe_code, reason = "replaces code")]
 

@@ -48,8 +48,8 @@ pub(super) static IS_HOOKED: [bool; 512] = {
 /// kernel's result.
 ///
 /// # Safety
-/// The caller must follow the rules of the call `number`. It does, because the thread that reached
-/// the patched instruction was about to make this call.
+/// The caller must follow the rules of the call `number`. The stub that calls this function does,
+/// because the thread that reached the patched instruction was about to make this call.
 pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
     // SAFETY: the caller follows the rules of the call. The raw call does not change `errno`.
     bracketed(number, args, || unsafe { raw::syscall(number, *args) })
@@ -59,8 +59,8 @@ pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
 /// bracket.
 ///
 /// # Safety
-/// The caller must follow the rules of the function. It does, because the thread that reached the
-/// function's entry was about to call the function.
+/// The caller must follow the rules of the function. The stub that calls `enter_function` does,
+/// because the thread that reached the function's entry was about to call the function.
 pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], next: Next) -> u64 {
     let [a0, a1, a2, a3, a4, a5] = *args;
     // SAFETY: the caller follows the rules of the function.
@@ -79,8 +79,8 @@ fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     };
     // SAFETY: the function has no preconditions.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: this is the thread's own `errno`. It lives as long as the thread, and no other code
-    // writes to it during this function.
+    // SAFETY: this is the thread's own `errno`. The variable lives as long as the thread, and no
+    // other code writes to it during this function.
     let errno = unsafe { &*errno.cast::<Cell<c_int>>() };
     let before = errno.get();
     let outer = mm.invalidate(first, event);

@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// The number of installed hooks. Changed under the lock.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// The lock is held for microseconds. Its holder allocates nothing and calls no code of the
-/// program.
+/// The lock is held for microseconds. The holder of the lock allocates nothing and calls no code of
+/// the program.
 fn lock() -> &'static Lock {
     &marks().hook_patch
 }

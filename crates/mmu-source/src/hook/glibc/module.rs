@@ -62,7 +62,7 @@ impl Segment {
     /// Returns the code without breakpoints, and the breakpoints.
     ///
     /// The kernel recognises the breakpoint of a uprobe by the file that is mapped at its address.
-    /// It kills a thread that executes a copy of the breakpoint elsewhere.
+    /// The kernel kills a thread that executes a copy of the breakpoint elsewhere.
     ///
     /// # Errors
     /// The errors of `mmap`.
@@ -147,9 +147,9 @@ impl Deref for Text {
     }
 }
 
-/// A changed copy of a module's code, in a mapping of its own. It does not come from the program's
-/// allocator: freeing so large a block would change the allocator's thresholds for the program's
-/// own blocks.
+/// A changed copy of a module's code, in a mapping of its own. The mapping does not come from the
+/// program's allocator: the free of so large a block would change the allocator's thresholds for
+/// the program's own blocks.
 #[derive(Debug)]
 pub(super) struct Scratch {
     at: u64,
@@ -160,8 +160,8 @@ impl Scratch {
     fn new(code: &[u8], changes: &[(usize, Breakpoint)]) -> Result<Self, i32> {
         let length = code.len();
         let at = raw::mmap(0, length as u64, libc::PROT_READ | libc::PROT_WRITE, 0)?;
-        // SAFETY: the memory must be valid and unshared. It was mapped above with this length,
-        // zeroed, and no other code refers to it.
+        // SAFETY: the memory must be valid and unshared. The memory was mapped above with this
+        // length and zeroed, and no other code refers to it.
         let copy = unsafe {
             slice::from_raw_parts_mut(ptr::with_exposed_provenance_mut::<u8>(at as usize), length)
         };

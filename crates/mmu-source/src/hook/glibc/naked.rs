@@ -3,8 +3,8 @@
 /// Defines a function that consists of exactly these instructions. The compiler adds no prologue or
 /// epilogue.
 ///
-/// The symbol is hidden from other objects. Its name contains the version, because a program may
-/// contain two versions of this crate.
+/// The symbol is hidden from other objects. The symbol's name contains the version, because a
+/// program may contain two versions of this crate.
 macro_rules! naked {
     ($visibility:vis fn $name:ident($($argument:ident: $type:ty),*), $symbol:expr, [$($code:expr),* $(,)?] $($operands:tt)*) => {
         unsafe extern "C" {

@@ -1,5 +1,5 @@
-//! What the handler looks up about its own process. It does so without the allocator, because it
-//! may run inside `free`.
+//! The facts that the handler looks up about its own process, without the allocator, because the
+//! handler may run inside `free`.
 
 #![allow(unsafe_code, reason = "tests make descriptors")]
 
@@ -81,8 +81,8 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
     // If `fdinfo` has neither line, the descriptor is not a pidfd.
     let mut number = None;
     let read = lines(file, |line| {
-        // `NSpid`, which some kernels lack, comes after `Pid`. Its last number is that in the
-        // process's own namespace.
+        // `NSpid`, which some kernels lack, comes after `Pid`. The last number of `NSpid` is the
+        // process's number in its own namespace.
         if let Some(numbers) = line
             .strip_prefix(b"Pid:")
             .or_else(|| line.strip_prefix(b"NSpid:"))

@@ -1,4 +1,5 @@
-//! The plan: which sites to patch, and the trampolines that the patches jump to. It is made once.
+//! The plan: which sites to patch, and the trampolines that the patches jump to. Each process makes
+//! its plan once.
 
 #![allow(unsafe_code, reason = "reads code")]
 

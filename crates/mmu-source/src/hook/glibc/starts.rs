@@ -1,7 +1,7 @@
 //! The starts of a module's functions.
 
-/// The table of `.eh_frame_hdr`, by which the unwinder finds the functions of a module. It is empty
-/// if the module has none.
+/// The table of `.eh_frame_hdr`, by which the unwinder finds the functions of a module. Empty if
+/// the module has no such table.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Starts<'a> {
     /// The address of the section. Entries are relative to it.

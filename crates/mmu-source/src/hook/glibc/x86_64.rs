@@ -20,6 +20,6 @@ pub(super) fn protection(_: u64) -> i32 {
 /// Does nothing: on this processor instruction caches are coherent with stores.
 ///
 /// # Safety
-/// It has no preconditions here.
+/// The function has no preconditions on this processor.
 #[allow(unsafe_code, reason = "it has a duty on other processors")]
 pub(super) unsafe fn synchronize_code(_: u64, _: u64) {}

@@ -2,8 +2,8 @@
 //!
 //! `/proc` says what a descriptor is, and the kernel writes `/proc`. Without the check, a hostile
 //! broker could send a file in place of a map and truncate the file, which would kill the client
-//! with `SIGBUS`. It could also send a device other than KVM, for which `KVM_CREATE_VM` means
-//! something else.
+//! with `SIGBUS`. The broker could also send a device other than KVM, for which `KVM_CREATE_VM`
+//! means something else.
 
 use super::super::layout::{RING, header};
 use super::super::programs::SharedMaps;

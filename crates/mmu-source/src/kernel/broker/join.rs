@@ -18,8 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection to a broker that serves this process.
 ///
-/// It stays open as long as the source exists, because the broker treats the end of the connection
-/// client.
+/// The connection stays open as long as the source exists, because the broker treats the end of the
+/// connection client.
 #[derive(Debug)]
 pub(in super::super) struct Session {
     socket: OwnedFd,

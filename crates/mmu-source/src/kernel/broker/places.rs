@@ -5,9 +5,9 @@
 //! that the other users leave, rounded up: the first user half of all, a second one a quarter. So
 //! no single user can take the last place.
 //!
-//! A client holds its link and its maps. It can keep their descriptors, or pass them on, after its
-//! connection has ended. So its place is free only when none of these objects exists in the kernel
-//! any more.
+//! A client holds its link and its maps. The client can keep their descriptors, or pass them on,
+//! after its connection has ended. So its place is free only when none of these objects exists in
+//! the kernel any more.
 
 use super::super::sys::{self, Object};
 use super::message::Refusal;

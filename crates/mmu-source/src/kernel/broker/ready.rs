@@ -20,7 +20,8 @@ pub(super) struct Ready<T> {
 enum Room<T> {
     /// A `T` is to be made.
     Wanted,
-    /// Making failed. It is tried again when the next client connects.
+    /// The last attempt to make a `T` failed. The next attempt is made when the next client
+    /// connects.
     Empty,
     Full(T),
 }

@@ -327,8 +327,8 @@ fn a_client_is_told_of_its_own_changes_alone() {
             header::ANSWERED,
         ];
         let seen = || words.map(|word| header.u64(word).load(Ordering::Relaxed));
-        // First everything is armed, without and then with a machine B. Last, the victim's page is
-        // also the scratch page of the questions.
+        // In the first two rounds everything is armed, without and then with a machine B. In the
+        // last round, the victim's page is also the scratch page of the client's questions.
         let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
         for (scratch, with_b) in [(0, false), (0, true), (page.address(), true)] {
             let (request, with) = if with_b {

@@ -12,7 +12,7 @@ pub(in super::super) enum Map {
     Value { bytes: u32 },
     /// One value that only programs access.
     Private { bytes: u32 },
-    /// A ring of records. Its size is a power of two.
+    /// A ring of records, whose size is a power of two.
     Ring { bytes: u32 },
 }
 
@@ -188,7 +188,7 @@ pub(in super::super) fn missed_runs(program: BorrowedFd<'_>) -> io::Result<u64> 
     Ok(info[RECURSION_MISSES / 8])
 }
 
-/// The kernel's id of a BPF object. It stays valid as long as a reference to the object exists.
+/// The kernel's id of a BPF object. The id stays valid as long as a reference to the object exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum Object {
     Program(u32),

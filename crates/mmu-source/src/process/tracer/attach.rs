@@ -18,13 +18,13 @@ impl<O: Observer> Tracer<O> {
     /// Traces a running process, with all its threads. Each of them stops at every system call.
     ///
     /// The observer learns of the threads at once. The tracer sees the calls of a thread from its
-    /// first stop on, which [`Tracer::run`] serves. It does not see a call that the thread is in
-    /// until then.
+    /// first stop on, which [`Tracer::run`] serves. The tracer does not see a call that the thread
+    /// is in until then.
     ///
     /// # Blocking
     /// Sleeps while the process is in `execve`.
     /// # Errors
-    /// [`Error::Attach`]. Its source is:
+    /// [`Error::Attach`], whose source is:
     /// * `ESRCH` if no such process exists;
     /// * `EPERM` if tracing the process is refused or it already has a tracer;
     /// * an error without a number, of the kind [`io::ErrorKind::InvalidInput`], if `pid` is a

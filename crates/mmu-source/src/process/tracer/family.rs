@@ -191,8 +191,8 @@ impl<O: Observer> Tracer<O> {
         Err(unknown)
     }
 
-    /// Makes an address space for `tid`, which shares no known one. It stays in doubt with those
-    /// for which the kernel does not say.
+    /// Makes an address space for `tid`, which shares no known one. If the kernel does not say
+    /// whether it is the same as another one, both stay in doubt.
     fn space_of_its_own(&mut self, tid: Pid) -> Rc<Space> {
         let unknown = self.space_shared_with(tid).err().unwrap_or_default();
         self.in_doubt |= !unknown.is_empty();
@@ -273,8 +273,8 @@ impl<O: Observer> Tracer<O> {
         if !tracee.may_be_forking() || tracee.call.is_none() {
             return;
         }
-        // The result is the child's number in the parent's pid namespace. It differs from the
-        // number here only if the parent is in another pid namespace than the tracer.
+        // The result is the child's number in the parent's pid namespace. That number differs from
+        // the number here only if the parent is in another pid namespace than the tracer.
         if tracee.numbers_agree.is_none() {
             tracee.numbers_agree = proc::shares_pid_namespace(parent);
         }
@@ -332,7 +332,7 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Handles a task that has run `execve`. Its other threads have ended, and it now has the
+    /// Handles a task that has run `execve`. The other threads have ended, and the task now has the
     /// identifier of the process.
     pub(super) fn execed(&mut self, pid: Pid) -> Result<(), Error> {
         let message =

@@ -61,7 +61,8 @@ impl Reaper {
         self.shared.lock().tids.push(tid);
     }
 
-    /// Returns the threads that were reaped since the last call. Their numbers may be in use again.
+    /// Returns the threads that were reaped since the last call. The numbers of these threads may
+    /// be in use again.
     pub(super) fn ended(&self) -> Vec<(Pid, ExitStatus)> {
         mem::take(&mut self.shared.lock().ended)
     }

@@ -13,7 +13,7 @@ pub(crate) struct Inbox {
     /// The domains that were added, the latest first.
     pushed: AtomicPtr<State>,
     /// The domains that the reclaimer took over, the earliest first. Only the reclaimer accesses
-    /// this list. It is not on the reclaimer's stack, so that the child of a fork finds it.
+    /// this list. The list is not on the reclaimer's stack, so that the child of a fork finds it.
     taken: AtomicPtr<State>,
     pub(in crate::raw) event: Event,
     /// Models have no reclaimer thread: the threads that wait for callbacks act as the reclaimer,

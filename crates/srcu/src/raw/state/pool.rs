@@ -71,11 +71,11 @@ fn create() -> *mut State {
     };
     // SAFETY: the offset must be inside the page. States are made at the start of pages.
     let slots: *mut Slot = unsafe { state.byte_add(offset_of!(Page, slots)).cast() };
-    // SAFETY: the write needs memory that this crate owns. It is a new page or an unused state. All
-    // zeroes are valid slots.
+    // SAFETY: the write needs memory that this crate owns. The memory is a new page or an unused
+    // state. All zeroes are valid slots.
     unsafe { slots.write_bytes(0, place::INLINE) };
-    // SAFETY: `with_first` needs zeroed slots that live as long as the table. They are the rest of
-    // the page that contains the table.
+    // SAFETY: `with_first` needs zeroed slots that live as long as the table. The slots are the
+    // rest of the page that contains the table.
     let table = unsafe { Table::with_first(slots) };
     let links = Links {
         all,

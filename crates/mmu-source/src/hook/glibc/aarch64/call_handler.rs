@@ -88,8 +88,8 @@ naked!(
 );
 
 // The target of a trampoline at the *entry* of a function. `x9` holds the number of the call, `x10`
-// the function to call; the arguments and the stack are those of the function. It may change every
-// register that a function may change.
+// the function to call; the arguments and the stack are those of the function. The stub may change
+// every register that a function may change.
 naked!(
     pub(super) fn function(),
     "function",

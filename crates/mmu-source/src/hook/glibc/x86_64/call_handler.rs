@@ -102,8 +102,8 @@ all!(all_avx512, "vmovups", "zmm", "64",
     [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31], [0 1 2 3 4 5 6 7]);
 
 // The target of a trampoline at the *entry* of a function. `rax` holds the number of the call,
-// `r11` the address to call; the arguments and the stack are those of the function. It preserves
-// only what a function must preserve.
+// `r11` the address to call; the arguments and the stack are those of the function. The stub
+// preserves only the registers that a function must preserve.
 naked!(
     pub(in crate::hook::glibc) fn function(),
     "function",

@@ -4,8 +4,8 @@
 //! bytes, like a near jump. A *site* is such an instruction, or another one of at least five bytes,
 //! together with everything up to the `syscall`. Only this first instruction is replaced, so no
 //! thread is ever in the middle of the replaced bytes. The scanner disassembles the functions that
-//! contain the bytes of a site, from their starts. It leaves a site alone unless the site's code is
-//! proven safe to move.
+//! contain the bytes of a site, from their starts. The scanner does not patch a site unless the
+//! site's code is proven safe to move.
 
 use super::super::handler::CALLS;
 use super::super::starts::Starts;

@@ -13,8 +13,8 @@ pub(in crate::hook::glibc) fn branch(from: u64, to: u64) -> Option<[u8; PATCH]> 
     Some(jump)
 }
 
-/// Returns the trampoline of a site. It works at any address. Returns `None` if no stub knows the
-/// registers of this processor.
+/// Returns the trampoline of a site. The trampoline works at any address. Returns `None` if no stub
+/// knows the registers of this processor.
 pub(in crate::hook::glibc) fn trampoline(
     _: u64,
     found: &Found,
@@ -68,8 +68,8 @@ fn of_call(moved: &[u8], is_generic: bool, stub: unsafe extern "C" fn(), resume:
     fill(code, stub, resume)
 }
 
-/// Returns a trampoline for a function whose entry another program has patched with a jump. It
-/// calls the target of that jump through `stub`.
+/// Returns a trampoline for a function whose entry another program has patched with a jump. The
+/// trampoline calls the target of that jump through `stub`.
 fn of_function(number: u32, foreign: Foreign, stub: unsafe extern "C" fn()) -> Vec<u8> {
     // mov $number, %eax; lea foreign(%rip), %r11; jmp *stub; foreign:
     let mut code = vec![0xb8];

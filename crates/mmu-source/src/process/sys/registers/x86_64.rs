@@ -29,8 +29,8 @@ pub(in super::super::super) fn registers(tid: Pid) -> Option<Registers> {
 /// Makes the kernel skip the call at whose entry a tracee is stopped, so that the call returns
 /// `ENOSYS`.
 ///
-/// Without a call number, the result of the call is the value of `rax`. At a system call entry that
-/// is already `ENOSYS`.
+/// Without a call number, the result of the call is the value of `rax`, and at a system call entry
+/// `rax` is already `ENOSYS`.
 pub(in super::super::super) fn skip_call(tid: Pid) -> io::Result<Option<()>> {
     let number = 8 * libc::ORIG_RAX as usize;
     unless_gone(ptrace(libc::PTRACE_POKEUSER, tid, number, usize::MAX).map(drop))
