@@ -211,6 +211,10 @@ pub(crate) struct TraceArgs {
 /// otherwise. If MMUN_REPORT is set and -o is not given, the processes report there, and mmun is
 /// replaced by the program.
 ///
+/// A signal that is sent to mmun is handed on to the program. One that is sent to their process
+/// group (kill %1, kill -- -PGID) therefore reaches the program twice: once by itself, once through
+/// mmun, which cannot tell it from one for mmun alone. The keys of a terminal reach it once.
+///
 /// A program that is stopped stops mmun only where a shell waits for that: in the foreground of a
 /// terminal. SIGCONT to either lets the program go on.
 ///

@@ -57,6 +57,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
             return FAILED;
         }
     };
+    // From here on something is left to be done when the program has ended.
+    sys::keep_signals();
     let folder = match folder() {
         Ok(folder) => folder,
         Err(error) => {

@@ -10,12 +10,14 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::Relaxed};
 
 /// Where signals go. 0 while there is no program.
 static PROGRAM: AtomicI32 = AtomicI32::new(0);
 /// This process leads its session: a terminal that hangs up tells it alone.
 static LEADS_SESSION: AtomicBool = AtomicBool::new(false);
+/// SIGCONT was ignored when this process was started.
+static IGNORES_CONT: AtomicBool = AtomicBool::new(false);
 
 /// What is never handed on: what cannot be caught, what says something about this process, and what
 /// the terminal sends to stop all of its group.
@@ -33,47 +35,99 @@ const OURS: [i32; 11] = [
     libc::SIGTRAP,
 ];
 
+/// Signals that arrived before there was a program, as bits: those to hand on, and those that a
+/// terminal sends to all of a group.
+static EARLY: AtomicU64 = AtomicU64::new(0);
+static EARLY_FROM_TERMINAL: AtomicU64 = AtomicU64::new(0);
+
 /// The program that runs behind this process.
 #[derive(Debug)]
 pub(crate) struct Relay(pub(crate) Child);
 
+/// Keeps signals for the program that [`start_under_relay`] starts, from now on.
+///
+/// # How none is lost, and none comes twice
+/// The signals are handled, not blocked, because the kernel then never forks between the arrival of
+/// a signal and its handler: a fork that is overtaken by a signal begins again afterwards.
+///
+/// | | arrives before the fork | after it |
+/// | --- | --- | --- |
+/// | from the terminal, for the group | the child finds it noted in its copy of this memory, and raises it | the child has one of its own |
+/// | for this process alone | is noted, and handed on when there is a program | the same, or is handed on at once |
+pub(crate) fn keep_signals() {
+    LEADS_SESSION.store(leads_session(), Relaxed);
+    for signal in relayed() {
+        // SIGCONT lets a process go on also where it is ignored.
+        if signal == libc::SIGCONT {
+            IGNORES_CONT.store(is_ignored(signal), Relaxed);
+            relay(signal);
+        } else if !is_ignored(signal) {
+            relay(signal);
+        }
+    }
+}
+
+fn relayed() -> impl Iterator<Item = i32> {
+    (1..=libc::SIGRTMAX()).filter(|signal| !OURS.contains(signal))
+}
+
+fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
 /// Starts `command` with the signals' dispositions and mask that this process was started with, and
-/// hands signals on from now on. If this process is killed, so is the program.
+/// hands signals on from now on, those that were kept first. If this process is killed, so is the
+/// program.
 ///
 /// # Errors
 /// The errors of starting `command`.
 pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
-    // A signal that arrives meanwhile waits until the program runs and the handlers are there. By
-    // default, SIGCONT would be lost, and others would end this process.
-    let relayed: Vec<i32> = (1..=libc::SIGRTMAX())
-        .filter(|signal| !OURS.contains(signal))
-        .collect();
-    let inherited = change_mask(libc::SIG_BLOCK, &set_of(&relayed));
+    let inherited = change_mask(libc::SIG_BLOCK, &set_of(&[]));
+    let kept = set_of(&relayed().collect::<Vec<_>>());
     let own = rustix::process::getpid();
     let prepare = move || {
-        // The standard library has emptied the mask.
-        change_mask(libc::SIG_SETMASK, &inherited);
+        // The standard library has emptied the mask. Until it is back, signals wait.
+        change_mask(libc::SIG_BLOCK, &kept);
+        let early = EARLY_FROM_TERMINAL.load(Relaxed);
+        for signal in relayed().filter(|signal| !is_ignored(*signal)) {
+            set_handler(signal, disposition(signal));
+            if early & bit(signal) != 0 {
+                // SAFETY: it takes any number.
+                unsafe { libc::raise(signal) };
+            }
+        }
         rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
         if rustix::process::getppid() != Some(own) {
             return Err(io::Error::from_raw_os_error(libc::ECANCELED));
         }
+        change_mask(libc::SIG_SETMASK, &inherited);
         Ok(())
     };
     // SAFETY: the closure runs between fork and exec, and makes system calls only.
     unsafe { command.pre_exec(prepare) };
     let started = command.spawn();
-    if let Ok(child) = &started {
-        PROGRAM.store(child.id() as i32, Relaxed);
-        LEADS_SESSION.store(leads_session(), Relaxed);
-        for signal in relayed {
-            // SIGCONT lets a process go on also where it is ignored.
-            if !is_ignored(signal) || signal == libc::SIGCONT {
-                relay(signal);
+    match &started {
+        Ok(child) => {
+            PROGRAM.store(child.id() as i32, Relaxed);
+            // A signal before the store is noted, one after it is handed on by the handler.
+            let early = EARLY.swap(0, Relaxed);
+            for signal in relayed().filter(|signal| early & bit(*signal) != 0) {
+                // SAFETY: it takes any numbers. The program is not waited for yet.
+                unsafe { libc::kill(child.id() as i32, signal) };
             }
         }
+        Err(_) => end_relay(),
     }
-    change_mask(libc::SIG_SETMASK, &inherited);
     started.map(Relay)
+}
+
+/// What this process was started with: a handled signal had the default.
+fn disposition(signal: i32) -> usize {
+    if signal == libc::SIGCONT && IGNORES_CONT.load(Relaxed) {
+        libc::SIG_IGN
+    } else {
+        libc::SIG_DFL
+    }
 }
 
 /// Stops this process. What continues it is handed on to the program.
@@ -120,10 +174,8 @@ fn leads_session() -> bool {
 /// can be another process's. A signal does to this process what it does to any other.
 pub(crate) fn end_relay() {
     PROGRAM.store(0, Relaxed);
-    for signal in (1..=libc::SIGRTMAX()).filter(|signal| !OURS.contains(signal)) {
-        if !is_ignored(signal) {
-            set_handler(signal, libc::SIG_DFL);
-        }
+    for signal in relayed().filter(|signal| !is_ignored(*signal)) {
+        set_handler(signal, disposition(signal));
     }
 }
 
@@ -149,7 +201,14 @@ extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const lib
         _ => false,
     };
     let program = PROGRAM.load(Relaxed);
-    if (is_sent || is_for_this_one) && program != 0 {
+    let is_handed_on = is_sent || is_for_this_one;
+    if program == 0 {
+        let early = match is_handed_on {
+            true => &EARLY,
+            false => &EARLY_FROM_TERMINAL,
+        };
+        early.fetch_or(bit(signal), Relaxed);
+    } else if is_handed_on {
         // SAFETY: `kill` takes any numbers. The program is not waited for before `end_relay` has
         // run in this thread, the only one, so the number is its own.
         keeping_errno(|| unsafe { libc::kill(program, signal) });

@@ -210,6 +210,33 @@ fn signals_that_are_sent_to_it_reach_the_program() {
 }
 
 #[test]
+fn a_signal_before_the_program_is_there_is_not_lost() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let (source, library) = (
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/before_fork.c"),
+        scratch("before_fork.so"),
+    );
+    let mut gcc = Command::new("gcc");
+    gcc.args(["-shared", "-fPIC", "-o"])
+        .arg(&library)
+        .arg(source);
+    assert!(gcc.status().unwrap().success());
+    for (which, signal) in [("kernel", libc::SIGINT), ("sent", libc::SIGTERM)] {
+        let mut command = sh("exec sleep 60");
+        command
+            .env("LD_PRELOAD", &library)
+            .env("BEFORE_FORK", which)
+            .stderr(Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let status = within("mmun run", move || child.wait().unwrap());
+        assert_eq!(status.signal(), Some(signal), "{which}: {status}");
+    }
+    fs::remove_file(library).unwrap();
+}
+
+#[test]
 fn a_signal_after_the_program_has_ended_is_its_own() {
     let (ready, report) = (Fifo::new("ready"), Fifo::new("report"));
     // The report waits until it is read.
