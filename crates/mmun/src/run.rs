@@ -76,6 +76,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
                 "no report: {why}; TMPDIR must name a folder that can be written"
             ));
             command.env_remove("MMUN_REPORT");
+            sys::end_relay();
             return refused(&args.program[0], &command.exec());
         }
     };

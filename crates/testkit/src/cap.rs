@@ -37,6 +37,12 @@ pub enum Cap {
     Program(&'static str),
     /// The module of this name of Debian's own Python.
     PythonModule(&'static str),
+    /// The library of this file name, where Debian's packages put theirs.
+    Library(&'static str),
+    /// UCX 1.13, the version whose cache has the layout that the tests know.
+    Ucx,
+    /// libfabric 1.17, the version whose cache has the layout that the tests know.
+    Libfabric,
 }
 
 /// The interpreter whose modules come from Debian's packages.
@@ -138,6 +144,15 @@ fn probe(cap: Cap) -> Result<(), String> {
                 Err(error) => Err(format!("{PYTHON}: {error}")),
             }
         }
+        Cap::Library(name) => {
+            let folder = format!("/usr/lib/{}-linux-gnu", env::consts::ARCH);
+            match Path::new(&folder).join(name).exists() {
+                true => Ok(()),
+                false => Err(format!("{folder} has no {name}")),
+            }
+        }
+        Cap::Ucx => version("ucx_info", "-v", "1.13."),
+        Cap::Libfabric => version("fi_info", "--version", "1.17."),
         Cap::Bpf => bpf().map_err(|error| format!("BPF: {error}")),
         Cap::Kvm => match fs::File::options().read(true).write(true).open("/dev/kvm") {
             Ok(_) => Ok(()),
@@ -170,6 +185,18 @@ fn mount_namespace() -> io::Result<()> {
         }
     });
     thread.join().expect("it makes two calls")
+}
+
+/// Asks a program for its version.
+fn version(program: &str, option: &str, version: &str) -> Result<(), String> {
+    let output = Command::new(program).arg(option).output();
+    let output = output.map_err(|error| format!("{program}: {error}"))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let first = said.lines().next().unwrap_or_default();
+    match said.contains(version) {
+        true => Ok(()),
+        false => Err(format!("{program} is not of version {version}x: {first}")),
+    }
 }
 
 fn rdma() -> Result<(), String> {

@@ -1,8 +1,8 @@
 //! Open MPI's own patcher of libc, loaded before and after the library.
 
 use crate::cache::{Cache, has_kernel, program, run, stale};
-use crate::support::installed;
 use std::collections::BTreeSet;
+use testkit::{Cap, require};
 
 /// The operations that reached Open MPI's own hook.
 fn told(out: &str) -> BTreeSet<&str> {
@@ -14,12 +14,8 @@ fn told(out: &str) -> BTreeSet<&str> {
 
 /// The program, if the installed Open MPI has a patcher.
 fn with_patcher(cache: Cache) -> Option<std::path::PathBuf> {
-    let library = installed("libopen-pal.so.40");
-    if !library.exists() {
-        println!("SKIP: no {}", library.display());
-        return None;
-    }
-    program(cache)
+    let library = Cap::Library("libopen-pal.so.40");
+    require(library).then(|| program(cache)).flatten()
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -61,14 +62,42 @@ fn lending(capabilities: &[u32]) -> Option<Public> {
         .uid(NOBODY)
         .gid(NOBODY)
         .current_dir("/");
-    let has_any = command
-        .output()
+    let output = command.output();
+    let has_any = output
+        .as_ref()
         .is_ok_and(|output| !rights(text(&output.stdout)).is_empty());
     if !is_set || !has_any {
-        println!("SKIP: a file's capabilities have no effect here");
+        let why = without_effect(copy.folder(), capabilities);
+        let why = why.unwrap_or_else(|| panic!("a file's capabilities have no effect: {output:?}"));
+        println!("SKIP: a file's capabilities have no effect: {why}");
         return None;
     }
     Some(copy)
+}
+
+/// Why a file in `folder` lends nothing; `None` if it should.
+fn without_effect(folder: &Path, capabilities: &[u32]) -> Option<String> {
+    const CAP_SETFCAP: u32 = 31;
+    let flags = rustix::fs::statvfs(folder).unwrap().f_flag;
+    if flags.contains(rustix::fs::StatVfsMountFlags::NOSUID) {
+        return Some(format!("{} is mounted nosuid", folder.display()));
+    }
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let value = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_whitespace().last())
+    };
+    if value("NoNewPrivs:") != Some("0") {
+        return Some("no_new_privs is set".to_owned());
+    }
+    let bounding = u64::from_str_radix(value("CapBnd:")?, 16).unwrap();
+    let mut wanted = capabilities.iter().chain([&CAP_SETFCAP]);
+    if let Some(number) = wanted.find(|number| bounding >> **number & 1 == 0) {
+        return Some(format!("capability {number} is not in the bounding set"));
+    }
+    // A file system without such attributes, or the root of a user namespace.
+    let is_set = setcap(&folder.join("cat"), capabilities);
+    (!is_set).then(|| io::Error::last_os_error().to_string())
 }
 
 /// The lines of `/proc/self/status` that say which rights a process has, less those that say none.
