@@ -24,7 +24,8 @@ macro_rules! export {
 pub(crate) use export;
 
 /// Makes a value that runs `$call` when unwinding drops it; without unwinding, the caller forgets
-/// the value. The value has no fields: a name in it would be stored on each call.
+/// the value. The value has no fields, because storing a function's name in it would cost a store
+/// on each call.
 macro_rules! on_unwind {
     ($call:expr) => {{
         struct OnUnwind;

@@ -44,7 +44,7 @@ pub(crate) static WATCHED: Count = Count::new();
 pub(crate) static REAPED: Count = Count::new();
 /// Changed ranges that were reported to UCX.
 pub(crate) static TOLD: Count = Count::new();
-/// Whether a look-up of a UCX cache has passed by here. A flag and not a count: the look-ups hold
+/// Whether a UCX cache has called our `ucs_rcache_get`. A flag and not a count: the look-ups hold
 /// no common lock, so a count would cost them an atomic addition.
 pub(crate) static LOOKED_UP: AtomicBool = AtomicBool::new(false);
 /// Caches that started to watch.
@@ -74,15 +74,15 @@ const KEPT: usize = 16;
 
 static REFUSALS: Mutex<Vec<Refusal>> = Mutex::new(Vec::new());
 
-/// Counts a refused hit of the registration `start..start + len`. For `valid`, which libfabric
-/// calls under its own lock.
+/// Counts a refused hit of the registration `start..start + len`. Only `valid` calls this, under
+/// libfabric's lock.
 ///
 /// # Blocking
 /// It may allocate, so it must not be called from a callback.
 pub(crate) fn refused(start: u64, len: u64, change: Change) {
     REFUSED.add(1);
-    // Taken by the report, or by a thread that only the parent of this process has. The refusal is
-    // counted all the same.
+    // The report may hold the lock, or a thread that exists only in the parent of this process. The
+    // refusal was counted above.
     let Ok(mut refusals) = REFUSALS.try_lock() else {
         return;
     };
@@ -101,7 +101,7 @@ pub(crate) fn refused(start: u64, len: u64, change: Change) {
     }
 }
 
-/// Begins anew, in the child of a fork. Its caches and its sources have started.
+/// Resets the counters in the child of a fork. The child's caches and sources count as started.
 pub(crate) fn forget() {
     for count in [&HITS, &REFUSED, &WATCHED, &REAPED, &TOLD] {
         count.set(0);

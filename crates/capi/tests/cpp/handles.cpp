@@ -41,7 +41,7 @@ struct Mutex {
 	bool locked = false;
 };
 
-int held; // Registrations.
+int held; // Number of registrations.
 
 // A registration, which the destructor undoes.
 class Key {
@@ -72,7 +72,7 @@ void an_error_says_its_text_once(const mmu::Sources &mmun)
 
 // Only a registration with which no change raced is entered. Any other one is undone, without the
 // lock.
-void a_fill_enters_what_no_change_has_met(const mmu::Sources &mmun)
+void a_fill_enters_only_registrations_without_a_race(const mmu::Sources &mmun)
 {
 	Mutex mutex;
 	std::unique_ptr<Key> entered;
@@ -176,7 +176,7 @@ int main()
 	const mmu::Sources mmun(MMUN_SOURCE_OWN);
 
 	an_error_says_its_text_once(mmun);
-	a_fill_enters_what_no_change_has_met(mmun);
+	a_fill_enters_only_registrations_without_a_race(mmun);
 	a_fill_that_throws_leaves_nothing(mmun);
 	a_fill_inside_a_change_says_so(mmun);
 	a_lease_got_during_a_change_is_not_valid(mmun);

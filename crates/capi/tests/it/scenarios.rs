@@ -46,9 +46,10 @@ fn programs() -> BTreeMap<String, String> {
     sources("tests/c").iter().flat_map(of_file).collect()
 }
 
-/// `S-01 FILE`, or `S-01 - WHY`.
+/// Each line of the table is `ID FILE`, or `ID - REASON`. The test compares the lines with the
+/// programs.
 #[test]
-fn every_scenario_of_the_contract_is_in_c_or_cannot_be() {
+fn every_scenario_of_the_contract_has_a_test_in_c_or_a_reason() {
     let table = fs::read_to_string(root().join("tests/c/scenarios.txt")).expect("the table");
     let mut ids = Vec::new();
     let programs = programs();
