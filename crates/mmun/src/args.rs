@@ -1,4 +1,4 @@
-//! The command line. Help, man page and completions come from this table alone.
+//! The command line: the one source of help, man pages and completions.
 
 mod broker;
 mod coverage;
@@ -72,7 +72,7 @@ pub(crate) enum Command {
     /// Runs one operation for the tracer that started it.
     #[command(hide = true)]
     CoverageTracee(TraceeArgs),
-    /// Makes calls that do nothing, for the tracer that measures what they take.
+    /// Makes calls that do nothing, for the tracer that measures their time.
     #[command(hide = true)]
     IdleCalls {
         /// The number of the processor to run on.
@@ -80,11 +80,11 @@ pub(crate) enum Command {
     },
     /// Prints the manual pages: of mmun, and of each command.
     ///
-    /// As roff, one after the other: mmun man | man -l -
-    /// Into a folder, one page a file: mmun man ~/.local/share/man/man1
+    /// As roff, one after another: mmun man | man -l - Into a folder, one page a file: mmun man
+    /// ~/.local/share/man/man1
     #[command(verbatim_doc_comment)]
     Man {
-        /// Writes mmun.1, mmun-trace.1 and the others here; the folder is made if it is not there
+        /// Writes mmun.1, mmun-trace.1 and the others to this folder, and makes it if necessary
         #[arg(value_name = "FOLDER")]
         folder: Option<PathBuf>,
     },
@@ -98,19 +98,15 @@ pub(crate) enum Command {
 /// Records every change a program makes to its address translations, with its threads and children.
 ///
 /// Each traced task holds a counted reference (get, put) to the notifier of its address space; the
-/// notifier is freed once, after the last put. Around every system call that removes or changes
-/// translations stand a start and an end.
-///
-/// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if
-/// there is none. SIGINT or SIGTERM ends the trace, not the program; mmun then dies of that signal,
-/// which a shell shows as 130 or 143. What was ignored when mmun started stays ignored: SIGINT is,
-/// where a script starts mmun with "&".
-///
-/// A fork is recorded with the ranges that it protects, which stand in /proc; without /proc as one
-/// range of everything.
-///
-/// A traced program has one tracer: debuggers and strace are refused, and a program under
-/// AddressSanitizer must run with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1.
+/// notifier is freed once, after the last put. Each system call that removes or changes
+/// translations is recorded with a start and an end. Exits as the program did; 125 if mmun itself
+/// failed, 126 if the program cannot be run, 127 if it does not exist. SIGINT or SIGTERM ends the
+/// trace, not the program; mmun then dies of that signal, which a shell shows as 130 or 143. A
+/// signal that was ignored when mmun started stays ignored: a script that starts mmun with "&"
+/// ignores SIGINT. A fork is recorded with the ranges that it write-protects, which mmun reads from
+/// /proc; without /proc, it is recorded as one range of the whole address space. A program can have
+/// only one tracer: the kernel refuses debuggers and strace meanwhile. Run a program under
+/// AddressSanitizer with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
@@ -130,11 +126,9 @@ pub(crate) struct TraceArgs {
     )]
     pub(crate) output: Option<PathBuf>,
 
-    /// Records only these events, such as unmap,clear; after a '!' all but these, such as
-    /// '!clear,migrate'; may be repeated
-    ///
-    /// Several options add up; what one of them excludes is left out. The life of tasks and address
-    /// spaces is always recorded. Quote the '!', which shells have a use for.
+    /// Records only these events, such as unmap,clear; or all but these, such as '!clear,migrate';
+    /// may be repeated Several options add up; an event that one option excludes is not recorded.
+    /// The life of tasks and address spaces is always recorded. Quote the '!', which shells expand.
     #[arg(short, long, value_name = "[!]EVENTS", value_parser = EventsParser, verbatim_doc_comment)]
     pub(crate) events: Vec<Events>,
 
@@ -149,22 +143,21 @@ pub(crate) struct TraceArgs {
     #[command(flatten)]
     pub(crate) summary: SummaryArgs,
 
-    /// Writes a page with pictures for a browser at the end, in place of the records
-    ///
-    /// The page has all that --details, -k and --births find out. --no-births leaves births out:
-    /// an mmap that replaces nothing is then spared a stop, some 20 us, and mappings have no begin.
-    /// With -o, --json or -k the records are written as well.
+    /// Writes a page with pictures for a browser at the end, instead of the records The page has
+    /// everything that --details, -k and --births record. With --no-births an mmap that replaces
+    /// nothing does not stop the program, which saves some 20 us, but the page does not show when
+    /// mappings begin. With -o, --json or -k the records are written as well.
     #[arg(long, value_name = "FILE.html", group = "places", verbatim_doc_comment)]
     pub(crate) report: Option<PathBuf>,
 
     #[command(flatten)]
     pub(crate) details: DetailArgs,
 
-    /// Writes the totals and no records
+    /// Writes the totals instead of the records
     #[arg(long, groups = ["totals", "places"])]
     pub(crate) summary_only: bool,
 
-    /// Shows no line with the number of events while --summary-only or --report writes nothing else
+    /// Shows no progress line (the number of events) with --summary-only or --report
     #[arg(short, long)]
     pub(crate) quiet: bool,
 
@@ -172,17 +165,13 @@ pub(crate) struct TraceArgs {
     #[arg(short, long, overrides_with = "no_follow")]
     pub(crate) follow: bool,
 
-    /// Traces the program's first task only
-    ///
-    /// If another thread runs execve, nothing is recorded from then on. A child made with
-    /// CLONE_PTRACE is let go at its first stop, untraced.
+    /// Traces the program's first task only If another thread runs execve, the trace ends there.
+    /// mmun detaches from a child made with CLONE_PTRACE at its first stop.
     #[arg(long, overrides_with = "follow")]
     pub(crate) no_follow: bool,
 
-    /// Stops at every system call instead of only those that change memory
-    ///
-    /// Slower, but then the program runs on even if the tracer itself is killed. Always so with -p
-    /// and with --no-follow.
+    /// Stops at every system call instead of only those that change memory Slower, but the program
+    /// survives even if the tracer itself is killed. -p and --no-follow always do this.
     #[arg(long, verbatim_doc_comment)]
     pub(crate) no_seccomp: bool,
 
@@ -201,7 +190,6 @@ pub(crate) struct TraceArgs {
 }
 
 /// Runs a program, unchanged, with registration caches of UCX and libfabric that cannot go stale.
-///
 /// The library libmmun_dropin.so is preloaded into the program and everything it starts, mpirun's
 /// ranks on this machine included. It does nothing in processes that use neither UCX nor libfabric.
 /// When the program has ended, one table on standard error says which processes did, what watched
@@ -226,19 +214,18 @@ pub(crate) struct TraceArgs {
     override_usage = "mmun run [OPTIONS] [--] PROG [ARGS]..."
 )]
 pub(crate) struct RunArgs {
-    /// Which sources watch: auto takes both, or hook where kernel does not work [default: MMUN, or
+    /// The event sources: auto uses both, or hook alone if kernel does not work [default: MMUN, or
     /// auto]
     #[arg(long, value_name = "NAME", value_enum)]
     pub(crate) source: Option<Watch>,
 
-    /// Refuses to start a process whose sources could miss a change (it exits with 125)
-    ///
-    /// A program that is statically linked, set-user-ID, or has file capabilities never loads the
-    /// library, so it is not refused.
+    /// Refuses to start a process whose sources could miss a change (it exits with 125) A program
+    /// that is statically linked, set-user-ID, or has file capabilities never loads the library, so
+    /// it starts all the same.
     #[arg(long)]
     pub(crate) strict: bool,
 
-    /// Says before the run, for every kind of change, which source is told of it here
+    /// Prints before the run, for every kind of change, which source sees it on this machine
     #[arg(long)]
     pub(crate) check: bool,
 
@@ -247,7 +234,7 @@ pub(crate) struct RunArgs {
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
 
-    /// Writes no report, whatever MMUN_REPORT says; mmun is then replaced by the program
+    /// Writes no report, whatever MMUN_REPORT says; mmun executes the program in its own place
     #[arg(long, conflicts_with = "output")]
     pub(crate) no_report: bool,
 
@@ -266,12 +253,10 @@ pub(crate) enum Watch {
     Off,
 }
 
-/// Says which event sources can be used here, and what the others lack.
-///
-/// For each: all that is missing, each with a command that helps, and what was found of the kernel.
-/// An answer is that of the user who asks: what only root may use is not usable for others.
-///
-/// Exits 0 if all are usable, 1 if one is not, 2 if that could not be found out.
+/// Says which event sources work here, and what the others lack. For each source: everything that
+/// is missing, each with a command that grants it, and the kernel features that were found. The
+/// answer is for the current user: a source that only root may use is not usable for others. Exits
+/// 0 if all sources are usable, 1 if one is not, 2 if mmun could not find out.
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct DoctorArgs {
@@ -280,18 +265,18 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
-/// What to do instead of running: print this and exit so.
+/// A text to print instead of running, and the status to exit with.
 #[derive(Debug)]
 pub(crate) enum Instead {
     Help(Box<clap::Error>),
-    /// Help that was not asked for, on standard error, and the status to exit with.
+    /// Help for a wrong command line, on standard error, and the status to exit with.
     Usage(Box<clap::Error>, Outcome),
     /// One line, with a hint, and the status to exit with.
     Refuse(String, Outcome),
 }
 
 /// # Errors
-/// Help was asked for, or the arguments are wrong.
+/// The user asked for help, or the arguments are wrong.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Instead> {
     let mut args: Vec<OsString> = args.into_iter().collect();
     // `mmun help trace` is `mmun trace --help`.
@@ -314,7 +299,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     };
     Cli::try_parse_from(&args).map_err(|error| match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Instead::Help(Box::new(error)),
-        // Its help, but as a failure: a script that has lost its arguments must stop.
+        // Prints the help but fails, because a script that has lost its arguments must stop.
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             Instead::Usage(Box::new(error), outcome)
         }
@@ -335,7 +320,7 @@ fn one_line(message: &str, command: Option<&str>) -> String {
     format!("{}; try 'mmun{command} --help'", words.join(" "))
 }
 
-/// The commands that are shown, and the names of their manual pages.
+/// The visible commands, and the names of their manual pages.
 const COMMANDS: [(&str, &str); 9] = [
     ("trace", "mmun-trace"),
     ("report", "mmun-report"),
@@ -348,8 +333,8 @@ const COMMANDS: [(&str, &str); 9] = [
     ("completions", "mmun-completions"),
 ];
 
-/// The manual pages, as roff: that of the whole, then those of the commands, each with the name of
-/// its file.
+/// The manual pages, as roff, each with the name of its file: that of `mmun`, then those of the
+/// commands.
 fn pages() -> impl Iterator<Item = (String, clap_mangen::Man)> {
     let mut cli = Cli::command();
     cli.build();
@@ -377,7 +362,7 @@ pub(crate) fn man(out: &mut dyn io::Write) -> io::Result<()> {
 /// Writes each manual page to a file in `folder`.
 ///
 /// # Errors
-/// The folder or file, and what is wrong with it.
+/// The folder or file, and its error.
 pub(crate) fn man_into(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
     fs::create_dir_all(folder).map_err(|error| (folder.to_owned(), error))?;
     for (name, page) in pages() {
@@ -391,7 +376,7 @@ pub(crate) fn man_into(folder: &Path) -> Result<(), (PathBuf, io::Error)> {
 }
 
 pub(crate) fn completions(shell: clap_complete::Shell, out: &mut dyn std::io::Write) {
-    // What is hidden in the help would be completed.
+    // Remove hidden commands, which would otherwise be completed.
     let cli = Cli::command();
     let shown = cli
         .get_subcommands()
@@ -438,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn completions_and_manual_have_what_is_shown_and_nothing_else() {
+    fn completions_and_manual_have_the_visible_commands_only() {
         let shells = [
             clap_complete::Shell::Bash,
             clap_complete::Shell::Zsh,

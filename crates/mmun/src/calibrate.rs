@@ -1,4 +1,4 @@
-//! What a call that does nothing takes under a tracer.
+//! Measures how long a call that does nothing takes under the tracer.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -17,13 +17,14 @@ use crate::sys;
 
 /// How many calls are measured.
 const CALLS: usize = 201;
-/// What is less different than this is taken as the same, in nanoseconds.
+/// Smaller differences count as none, in nanoseconds.
 const ERROR: u64 = 500;
 
-/// Measures what calls that do nothing take; `None` if that does not work.
+/// Measures the time of calls that do nothing; `None` if the measurement fails.
 pub(crate) fn overhead(options: Options) -> Option<Overhead> {
-    // In a thread of its own: the kernel remembers that a thread was given processors, tells its
-    // children, and would not give them any that the group of the processes gets later.
+    // In a separate thread, because this sets the thread's CPU affinity. The kernel remembers an
+    // affinity that was set, and children inherit it: they would not get processors that their
+    // cpuset gains later.
     let measure = || measure(options);
     let result = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().spawn_scoped(scope, measure);
@@ -88,9 +89,9 @@ fn quartile(options: Options, there: Option<usize>) -> Option<u64> {
     let (mut observer, _keeper) = tracer.detach();
     observer.finish();
     let _ = recorder.finish();
-    // Those of the loader are few.
+    // The few calls of the loader are among the samples.
     let mut times = recorder.take_samples();
-    // A process that could not go to its processor made none but the loader's.
+    // A process that could not move to its processor has made only the loader's calls.
     if times.len() < CALLS {
         return None;
     }
@@ -98,7 +99,7 @@ fn quartile(options: Options, there: Option<usize>) -> Option<u64> {
     times.get(times.len() / 4).copied()
 }
 
-/// What the process does that is traced: on the processor `there` if one is named.
+/// Runs in the traced process: makes the calls, on the processor `there` if one is given.
 pub(crate) fn idle_calls(there: Option<usize>) -> Outcome {
     if let Some(there) = there {
         let mut only_there = CpuSet::new();

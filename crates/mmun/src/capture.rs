@@ -1,5 +1,5 @@
-//! What is found out about a call while its task stands before it: what lies in its range, how much
-//! of that is in memory, and who calls.
+//! Examines a call while its task is stopped before it: the mappings in its range, how much of the
+//! range is in memory, and the stack.
 
 pub(crate) mod ioctl;
 pub(crate) mod place;
@@ -16,13 +16,13 @@ use crate::change::Seen;
 use crate::intern::{Name, Names};
 use crate::record::Span;
 
-/// Looks at address spaces.
+/// Examines address spaces.
 #[derive(Debug, Default)]
 pub(crate) struct Capture {
     places: HashMap<u64, Place>,
     /// The address space that each task is in.
     mms: HashMap<Pid, u64>,
-    /// Ranges whose address space could not be looked at.
+    /// Ranges whose address space could not be examined.
     pub(crate) unseen: u64,
     pub(crate) names: Names,
     pub(crate) runtime: Runtime,
@@ -56,7 +56,7 @@ impl Capture {
         self.places.remove(&mm);
     }
 
-    /// What lies in a range that a call of `task` is about to change in `mm`.
+    /// Examines a range of `mm` that a call of `task` is about to change.
     pub(crate) fn look(&mut self, task: Task, mm: u64, span: &Span) -> Seen {
         let (start, end) = (span.start(), u64::try_from(span.end()).unwrap_or(u64::MAX));
         let what = self.what(task.tid, mm, start, end);
@@ -86,8 +86,8 @@ impl Capture {
             if self.places.len() >= MOST_OPEN {
                 self.places.clear();
             }
-            // A call can act on another process (`process_madvise`): then a task of that process is
-            // asked.
+            // A call can act on another process (`process_madvise`): then use a task of that
+            // process.
             let is_there = |tid: Pid| self.mms.get(&tid) == Some(&mm);
             let tid = if is_there(tid) {
                 tid
@@ -100,10 +100,10 @@ impl Capture {
     }
 }
 
-/// Said of a range in which nothing is mapped.
+/// The name for a range without a mapping.
 pub(crate) const NOTHING: &str = "nothing";
 
-/// What a mapping is, for people. The name of an anonymous mapping stands in `[anon:..]`.
+/// The name of a mapping, for the user. A named anonymous mapping is `[anon:NAME]`.
 fn kind(vma: &ioctl::Vma) -> &str {
     match vma.name.as_str() {
         "" if vma.inode == 0 => "anonymous",

@@ -1,4 +1,4 @@
-//! A change: one range under one call, from its start to its end, with what was found there.
+//! A change: one range of one call, from its start to its end, with the details of the range.
 
 use std::collections::HashMap;
 
@@ -7,7 +7,7 @@ use mmu_source::process::{Pid, Task};
 use crate::intern::Name;
 use crate::record::{Pages, Record, Span};
 
-/// One range under one call.
+/// One range of one call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Change {
     pub(crate) task: Task,
@@ -18,17 +18,17 @@ pub(crate) struct Change {
     /// `None`: the task died in the call.
     pub(crate) result: Option<i64>,
     pub(crate) seen: Seen,
-    /// The time that the task ran in the call. A call with several ranges has it once, in the one
-    /// that ends last.
+    /// The time that the task ran in the call. If a call has several ranges, only the range that
+    /// ends last has the time.
     pub(crate) own: Option<u64>,
-    /// This one stands for its call; other ranges of the same call do not.
+    /// Whether this range represents its call; only one range of a call does.
     pub(crate) is_call: bool,
 }
 
-/// What was found before the call.
+/// The details that were recorded before the call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Seen {
-    /// What lay at the begin of the range.
+    /// The first mapping of the range.
     pub(crate) what: Option<Name>,
     pub(crate) pages: Option<Pages>,
     /// The stack of the call.
@@ -42,12 +42,12 @@ impl Change {
             .is_some_and(|result| (-4095..0).contains(&result))
     }
 
-    /// The call did not return: the task died, or the trace ended. What it did is not known.
+    /// The call did not return, because the task died or the trace ended. Its effect is not known.
     pub(crate) fn is_cut(&self) -> bool {
         self.result.is_none()
     }
 
-    /// The call came to its end and was not refused.
+    /// The call returned without an error.
     pub(crate) fn is_done(&self) -> bool {
         !self.failed() && !self.is_cut()
     }
@@ -56,8 +56,8 @@ impl Change {
         u64::try_from(self.span.end() - u128::from(self.span.start())).unwrap_or(u64::MAX)
     }
 
-    /// What the call removed from memory or changed there; 0 if it did not succeed or that is not
-    /// known.
+    /// How many bytes in memory the call removed or changed; 0 if the call failed or the number is
+    /// not known.
     pub(crate) fn resident(&self) -> u64 {
         self.seen
             .pages
@@ -70,24 +70,25 @@ impl Change {
     }
 }
 
-/// Shares the time of a call with several ranges among these: a fork copies the whole heap and a
-/// page of data in one call. A range gets as much as it has of what was in memory.
+/// Divides the time of a call among its ranges, in proportion to their memory: a fork copies the
+/// whole heap and a page of data in one call.
 #[derive(Debug, Default)]
 pub(crate) struct Shares {
-    /// Of calls whose last range has not ended: what lay in the others, and their weights.
+    /// For each call whose last range has not ended: the mappings of the other ranges, and their
+    /// weights.
     open: HashMap<Pid, Vec<(Option<Name>, u64)>>,
 }
 
 impl Shares {
-    /// Takes the next change, whose call took `time` if the change stands for the call; `add` gets
-    /// each range's share of it, with what lay there, as soon as the time is known.
+    /// Takes the next change. `time` is the time of the call, if this change represents the call.
+    /// As soon as that is known, `add` gets each range's share of the time, with its mapping.
     pub(crate) fn take(
         &mut self,
         change: &Change,
         time: u64,
         mut add: impl FnMut(Option<Name>, u64),
     ) {
-        // A page table is looked at where nothing is in memory, too.
+        // Plus one, because the kernel also walks page tables of a range without memory.
         let weight = change.resident().saturating_add(1);
         if !change.is_call {
             let others = self.open.entry(change.task.tid).or_default();
@@ -143,7 +144,7 @@ impl Pairs {
         result: Option<i64>,
     ) -> Option<Change> {
         let opens = self.open.get_mut(&record.task.tid)?;
-        // They end in reverse order.
+        // The ranges of a call end in reverse order.
         let at = opens
             .iter()
             .rposition(|open| open.mm == record.mm && open.span == span)?;
@@ -164,7 +165,7 @@ impl Pairs {
         })
     }
 
-    /// How many ranges of this task's call are open.
+    /// The number of open ranges of this task's call.
     pub(crate) fn open(&self, tid: Pid) -> usize {
         self.open.get(&tid).map_or(0, Vec::len)
     }

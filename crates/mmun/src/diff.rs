@@ -75,11 +75,12 @@ struct Pair {
     after: Option<Row>,
 }
 
-/// By so much the time of a call can be wrong, in nanoseconds.
+/// The error of the time of a call, in nanoseconds.
 const ERROR: u64 = 500;
 
 impl Pair {
-    /// What is no more than the measurement's error is no change.
+    /// The change of the total by which rows are sorted. A change within the error of the
+    /// measurement counts as 0.
     fn change(&self, sort: Sort) -> i128 {
         let key = |row: &Option<Row>| row.as_ref().map_or(0, |row| i128::from(sort.key(row)));
         let change = key(&self.after) - key(&self.before);
@@ -90,15 +91,15 @@ impl Pair {
         }
     }
 
-    /// By so much the difference of the times can be wrong: each call's by as much, all to one
-    /// side.
+    /// The error of the difference of the times: the errors of all calls added up, as all may have
+    /// the same sign.
     fn error(&self) -> u128 {
         let calls = |row: &Option<Row>| row.map_or(0, |row| row.calls);
         u128::from(calls(&self.before).max(calls(&self.after))) * u128::from(ERROR)
     }
 }
 
-/// All places, those that changed most first.
+/// All places, the largest changes first.
 fn compare(before: &Recording, after: &Recording, wall: bool, sort: Sort) -> Vec<Pair> {
     let mut pairs: BTreeMap<Place, Pair> = BTreeMap::new();
     let both = [before, after]
@@ -139,14 +140,15 @@ fn compare(before: &Recording, after: &Recording, wall: bool, sort: Sort) -> Vec
 }
 
 /// Identifies a place in both runs: the function, and its module, which is empty for the programs
-/// themselves. The line is left out, because a line that is added above it moves all others.
+/// themselves. The line number is ignored, because a line that is added above it changes the
+/// number.
 type Place = (String, String);
 
 struct Places<'a> {
     recording: &'a Recording,
     /// The names of the programs' files, which differ when two versions are compared.
     programs: BTreeSet<&'a str>,
-    /// Stacks are there in both runs.
+    /// Whether both runs have stacks.
     by_stack: bool,
 }
 
@@ -166,7 +168,8 @@ impl<'a> Places<'a> {
         }
     }
 
-    /// The place of a change, and what it is shown as. Without stacks it is the system call.
+    /// The place of a change, and its name for the output. Without stacks the place is the system
+    /// call.
     fn of(&self, changed: &Changed) -> (Place, String) {
         let cause = changed.change.span.cause;
         if !self.by_stack {
@@ -182,8 +185,8 @@ impl<'a> Places<'a> {
         }
         let (function, module) = (frame.function.as_str(), frame.module.as_str());
         let is_program = self.programs.contains(module);
-        // A function without a name is shown as `module+0xoffset`; without the module, the offset
-        // is left.
+        // A function without a name is `module+0xoffset`. The program's own module is removed,
+        // which leaves the offset.
         let bare = if is_program && !frame.has_name {
             function.trim_start_matches(module)
         } else {
@@ -240,13 +243,13 @@ fn write_text(out: &mut Vec<u8>, pairs: &[Pair], args: &DiffArgs) -> io::Result<
     writeln!(out, "{} places: {new} new, {gone} gone.", pairs.len())
 }
 
-/// A column: which number of a row it shows, and how the number is written.
+/// A column: the number of a row that it shows, and the format of the number.
 type Column = (fn(&Row) -> Option<u64>, fn(u64) -> String);
 
 /// The widths of the columns and of their changes.
 const WIDTHS: [usize; 4] = [10, 8, 11, 11];
 
-/// Writes the line of a place: its numbers now, and how they have changed.
+/// Writes the line of a place: its numbers in the second run, and their changes.
 fn line(out: &mut Vec<u8>, pair: &Pair) -> io::Result<()> {
     let (before, after) = (
         pair.before.unwrap_or_default(),
@@ -280,7 +283,7 @@ fn line(out: &mut Vec<u8>, pair: &Pair) -> io::Result<()> {
     writeln!(out, "  {mark}{}", printable(&pair.name))
 }
 
-/// One object a place; what was not there is `null`.
+/// Writes one object for each place; a run without the place is `null`.
 fn write_json(out: &mut Vec<u8>, pairs: &[Pair], top: usize) {
     for pair in pairs.iter().take(top) {
         out.put("{\"v\":1,\"kind\":\"diff\",\"where\":");
@@ -304,7 +307,8 @@ fn write_json(out: &mut Vec<u8>, pairs: &[Pair], top: usize) {
 mod tests {
     use super::*;
 
-    /// A run of `program`, in which each function unmaps so many pages, all of them in memory.
+    /// A run of `program`, in which each function unmaps the given number of pages, all of them in
+    /// memory.
     fn run(program: &str, functions: &[(&str, u64, u64)]) -> Recording {
         let mut text = format!(
             "{{\"v\":1,\"t\":1,\"kind\":\"mm_new\",\"pid\":7,\"tid\":7,\"mm\":1,\"program\":\"/bin/{program}\"}}\n"

@@ -1,4 +1,4 @@
-//! Numbers into bytes without the formatting machinery, for the path that runs twice per traced
+//! Writes numbers without `std::fmt`, which is too slow for a path that runs twice for each traced
 //! call.
 
 /// Appends text and numbers to a buffer.

@@ -1,4 +1,4 @@
-//! `mmun doctor`: which sources can be used here, and what the others lack.
+//! `mmun doctor`: which sources work here, and what the others lack.
 
 mod libraries;
 mod machine;
@@ -17,13 +17,14 @@ use crate::style::{Mark, Style};
 const FOUND: Outcome = Outcome::Exit(1);
 const FAILED: Outcome = Outcome::Exit(2);
 
-/// What was found out about a source.
+/// The result of probing a source.
 #[derive(Debug)]
 struct Diagnosis {
     source: Source,
-    /// What is missing, each with a command that helps, if one does. None if it can be used.
+    /// Everything that is missing, each with a command that grants it, if there is one. Empty if
+    /// the source can be used.
     lacks: Vec<Lack>,
-    /// What was found, in words without spaces where they have a name.
+    /// The features that were found, as words like `name=value`.
     features: Vec<String>,
 }
 
@@ -33,9 +34,9 @@ pub(crate) struct Lack {
     pub(crate) missing: String,
     /// Commands, joined by `&&`.
     pub(crate) remedy: Option<String>,
-    /// Other commands that would do.
+    /// Alternative commands.
     pub(crate) instead: Option<String>,
-    /// What these commands grant to whom.
+    /// What these commands grant, and to whom.
     pub(crate) note: Option<&'static str>,
 }
 
@@ -54,7 +55,7 @@ pub(crate) fn main(args: DoctorArgs) -> Outcome {
     let diagnoses = Source::ALL.map(|source| {
         let (lacks, mut features) = probe::probe(source);
         if args.json {
-            // Each line stands alone.
+            // Each line of JSON must be complete in itself.
             features.extend(machine.iter().cloned());
         }
         Diagnosis {
@@ -169,7 +170,7 @@ fn as_json(diagnoses: &[Diagnosis]) -> String {
                       features,
                   }: &Diagnosis| {
         let missing = quoted_or_null(lacks.iter().map(|lack| lack.missing.as_str()), "; ");
-        // One line to be typed.
+        // One command line for the user.
         let remedy = quoted_or_null(
             lacks.iter().filter_map(|lack| lack.remedy.as_deref()),
             " && ",

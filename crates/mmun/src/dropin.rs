@@ -1,13 +1,14 @@
-//! Where the drop-in library is.
+//! Finds the drop-in library.
 
 use std::path::{Path, PathBuf};
 
 const NAME: &str = "libmmun_dropin.so";
 
-/// The library: what `MMUN_DROPIN` says, else beside this program, else in `../lib` of it.
+/// The library: the file of `MMUN_DROPIN`, or else the file beside this program, or else that in
+/// `../lib`.
 ///
 /// # Errors
-/// One line: where it was sought.
+/// One line with the folders that were searched.
 pub(crate) fn library() -> Result<PathBuf, String> {
     if let Some(named) = std::env::var_os("MMUN_DROPIN").filter(|named| !named.is_empty()) {
         let named = PathBuf::from(named);
@@ -32,11 +33,11 @@ pub(crate) fn library() -> Result<PathBuf, String> {
         })
 }
 
-/// The whole name of a file that is there, if the loader can be told of it.
+/// The absolute path of an existing file, if `LD_PRELOAD` can contain it.
 fn usable(place: &Path) -> Option<Result<PathBuf, String>> {
     let place = place.canonicalize().ok()?;
     let name = place.to_string_lossy();
-    // Both separate names in LD_PRELOAD, and cannot be quoted.
+    // These characters separate names in LD_PRELOAD, and cannot be quoted.
     if name.contains([' ', ':', '\t', '\n']) {
         return Some(Err(format!(
             "{name}: LD_PRELOAD cannot name a file with a space or a colon; move it"

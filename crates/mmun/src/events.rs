@@ -18,7 +18,7 @@ pub(crate) const NAMES: [&str; 8] = [
     "exclusive",
 ];
 
-/// Positions of some of them.
+/// The positions of two of them.
 pub(crate) const UNMAP: usize = 0;
 pub(crate) const CLEAR: usize = 1;
 pub(crate) const RELEASE: usize = 5;
@@ -51,8 +51,8 @@ impl Default for EventSet {
 impl EventSet {
     pub(crate) const ALL: EventSet = EventSet(!0);
 
-    /// The events that all options together ask for: what some option names, or all of them, but
-    /// for what one excludes.
+    /// The events of all options together: those that some option names, or all events, without
+    /// those that an option excludes.
     pub(crate) fn of(options: &[Events]) -> EventSet {
         let mut only = None;
         let mut excluded = 0;
@@ -70,7 +70,7 @@ impl EventSet {
     }
 }
 
-/// What one option asks for.
+/// The events of one option.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Events {
     Only(u8),
@@ -113,8 +113,8 @@ fn unknown(name: &str) -> String {
     )
 }
 
-/// The event that a user may mean by a word: the system call that makes it, or a part of its
-/// name.
+/// The event that a user may mean by a word, which may be a system call that makes the event, or a
+/// part of its name.
 fn meant(word: &str) -> Option<&'static str> {
     let word = word.to_lowercase();
     let of_call = match word.as_str() {
@@ -132,7 +132,7 @@ fn meant(word: &str) -> Option<&'static str> {
     of_call.or_else(|| NAMES.iter().find(is_part).copied())
 }
 
-/// Reads the option, and tells completions the names.
+/// Parses the option, and gives the names to the shell completions.
 #[derive(Clone, Debug)]
 pub(crate) struct EventsParser;
 
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn repeated_options_add_up_and_what_one_excludes_is_left_out() {
+    fn repeated_options_add_up_and_exclusions_win() {
         assert_eq!(set(&["unmap", "clear"]), ["unmap", "clear"]);
         assert_eq!(set(&["!unmap", "!clear"]), NAMES[2..]);
         assert_eq!(set(&["!clear", "unmap,clear"]), ["unmap"]);

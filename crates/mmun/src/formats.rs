@@ -1,4 +1,4 @@
-//! A recorded trace in the formats of trace viewers: what both show, and in which words.
+//! A recorded trace in the formats of trace viewers: the parts that both formats share.
 
 #[cfg(test)]
 mod alike;
@@ -17,7 +17,7 @@ use crate::recording::{Born, Changed, Lived, Recording};
 pub(crate) use self::chrome::make as chrome;
 pub(crate) use self::perfetto::make as perfetto;
 
-/// Something that is said about an event.
+/// A detail of an event: its name and value.
 type Detail = (&'static str, Value);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,10 +26,10 @@ enum Value {
     Number(i64),
 }
 
-/// The most frames of a stack that an event shows.
+/// The maximum number of frames in an event's stack.
 const DEEPEST: usize = 32;
 
-/// What a call is shown as, and what is said about it.
+/// The name of a change, and its details.
 fn change(recording: &Recording, changed: &Changed) -> (&'static str, Vec<Detail>) {
     let Changed { change, mm, .. } = changed;
     let (start, end) = (change.span.start(), change.span.end());
@@ -76,7 +76,7 @@ fn site(recording: &Recording, site: Option<u32>) -> Vec<Detail> {
     ]
 }
 
-/// What is said about a step in the life of a task or an address space.
+/// The details of a step in the life of a task or an address space.
 fn life(lived: &Lived) -> Vec<Detail> {
     let pid = |value: i32| Value::Number(value.into());
     let mut details = vec![("mm", number(lived.record.mm))];
@@ -94,7 +94,7 @@ fn life(lived: &Lived) -> Vec<Detail> {
     details
 }
 
-/// A number that a viewer can show; what is larger is as large as can be.
+/// A number that a viewer can show; a larger number is clamped.
 fn number(value: u64) -> Value {
     Value::Number(i64::try_from(value).unwrap_or(i64::MAX))
 }
@@ -126,7 +126,8 @@ fn tasks(recording: &Recording) -> BTreeMap<(i32, i32), &str> {
     tasks
 }
 
-/// What each address space has given back so far, whenever that grows: time, address space, bytes.
+/// The bytes that each address space has returned so far, at each increase: time, address space,
+/// bytes.
 fn given_back(recording: &Recording) -> Vec<(u64, u64, u64)> {
     let mut sums: BTreeMap<u64, u64> = BTreeMap::new();
     let mut steps = Vec::new();
@@ -142,7 +143,7 @@ fn given_back(recording: &Recording) -> Vec<(u64, u64, u64)> {
     steps
 }
 
-/// What an address space is called: that of the program that it was made for.
+/// The name of an address space: that of its first program.
 fn space_name(recording: &Recording, mm: u64) -> String {
     let Some(space) = recording.spaces.get(&mm) else {
         return format!("mm{mm}");
@@ -191,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_says_what_is_known_of_it() {
+    fn a_change_has_its_known_details() {
         let recording = recording();
         let (name, details) = change(&recording, &recording.changes[0]);
         assert_eq!(name, "munmap");

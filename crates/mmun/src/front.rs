@@ -1,10 +1,10 @@
-//! The process the user started, in front of the one that traces.
+//! The front: the process that the user started, in front of the process that traces.
 //!
 //! A task under our seccomp filter gets `ENOSYS` for its memory calls once it has no tracer. So the
-//! tracer has to outlive whatever happens to the process the user knows: that one only waits, hands
-//! signals on, and ends as the traced program did. It keeps its default `SIGTSTP`, so that the
-//! shell gets the terminal back when the program is stopped; the tracer ignores it, because it has
-//! to see the program's own stop through.
+//! tracer must survive even if the front is killed. The front only waits, forwards signals, and
+//! ends as the traced program did. The front keeps the default action of `SIGTSTP`, so that the
+//! shell gets the terminal back when the program is stopped. The tracer ignores `SIGTSTP`, because
+//! it must handle the program's own stop.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -23,22 +23,22 @@ pub(crate) struct Front {
 }
 
 impl Front {
-    /// Lets the front end. If the tracer does not stay, the front waits for it, so that no zombie
-    /// is left to a process 1 that may not reap it.
+    /// Lets the front end. If the tracer does not stay, the front reaps it, because a process 1
+    /// that does not reap would leave a zombie.
     pub(crate) fn tell(mut self, outcome: Outcome, stays: bool) {
         let mut message = [u8::from(stays); 6];
         message[..5].copy_from_slice(&outcome.to_bytes());
-        // A front that is gone needs no telling.
+        // This fails if the front has ended, which is harmless.
         let _ = self.pipe.write_all(&message);
     }
 
-    /// The process in front, this one's parent while it lives.
+    /// The pid of the front, which is this process's parent while it lives.
     pub(crate) fn pid(&self) -> Option<Pid> {
         self.pid
     }
 }
 
-/// Runs `tracer` in a process of its own and returns what it told.
+/// Runs `tracer` in a process of its own and returns the outcome that it sent.
 pub(crate) fn run(tracer: impl FnOnce(Front)) -> Outcome {
     let pid = Some(rustix::process::getpid());
     let forked = sys::pipe().and_then(|pipe| Ok((pipe, sys::fork()?)));
@@ -83,7 +83,7 @@ fn listen(mut pipe: File, tracer: Pid) -> Outcome {
             Outcome::from_bytes(outcome)
         }
         Err(_) => {
-            // No other process can hold the other end: the tracer is dead or dying.
+            // Only the tracer has the other end, so it has died or is dying.
             let status = wait();
             let reason = match status.and_then(|(_, status)| status.terminating_signal()) {
                 Some(signal) => format!("killed by {}", crate::names::signal(signal)),

@@ -86,7 +86,8 @@ fn range_in_hex(out: &mut Vec<u8>, start: u64, end: u128) {
     out.put("\"");
 }
 
-/// What a reader can calculate with. That of the whole address space is one byte short.
+/// Writes the range as numbers. The length of the whole address space is one byte short, to fit 64
+/// bits.
 fn range_in_numbers(out: &mut Vec<u8>, start: u64, end: u128) {
     out.put(",\"address\":");
     out.put_dec(start);

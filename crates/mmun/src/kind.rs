@@ -3,7 +3,7 @@
 /// Makes the enum, its names, and the way back.
 macro_rules! kinds {
     ($($kind:ident $name:literal,)*) => {
-        /// What a line is about.
+        /// The kind of a line.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum LineKind {
             $($kind,)*

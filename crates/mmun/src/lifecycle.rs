@@ -6,7 +6,7 @@ use mmu_source::process::Pid;
 
 use crate::record::{Kind, Record};
 
-/// Counts as records pass by.
+/// Counts records as they are written.
 #[derive(Debug, Default)]
 pub(crate) struct Lifecycle {
     /// In the order in which they appeared.
@@ -48,7 +48,8 @@ impl Lifecycle {
         &mut self.processes[at]
     }
 
-    /// A new process, even if another one had its number before. A child is called as its parent.
+    /// Adds a new process, even if an earlier process had the same pid. A child has its parent's
+    /// name.
     fn begin(&mut self, pid: Pid, comm: &str) {
         self.processes.push(Process {
             pid,
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_used_again_is_another_process() {
+    fn a_reused_pid_is_another_process() {
         let child = Task {
             pid: TASK.pid + 1,
             tid: TASK.pid + 1,

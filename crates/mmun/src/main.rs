@@ -1,7 +1,6 @@
 //! `mmun`: shows what a program does to its address space.
 //!
-//! Arguments become a plan, the plan is run; what a library user would want is in `mmu-notifier`
-//! and `mmu-source`.
+//! Code that a library user could need is in `mmu-notifier` and `mmu-source`, not here.
 #![deny(unsafe_code)]
 
 mod args;
@@ -103,10 +102,10 @@ fn main() {
     outcome.end()
 }
 
-/// What a command keeps of the rights that the program's file has.
+/// Which of its file's capabilities a command keeps.
 fn rights(command: &Command) -> Rights {
     match command {
-        // A library's cells load files that the environment names.
+        // The cells of a library load files that environment variables name.
         Command::Coverage(args) if args.library.is_some() => Rights::NoneInChildren,
         Command::Coverage(_) | Command::CoverageCell(_) | Command::Doctor(_) => Rights::Keep,
         _ => Rights::None,
@@ -130,7 +129,7 @@ fn written(result: io::Result<()>) -> Outcome {
     }
 }
 
-/// The words of an error without its number, which says the same.
+/// The text of an error without the redundant `os error` number.
 fn reason(error: &dyn std::error::Error) -> String {
     without_number(&error.to_string())
 }
@@ -145,12 +144,12 @@ fn without_number(text: &str) -> String {
     }
 }
 
-/// An error of a source in one line: what, why, and what helps.
+/// Formats an error of a source as one line: the error, its cause, and its remedy.
 fn explain(error: &mmu_source::Error) -> String {
     explain_with(error, None)
 }
 
-/// With another hint than the error's own.
+/// The same with a hint that replaces the error's own.
 fn explain_with(error: &mmu_source::Error, hint: Option<&str>) -> String {
     let mut line = error.to_string();
     if let Some(source) = std::error::Error::source(error) {

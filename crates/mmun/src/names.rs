@@ -1,4 +1,4 @@
-//! Names of errors and signals, for people.
+//! Names of errors and signals, for messages.
 
 /// The errors memory calls, `fork` and `execve` fail with, and those by which the kernel restarts a
 /// call.

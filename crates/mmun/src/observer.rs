@@ -1,5 +1,5 @@
-//! The trace as a subscriber: every task gets the notifier of its address space when it appears and
-//! puts it when it ends.
+//! The trace as a subscriber: every task gets the notifier of its address space when it appears,
+//! and puts the notifier when it ends.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -14,12 +14,12 @@ use crate::recorder::Recorder;
 
 type Alloc = Box<dyn Fn(&MmWithUser) -> Result<TraceNotifier, Infallible> + Send + Sync>;
 
-/// One per address space. Writes what is invalidated there; its drop is the `free` of the trace.
+/// The notifier of one address space. It records the invalidations there; its drop records `free`.
 #[derive(Debug)]
 pub(crate) struct TraceNotifier {
     recorder: Arc<Recorder>,
     mm: u64,
-    /// The task of the latest put, for `free`, which runs where no task is at work.
+    /// The task of the latest put, for the record of `free`, which runs on behalf of no task.
     put_by: AtomicU64,
 }
 
@@ -37,7 +37,7 @@ impl TraceNotifier {
 
 impl Notifier for TraceNotifier {
     fn release(&self, mm: &Mm) {
-        // What is let go of lives on.
+        // After a detach the task's memory lives on.
         if current().is_none_or(|current| current.cause != "detach") {
             self.record(mm, Kind::MmRelease);
         }
@@ -69,13 +69,13 @@ impl Drop for TraceNotifier {
     }
 }
 
-/// Subscribes every task, and writes what happens to tasks.
+/// Subscribes every task, and records the life of tasks.
 pub(crate) struct TraceObserver {
     recorder: Arc<Recorder>,
     subsystem: Subsystem<TraceNotifier, Infallible, Alloc>,
-    /// What tasks held that have left: put once their address space had the chance to end. That is
-    /// the kernel's order, too: an exiting task drops its `mm`, whose `release` runs, and closes
-    /// its files, which put, afterwards.
+    /// The subscriptions of tasks that have left. They are put after the address space had the
+    /// chance to end. The kernel has the same order: an exiting task first drops its `mm`, which
+    /// runs `release`, and then closes its files, which put.
     leaving: Vec<(Task, Subscription<TraceNotifier>)>,
     /// System calls that could not be read.
     missed: u64,
@@ -99,7 +99,8 @@ impl TraceObserver {
         }
     }
 
-    /// Puts what is left, and waits until every notifier is freed and its `free` is written.
+    /// Puts the remaining subscriptions, and waits until every notifier is freed and its `free` is
+    /// recorded.
     pub(crate) fn finish(&mut self) {
         self.put_left();
         if let Err(error) = self.subsystem.synchronize() {
@@ -109,7 +110,7 @@ impl TraceObserver {
         }
     }
 
-    /// System calls that could not be read; whatever they changed is not in the trace.
+    /// System calls that could not be read; their changes are missing in the trace.
     pub(crate) fn missed(&self) -> u64 {
         self.missed
     }

@@ -13,7 +13,7 @@ pub(crate) enum Outcome {
 
 /// The program itself failed.
 pub(crate) const FAILED: Outcome = Outcome::Exit(125);
-/// The traced program is there but cannot be run.
+/// The traced program exists but cannot be run.
 pub(crate) const NOT_EXECUTABLE: Outcome = Outcome::Exit(126);
 /// There is no such program.
 pub(crate) const NOT_FOUND: Outcome = Outcome::Exit(127);

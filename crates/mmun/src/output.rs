@@ -1,4 +1,4 @@
-//! Where records go: buffered, and quiet once it is closed.
+//! The destination of records: buffered, and silent once a pipe is closed.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -23,7 +23,7 @@ pub(crate) struct Output {
     /// The file's path, if there was none before.
     made: Option<PathBuf>,
     terminal: bool,
-    /// What the file held before is in it still.
+    /// Whether the file still has its old content.
     stale: bool,
     /// The first write that failed; nothing is written after it.
     failed: Option<io::Error>,
@@ -33,11 +33,12 @@ pub(crate) struct Output {
 const FULL: usize = 1 << 16;
 /// A record is shorter than this.
 const ROOM: usize = 4096;
-/// How long nothing may be read before the rest is not written, once tracing is to end.
+/// After the trace is asked to end: how long the reader may read nothing before the rest is
+/// discarded.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 impl Output {
-    /// The name of what is no file.
+    /// The name of standard error in messages.
     pub(crate) const STDERR: &str = "standard error";
 
     /// Standard error without a path. A file that exists is emptied by the first flush.
@@ -103,8 +104,8 @@ impl Output {
         failed_now
     }
 
-    /// Drops what is not written yet, and leaves a file that nothing was written to as it was: one
-    /// that was not there is removed.
+    /// Discards the buffer. If nothing was written to the file, restores its state: an existing
+    /// file keeps its content, and a new file is removed.
     pub(crate) fn discard(&mut self) {
         self.buffer.clear();
         if let Some(path) = self.made.take().filter(|_| self.stale) {
@@ -113,13 +114,13 @@ impl Output {
         self.stale = false;
     }
 
-    /// What went wrong, if anything did.
+    /// The first error of a write, if any.
     pub(crate) fn failure(&self) -> Option<&io::Error> {
         self.failed.as_ref()
     }
 }
 
-/// How messages call the stream that `-` names.
+/// The name in messages of the stream that `-` stands for.
 pub(crate) const STDOUT: &str = "standard output";
 
 /// `true` for `-`: standard input where a file is read, standard output where one is written.
@@ -127,16 +128,16 @@ pub(crate) fn is_standard(path: &Path) -> bool {
     path.as_os_str() == "-"
 }
 
-/// Standard output, as a file of its own.
+/// Standard output, with a descriptor of its own.
 pub(crate) fn stdout() -> io::Result<File> {
     Ok(File::from(io::stdout().as_fd().try_clone_to_owned()?))
 }
 
-/// Opens a file for writing, as it is; `true` if there was none.
+/// Opens a file for writing without truncating it; `true` if the file is new.
 pub(crate) fn open_or_make(path: &Path) -> io::Result<(File, bool)> {
     match File::options().write(true).create_new(true).open(path) {
         Ok(file) => Ok((file, true)),
-        // Also a link to a file that is not there yet.
+        // This is also the error for a link to a file that does not exist yet.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
             let mut options = File::options();
             let file = options
@@ -150,8 +151,8 @@ pub(crate) fn open_or_make(path: &Path) -> io::Result<(File, bool)> {
     }
 }
 
-/// Puts `text` in the place of what a file holds. Where a disk has no room for it, or its owner may
-/// not write so much, what the file held is in it still. A pipe or a device is written to.
+/// Replaces the content of a file by `text`. If the disk is full or a quota is reached, the file
+/// keeps its old content. For a pipe or a device, just writes.
 ///
 /// # Errors
 /// What the kernel says.
@@ -162,7 +163,7 @@ pub(crate) fn replace(file: &mut File, text: &[u8]) -> io::Result<()> {
             // A file system that cannot reserve room may fail at the write.
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => {}
             Err(error) => {
-                // It may have grown by a part.
+                // The file may have grown by a part of the text.
                 let _ = file.set_len(about.len());
                 return Err(error.into());
             }
@@ -172,21 +173,22 @@ pub(crate) fn replace(file: &mut File, text: &[u8]) -> io::Result<()> {
     file.write_all(text)
 }
 
-/// `true` if both names are those of one file that exists.
+/// `true` if both paths name the same existing file.
 pub(crate) fn is_same(a: &Path, b: &Path) -> bool {
     let key = |path: &Path| std::fs::metadata(path).map(|about| (about.dev(), about.ino()));
     matches!((key(a), key(b)), (Ok(a), Ok(b)) if a == b)
 }
 
-/// As `write_all`, also to a stream that another process made non-blocking, and not for ever: once
-/// `stop` is set, a reader who takes nothing for as long as `patience` is given up.
+/// Like `Write::write_all`, with two differences. It also works if another process has made the
+/// stream non-blocking. And once `stop` is set, it gives up when the reader has read nothing for
+/// `patience`.
 fn write_all(
     file: &mut File,
     mut bytes: &[u8],
     stop: &AtomicBool,
     patience: Duration,
 ) -> io::Result<()> {
-    // What is said to be writable takes so much without waiting.
+    // A writable pipe accepts this much without blocking.
     const AT_ONCE: usize = libc::PIPE_BUF;
     let waits = !file.metadata()?.is_file();
     while !bytes.is_empty() {
@@ -217,12 +219,12 @@ fn wait_for_room(file: &File, stop: &AtomicBool, patience: Duration) -> io::Resu
     };
     let mut stopped = None;
     loop {
-        // What went wrong, if anything, the write tells.
+        // Errors are ignored here, because the write reports them.
         if poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&LOOK)).is_ok_and(|ready| ready > 0)
         {
             return Ok(());
         }
-        // Relaxed: the flag hands nothing over.
+        // Relaxed: the flag publishes no data.
         if stop.load(Relaxed) && stopped.get_or_insert_with(Instant::now).elapsed() >= patience {
             return Err(io::ErrorKind::TimedOut.into());
         }

@@ -1,4 +1,4 @@
-//! What a trace is made of, and the one description of its records.
+//! The records of a trace, and their description.
 
 use mmu_notifier::{Blocking, InvalidateRange, VaRange};
 use mmu_source::process::{ExitStatus, Task};
@@ -118,7 +118,7 @@ pub(crate) struct Extra<'a> {
     pub(crate) comm: &'a str,
     /// The file that the process runs.
     pub(crate) program: Option<&'a str>,
-    /// What lies in the range.
+    /// The first mapping of the range.
     pub(crate) what: Option<&'a str>,
     pub(crate) pages: Option<Pages>,
     /// The number of the stack.
@@ -140,7 +140,7 @@ pub(crate) struct Pages {
 }
 
 impl Pages {
-    /// Nothing was there, neither in memory nor swapped.
+    /// Whether no page was in memory or swapped.
     pub(crate) fn is_empty(&self) -> bool {
         self.resident == 0 && self.swapped == 0
     }
@@ -150,11 +150,11 @@ impl Pages {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mapping {
     pub(crate) cause: &'static str,
-    /// All of the heap if that has grown.
+    /// The whole heap, if the heap has grown.
     pub(crate) range: VaRange,
 }
 
-/// One range under one system call.
+/// One range of one system call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
     /// Position in [`events::NAMES`].
@@ -183,7 +183,7 @@ impl Span {
         self.range.start().get()
     }
 
-    /// One past the last byte; 2^64 for a range that reaches the last address.
+    /// The last address plus one: 2^64 for a range that includes the last address.
     pub(crate) fn end(&self) -> u128 {
         u128::from(self.range.last().get()) + 1
     }

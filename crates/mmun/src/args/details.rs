@@ -1,4 +1,4 @@
-//! What `mmun trace` is asked to find out besides, and what to make of it.
+//! Options of `mmun trace` for further details and for summaries.
 
 use clap::Args;
 
@@ -20,8 +20,8 @@ pub(crate) enum TraceFormat {
 /// The tables of a summary.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct SummaryArgs {
-    /// Adds totals at the end: by event, place in the code and what lay there, or these tables:
-    /// event,where,what,task,cause
+    /// Adds totals at the end, in these tables: event,where,what,task,cause [default:
+    /// event,where,what]
     #[arg(long, value_name = "TABLES", groups = ["totals", "places"], num_args = 0..=1, require_equals = true, default_missing_value = Tables::DEFAULT)]
     pub(crate) summary: Option<Tables>,
 
@@ -29,18 +29,17 @@ pub(crate) struct SummaryArgs {
     #[arg(long, value_name = "KEY", default_value = "time", requires = "totals")]
     pub(crate) sort: Sort,
 
-    /// Shows so many rows of each table
+    /// Shows at most N rows of each table
     #[arg(long, value_name = "N", default_value_t = 10, requires = "totals")]
     pub(crate) top: usize,
 
-    /// Shows the time on the clock, the tracer's stops included, instead of the time in the call
-    /// itself
+    /// Shows elapsed time, the tracer's stops included, instead of the time in the call itself
     #[arg(long, requires = "totals")]
     pub(crate) wall: bool,
 }
 
 impl SummaryArgs {
-    /// The tables that are asked for; `always` takes the usual ones if none is.
+    /// The requested tables. If none is requested, `always` returns the default tables.
     pub(crate) fn wanted(&self, always: bool) -> Option<Wanted> {
         let usual = || {
             always.then(|| {
@@ -59,31 +58,28 @@ impl SummaryArgs {
     }
 }
 
-/// What to find out about each call.
+/// The details to record of each call.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DetailArgs {
-    /// Adds to each record what lay there, how much of it was in memory, and the time in the call
-    /// itself
+    /// Adds to each record the mapping in the range, how much of it was in memory, and the time in
+    /// the call itself
     #[arg(long)]
     pub(crate) details: bool,
 
-    /// Adds call stacks, named at the end; with all that --details adds
+    /// Adds call stacks, which are named at the end; implies --details
     #[arg(short = 'k', long, group = "places")]
     pub(crate) stacks: bool,
 
-    /// Records the mappings that are made as well, not only what removes or changes them
-    ///
-    /// Each mmap, not only one that replaces something, then stops the program: some 10 us a call,
-    /// and 20 us with --details.
+    /// Records new mappings as well, not only their removals and changes Every mmap then stops the
+    /// program, not only one that replaces a mapping: some 10 us a call, and 20 us with --details.
     #[arg(long, overrides_with = "no_births", verbatim_doc_comment)]
     pub(crate) births: bool,
 
-    /// Records no mappings that are made; the default without --report
+    /// Does not record new mappings; the default without --report
     #[arg(long, overrides_with = "births")]
     pub(crate) no_births: bool,
 
-    /// Never takes this function for the place of a call, as if it were an allocator; may be
-    /// repeated
+    /// Treats this function as an allocator, which is never the place of a call; may be repeated
     #[arg(long = "not-place", value_name = "FUNCTION", requires = "places")]
     pub(crate) not_place: Vec<String>,
 

@@ -1,4 +1,4 @@
-//! What `mmun diff` is asked for.
+//! The options of `mmun diff`.
 
 use std::path::PathBuf;
 
@@ -13,12 +13,11 @@ Examples:
   mmun diff a.jsonl b.jsonl                             the places whose time changed most
   mmun diff --sort resident --top 3 a.jsonl b.jsonl     the three that give more or less memory back";
 
-/// Says what changed between two recorded traces, by place in the code.
-///
-/// For each place: what the second run took, and how much more or less than the first. A place is a
-/// function and its file; that of the program itself may have another name in the second run. Of
-/// traces without stacks (-k) the system call is the place. A change of time that is smaller than
-/// the error of the measurement, half a microsecond a call, is shown as "~".
+/// Says what changed between two recorded traces, by place in the code. For each place it shows the
+/// totals of the second run, and how much more or less they are than in the first run. A place is a
+/// function and its file; the program's own file may have another name in the second run. Without
+/// stacks (-k) the place is the system call. A change of time below the error of the measurement,
+/// half a microsecond a call, is shown as "~".
 ///
 /// Exits 0 if both traces could be read, 2 if not.
 #[derive(Args, Debug)]
@@ -32,16 +31,15 @@ pub(crate) struct DiffArgs {
     #[arg(value_name = "AFTER")]
     pub(crate) after: PathBuf,
 
-    /// Sorts by the change of this, the largest first, be it more or less
+    /// Sorts by the change of this total, the largest first, whether more or less
     #[arg(long, value_name = "KEY", default_value = "time")]
     pub(crate) sort: Sort,
 
-    /// Shows so many places
+    /// Shows at most N places
     #[arg(long, value_name = "N", default_value_t = 10)]
     pub(crate) top: usize,
 
-    /// Shows the time on the clock, the tracer's stops included, instead of the time in the call
-    /// itself
+    /// Shows elapsed time, the tracer's stops included, instead of the time in the call itself
     #[arg(long)]
     pub(crate) wall: bool,
 

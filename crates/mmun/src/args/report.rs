@@ -1,4 +1,4 @@
-//! What `mmun report` is asked for.
+//! The options of `mmun report`.
 
 use std::path::{Path, PathBuf};
 
@@ -16,10 +16,9 @@ Examples:
   mmun report --summary=where --sort resident app.jsonl
                                                         the places that give most memory back";
 
-/// Makes a report from a recorded trace.
-///
-/// The trace is one that 'mmun trace --json -o FILE' wrote. What the report can tell depends on
-/// what was recorded: --details says how much memory went, -k where in the code.
+/// Makes a report from a recorded trace. 'mmun trace --json -o FILE' writes such a trace. The
+/// report shows how much memory was removed if the trace was made with --details, and by which code
+/// if it was made with -k.
 ///
 /// Exits 0 if the report was made, 2 if not.
 #[derive(Args, Debug)]
@@ -38,7 +37,7 @@ pub(crate) struct ReportArgs {
     #[arg(short, long, value_name = "OUT")]
     pub(crate) output: Option<PathBuf>,
 
-    /// What to make [default: a page if OUT ends in .html, else a summary]
+    /// The form of the report [default: a page if OUT ends in .html, else a summary]
     #[arg(long, value_name = "FORMAT")]
     format: Option<ReportFormat>,
 

@@ -1,9 +1,9 @@
 //! Two ioctls of `/proc/PID`: `PROCMAP_QUERY` (Linux 6.11) and `PAGEMAP_SCAN` (6.7).
 //!
 //! # Safety
-//! Both take a pointer to a structure whose size stands in its first word, and write to it and to
-//! the buffers that it names. The structures here are those of the kernel (linux/fs.h), and the
-//! buffers live across the call.
+//! Both take a pointer to a structure whose first word is its size, and write to the structure and
+//! to the buffers that it names. The structures here have the layout of the kernel's (linux/fs.h),
+//! and the buffers live across the call.
 #![expect(unsafe_code, reason = "ioctls that no crate has")]
 
 use std::fs::File;
@@ -22,7 +22,7 @@ pub(crate) struct Vma {
     pub(crate) name: String,
 }
 
-/// Which mapping is meant.
+/// Which mapping a query returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
     Holding,
@@ -75,7 +75,7 @@ pub(crate) fn query(maps: &File, address: u64, which: Which) -> io::Result<Optio
     }))
 }
 
-/// A run of pages of one kind.
+/// Consecutive pages of one kind.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Region {
@@ -90,11 +90,11 @@ pub(crate) const IS_SWAPPED: u64 = 1 << 4;
 pub(crate) const IS_ZERO: u64 = 1 << 5;
 pub(crate) const IS_HUGE: u64 = 1 << 6;
 
-/// Asks `/proc/PID/pagemap` which pages of a range are present or swapped, and tells each run of
-/// them.
+/// Asks `/proc/PID/pagemap` which pages of a range are present or swapped, and calls `found` for
+/// consecutive pages of one kind.
 ///
 /// # Errors
-/// `ENOTTY` on a kernel before 6.7, and what else the kernel says.
+/// `ENOTTY` on a kernel before 6.7, and other errors of the kernel.
 pub(crate) fn scan(
     pagemap: &File,
     start: u64,

@@ -1,4 +1,5 @@
-//! What lies in an address space, and how much of it is in memory: `/proc/PID/maps` and `pagemap`.
+//! The mappings of an address space, and how much of them is in memory: `/proc/PID/maps` and
+//! `pagemap`.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -11,8 +12,8 @@ use super::ioctl::{self, IS_FILE, IS_HUGE, IS_PRESENT, IS_SWAPPED, IS_ZERO, Vma,
 use crate::record::Pages;
 use crate::who::shown;
 
-/// Two files of one address space. They stay those of this address space also when its task
-/// executes another program.
+/// Two files of one address space. They refer to this address space even after its task has
+/// executed another program.
 #[derive(Debug)]
 pub(crate) struct Place {
     maps: File,
@@ -22,18 +23,18 @@ pub(crate) struct Place {
     old_pagemap: bool,
 }
 
-/// One past the last address that a program can have with four levels of page tables; more is asked
-/// for in vain on most machines.
+/// The end of user addresses with four levels of page tables. On most machines there is nothing
+/// above it.
 const TOP: u64 = if cfg!(target_arch = "aarch64") {
     1 << 48
 } else {
     0x7fff_ffff_f000
 };
-/// Without `PAGEMAP_SCAN` a larger range is not read: 8 bytes a page.
+/// Without `PAGEMAP_SCAN` a larger range is not read, because it costs 8 bytes a page.
 const MOST_READ: u64 = 16 << 30;
 
 impl Place {
-    /// `None` if the task is gone or may not be asked.
+    /// `None` if the task has ended or its files may not be read.
     pub(crate) fn of(tid: Pid) -> Option<Place> {
         Some(Place {
             maps: File::open(shown(tid, "maps")?).ok()?,
@@ -156,7 +157,7 @@ fn parse(line: &[u8]) -> Option<Vma> {
 mod tests {
     use super::*;
 
-    /// What lies in `memory`, as the kernel's calls and as the files say.
+    /// The mapping of `memory` and its pages, from the ioctls and from the files.
     fn both(memory: &[u8]) -> [(Option<Vma>, Option<Pages>); 2] {
         let start = memory.as_ptr() as u64;
         [false, true].map(|old| {
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn old_and_new_ways_agree_and_count_what_was_touched() {
+    fn ioctls_and_files_agree_and_count_touched_pages() {
         const SIZE: usize = 1 << 20;
         let layout = std::alloc::Layout::from_size_align(SIZE, 4096).unwrap();
         let mut memory = vec![0_u8; SIZE + 2 * 4096];
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_mapped_is_nothing_and_the_next_mapping_is_found() {
+    fn an_unmapped_address_has_no_mapping_and_the_next_one_is_found() {
         for old in [false, true] {
             let mut place = Place::of(std::process::id() as Pid).unwrap();
             place.old_maps = old;
@@ -205,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_that_is_no_text_does_no_harm() {
+    fn a_line_that_is_not_utf8_is_parsed() {
         let vma =
             parse(b"1000-2000 rw-p 00001000 08:01 5                          /a b\xff").unwrap();
         assert_eq!(

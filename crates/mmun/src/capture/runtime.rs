@@ -1,13 +1,16 @@
 //! The time that a task itself ran in a call.
 //!
-//! The kernel counts it for every process (its CPU clock) and for every task
-//! (`/proc/PID/schedstat`, the first number). It is read while the task is stopped, before the
-//! call and after it. The clock of a process with one task is that task's, and costs a third of
-//! the file. In between the task also leaves one stop and enters the next: that is measured with
-//! calls that do nothing, and taken off. It takes a microsecond or two while the task and the
-//! tracer share a processor. If they do not, the task also interrupts the tracer's processor to
-//! wake it, which takes some thirty in a virtual machine. The scheduler may change between the two
-//! at any time, so the processors are compared after each call.
+//! The kernel counts the time for every process (its CPU clock) and for every task
+//! (`/proc/PID/schedstat`, the first number). The tracer reads it while the task is stopped, before
+//! the call and after it. If a process has one task, the process's clock is used, because reading
+//! it costs a third of reading the file.
+//!
+//! Between the two reads the task also leaves one stop and enters the next. That overhead is
+//! measured with calls that do nothing, and subtracted. It is a microsecond or two if the task and
+//! the tracer run on the same processor. On different processors the task must also wake the
+//! tracer's processor with an interrupt, which takes some thirty microseconds in a virtual machine.
+//! The scheduler can move either of them at any time, so the processors are compared after each
+//! call.
 
 mod files;
 
@@ -25,25 +28,25 @@ pub(crate) struct Runtime {
     schedstat: Files,
     /// The 39th is the processor that the task ran on.
     stat: Files,
-    /// How many tasks each process has; not kept if there may be some that are not traced.
+    /// How many tasks each process has; `None` if a process may have tasks that are not traced.
     tasks: Option<HashMap<Pid, u32>>,
-    /// What was read before the call that a task is in.
+    /// The counter before the task's current call.
     before: HashMap<Pid, Reading>,
-    /// What was read after it.
+    /// The time of the task's last call.
     own: HashMap<Pid, u64>,
     overhead: Overhead,
 }
 
-/// What a call that does nothing takes, in nanoseconds.
+/// The time of a call that does nothing, in nanoseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Overhead {
     /// While the task and the tracer run on the same processor.
     pub(crate) together: u64,
-    /// While they run on different ones, if that makes a difference.
+    /// While they run on different processors, if the difference is significant.
     pub(crate) apart: Option<u64>,
 }
 
-/// Nanoseconds, of one of two counters that must not be compared with each other.
+/// Nanoseconds of one of two counters. Values of different counters must not be compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reading {
     Process(u64),
@@ -76,7 +79,7 @@ impl Runtime {
         }
     }
 
-    /// A task that appeared is gone.
+    /// A task has ended.
     pub(crate) fn left(&mut self, task: Task) {
         self.forget(task.tid);
         let Some(tasks) = &mut self.tasks else { return };
@@ -88,7 +91,7 @@ impl Runtime {
         }
     }
 
-    /// The task stands before its call.
+    /// Called while the task is stopped before its call.
     pub(crate) fn begin(&mut self, task: Task) {
         let is_alone = self
             .tasks
@@ -105,11 +108,12 @@ impl Runtime {
         }
     }
 
-    /// The task stands behind its call: the time it ran in between.
+    /// Called while the task is stopped after its call: computes the time that the task ran in the
+    /// call.
     pub(crate) fn end(&mut self, task: Task) {
         let passed = match self.before.remove(&task.tid) {
-            // Only the task itself could have made another one, and no call that makes one in its
-            // own process changes memory.
+            // The process still has one task: only this task could have made a thread, and no call
+            // that makes a thread changes memory.
             Some(Reading::Process(before)) => {
                 sys::process_time(task.pid).map(|after| after.saturating_sub(before))
             }
@@ -128,7 +132,7 @@ impl Runtime {
         }
     }
 
-    /// The task, which has just stopped, ran on another processor than this tracer.
+    /// Whether the task, which has just stopped, ran on another processor than this tracer.
     fn ran_apart(&mut self, task: Task) -> bool {
         let here = rustix::thread::sched_getcpu();
         self.stat
@@ -136,7 +140,7 @@ impl Runtime {
             .is_some_and(|processor| processor != here)
     }
 
-    /// The time of the call that has ended, once.
+    /// Takes the time of the call that has ended.
     pub(crate) fn take(&mut self, tid: Pid) -> Option<u64> {
         self.own.remove(&tid)
     }
@@ -186,14 +190,15 @@ mod tests {
         };
         let mut runtime = Runtime::new(overhead, false);
         runtime.begin(task);
-        // Its own time, because others may have the processor.
+        // The thread's CPU time, because other threads may use the processor.
         let ran = || {
             let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
             time.tv_sec * 1_000_000_000 + time.tv_nsec
         };
         let begun = ran();
         while ran() - begun < 5_000_000 {}
-        // The kernel counts a running task at its ticks; a stopped one is always counted whole.
+        // The kernel updates the count of a running task at its ticks; that of a stopped task is
+        // exact.
         rustix::thread::sched_yield();
         runtime.end(task);
         assert!(runtime.take(task.tid).is_some_and(|own| own > 1_000_000));
@@ -210,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn the_clock_of_a_process_is_asked_while_it_has_one_task() {
+    fn the_clock_of_a_process_is_used_while_it_has_one_task() {
         let task = |tid| Task {
             pid: std::process::id() as Pid,
             tid,
@@ -237,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_processor_stands_behind_a_name_that_looks_like_fields() {
+    fn the_processor_is_found_after_a_name_that_looks_like_fields() {
         let fields: String = (4..=52).map(|field| format!(" {field}")).collect();
         let stat = format!("7 (a) R 1 (b) S{fields}\n");
         assert_eq!(processor(stat.as_bytes()), Some(39));

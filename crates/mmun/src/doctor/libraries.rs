@@ -1,10 +1,11 @@
 //! Which UCX, libfabric, Open MPI and MPICH are installed, and what the drop-in does for each.
 //!
-//! Their own programs are asked, as an administrator would: loading a library could start it.
+//! This module runs the libraries' own programs, as an administrator would, because loading a
+//! library could start it.
 
 use std::process::{Command, Stdio};
 
-/// Whom to ask for a version, by which words.
+/// The libraries, each with the command that prints its version.
 const ASKED: [(&str, &[&str]); 4] = [
     ("UCX", &["ucx_info", "-v"]),
     ("libfabric", &["fi_info", "--version"]),
@@ -12,7 +13,7 @@ const ASKED: [(&str, &[&str]); 4] = [
     ("MPICH", &["mpichversion", "-v"]),
 ];
 
-/// One line for each that is installed.
+/// One line for each installed library.
 pub(super) fn lines() -> Vec<String> {
     ASKED
         .iter()
@@ -34,7 +35,7 @@ fn version(words: &[&str]) -> Option<Vec<u32>> {
     first_version(&String::from_utf8_lossy(&output.stdout))
 }
 
-/// The first numbers with dots between them.
+/// The first version number in a text: numbers with dots between them.
 fn first_version(text: &str) -> Option<Vec<u32>> {
     text.split(|c: char| c.is_whitespace() || c == ',')
         .find_map(|word| {

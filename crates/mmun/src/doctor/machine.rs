@@ -1,4 +1,4 @@
-//! What this machine is, and what of its kernel more than one source or none needs.
+//! The machine and its kernel: features that belong to no single source.
 
 use std::fs;
 
@@ -42,10 +42,10 @@ pub(super) fn features() -> Vec<String> {
     features
 }
 
-/// Whether this user is shown page frames.
+/// Whether this user may read page frame numbers.
 fn pagemap() -> String {
     use std::os::unix::fs::FileExt;
-    // The page of a local is present.
+    // The page of a local variable is present.
     let local = 0_u8;
     let index = (&raw const local).addr() as u64 / rustix::param::page_size() as u64;
     let mut entry = [0; 8];

@@ -1,4 +1,4 @@
-//! One source at a time.
+//! Probes the sources, one at a time.
 
 use std::fs;
 use std::sync::atomic::AtomicBool;
@@ -10,7 +10,7 @@ use mmu_source::process::{Command, Observer, Options, Task, Tracer};
 use super::{Lack, remedy};
 use crate::source::Source;
 
-/// What a source lacks here, if anything, and what it found.
+/// Returns what a source lacks here, if anything, and the features that it found.
 pub(super) fn probe(source: Source) -> (Vec<Lack>, Vec<String>) {
     match source {
         Source::Kernel => kernel(),
@@ -20,7 +20,7 @@ pub(super) fn probe(source: Source) -> (Vec<Lack>, Vec<String>) {
     }
 }
 
-/// What is there is listed also if something else is missing.
+/// Lists the features that exist, even if others are missing.
 fn kernel() -> (Vec<Lack>, Vec<String>) {
     let mut features = Vec::new();
     match fs::File::options().read(true).write(true).open("/dev/kvm") {
@@ -90,7 +90,7 @@ fn uffd() -> (Vec<Lack>, Vec<String>) {
     )
 }
 
-/// What an error of a source says is missing.
+/// The lack that an error of a source names.
 fn lack(error: &Error) -> Lack {
     match error {
         Error::Unavailable {
@@ -109,7 +109,7 @@ fn lack(error: &Error) -> Lack {
 
 /// Traces a program that ends at once.
 fn process() -> (Vec<Lack>, Vec<String>) {
-    // The version that it prints is not wanted. If even `/dev/null` cannot be opened, it is shown.
+    // Discard the version that the program prints. If `/dev/null` cannot be opened, it is printed.
     let null = fs::File::options().write(true).open("/dev/null");
     let mut program = Command::new("/proc/self/exe").arg("--version");
     if let Ok(null) = null {

@@ -1,8 +1,9 @@
-//! What grants a source its rights, and to whom.
+//! Commands that grant a source its rights.
 //!
-//! A source's error names the program that it is in. Capabilities on `mmun` itself would be lent to
-//! every user of the machine. So a copy gets them, which only one group may execute. The broker,
-//! which lends nothing but what the source needs, comes first.
+//! A source's error suggests to set capabilities on the program that uses it. Capabilities on
+//! `mmun` itself would be lent to every user of the machine. So this module suggests to set them on
+//! a copy, which only one group may execute. It suggests the broker first, because the broker lends
+//! only what the source needs.
 
 use std::fs;
 
@@ -10,7 +11,7 @@ use super::Lack;
 
 const NOTE: &str = "the copy lends these rights to all who may execute it, in 'doctor' and 'coverage' only; see SECURITY.md";
 
-/// What is missing, with commands for `mmun` in the place of those for any program.
+/// A lack, with commands for `mmun` instead of those for any program.
 pub(super) fn lack(source: &str, missing: String, remedy: &str) -> Lack {
     let has_broker = source == "kernel" && IS_FOR_BROKERS && fs::exists(BTF).unwrap_or(false);
     let (remedy, instead, note) = match capabilities(remedy) {
@@ -29,21 +30,22 @@ pub(super) fn lack(source: &str, missing: String, remedy: &str) -> Lack {
 /// Whether a broker can serve on this processor.
 const IS_FOR_BROKERS: bool = cfg!(any(target_arch = "x86_64", target_arch = "aarch64"));
 
-/// The kernel's description of itself, which the broker reads.
+/// The kernel's BTF, which the broker reads.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// Which capabilities a command would give to this program.
+/// The capabilities that a command would set on this program.
 fn capabilities(remedy: &str) -> Option<&str> {
     let (names, _) = remedy.strip_prefix("sudo setcap ")?.split_once("+ep ")?;
     Some(names)
 }
 
-/// In the background: what follows in the same line is run as well.
+/// The command of a broker in the background, so that the rest of the command line runs as well.
 fn broker() -> String {
     format!("sudo -b {} broker --group \"$(id -gn)\"", own())
 }
 
-/// Each source has a copy of its own: `setcap` replaces what a file had.
+/// The commands for a copy of `mmun`. Each source needs its own copy, because `setcap` replaces a
+/// file's capabilities.
 fn copy(source: &str, names: &str) -> String {
     let copy = format!("/usr/local/bin/mmun-{source}");
     let install = format!("sudo install -m 0750 -g \"$(id -gn)\" {} {copy}", own());
@@ -61,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capabilities_go_to_a_copy_that_is_not_for_everybody() {
+    fn capabilities_go_to_a_copy_for_one_group() {
         let found = lack(
             "uffd",
             "a right".into(),

@@ -112,7 +112,7 @@ impl Message {
     }
 }
 
-/// What a track is of.
+/// The subject of a track.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Track {
     Process(i32),
@@ -162,7 +162,8 @@ impl Writer {
     }
 }
 
-/// One track a task, and two an address space: its life, and what it has given back.
+/// Makes one track for each task, and two for each address space: its life, and the memory that it
+/// has returned.
 pub(crate) fn make(recording: &Recording) -> Vec<u8> {
     let mut writer = Writer {
         trace: Message::default(),

@@ -8,7 +8,7 @@ use mmu_source::process::{Pid, Task};
 
 use crate::who::shown;
 
-/// How many files are kept open; a task that makes calls opens its own again.
+/// How many files are kept open; a file that was closed is opened again at the task's next call.
 const MOST_OPEN: usize = 256;
 
 #[derive(Debug)]
@@ -25,7 +25,7 @@ impl Files {
         }
     }
 
-    /// What `parse` makes of the task's file; `None` if it cannot be read.
+    /// Reads the task's file and returns the result of `parse`; `None` if the file cannot be read.
     pub(super) fn read<T>(
         &mut self,
         task: Task,
