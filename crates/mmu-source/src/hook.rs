@@ -22,12 +22,12 @@
 //!                                                 6  end callbacks
 //!  cmp $-4095, %rax <──7──  jmp   <────────────── result
 //! ```
-//! glibc makes a system call by `mov $number, %eax; syscall`. On x86-64 a jump to the trampoline
-//! replaces that `mov`, which is as long as a near jump. On aarch64 a branch replaces `svc #0`
-//! itself. Exactly one instruction is replaced, so no thread can be in the middle of the replaced
-//! code. The hook patches a copy of the page and moves that copy over the original with `mremap`.
-//! So other threads see either the old page or the new one, and patching is safe while they run the
-//! code.
+//! 1. glibc makes a system call by `mov $number, %eax; syscall`. On x86-64 a jump to the trampoline
+//!    replaces that `mov`, which is as long as a near jump. On aarch64 a branch replaces `svc #0`
+//!    itself. Exactly one instruction is replaced, so no thread can be in the middle of the
+//!    replaced code. The hook patches a copy of the page and moves that copy over the original with
+//!    `mremap`. So other threads see either the old page or the new one, and patching is safe while
+//!    they run the code.
 //! 2. The trampoline runs the replaced instruction and calls the handler. The trampoline
 //!    preserves all registers that a system call preserves.
 //! 3. The handler reads the arguments of the call. If the call changes no translation, the handler
@@ -187,7 +187,7 @@ pub enum State {
     /// runs first. If that patch makes the call itself instead of continuing into libc, the hook
     /// does not see the call.
     Chained,
-    /// Other bytes stand where our patch was or must go: the hook does not see these calls.
+    /// Other bytes are at the place of our patch, so the hook does not see these calls.
     Overwritten,
 }
 

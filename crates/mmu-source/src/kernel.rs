@@ -30,7 +30,7 @@
 //!
 //! // Fill the cache.
 //! loop {
-//!     let seq = armed.read_begin()?; // No change is under way, and subscribers know of all of them.
+//!     let seq = armed.read_begin()?; // No change is under way, and subscribers know of all earlier ones.
 //!     insert(range, translate(range));
 //!     if !armed.read_retry(seq) {
 //!         break; // No change has begun meanwhile. A later change will remove the entry.
@@ -179,10 +179,10 @@ struct Inner {
     has_begun: AtomicBool,
 }
 
-/// A generation for which subscribers know of every change up to it. Returned by
-/// [`Kernel::settle`].
+/// The result of [`Kernel::settle`]: a generation such that subscribers know of every change up to
+/// it.
 ///
-/// A plain generation is not one, because subscribers may not know of it yet:
+/// A plain generation is no `Settled`, because subscribers may not know of its change yet:
 /// ```compile_fail,E0308
 /// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
 /// let is_current = kernel.is_current(kernel.generation());

@@ -24,21 +24,21 @@ use std::sync::{Mutex, PoisonError};
 /// may register buffers with the ring.
 ///
 /// A lease must last until its requests have completed, because its slot in the table is reused for
-/// another region afterwards. (The kernel itself keeps the pages of a request in progress.) It
-/// deregisters in callbacks.
+/// another region afterwards. (The kernel itself keeps the pages of a request in progress.) A
+/// `Uring` deregisters in callbacks.
 ///
 /// # Limits
-/// * It needs one slot for each region, so limit the cache with
+/// * A `Uring` needs one slot for each region, so limit the cache with
 ///   [`Options::max_regions`](crate::Options::max_regions).
 /// * The kernel refuses a region of more than 1 GiB, and memory that it does not pin for long, such
 ///   as a shared mapping of a file on most file systems.
 /// * A ring with `IORING_SETUP_SINGLE_ISSUER` lets only one thread change the table, so regions
 ///   that other threads invalidate stay registered.
-/// * Linux 5.19.
+/// * A `Uring` needs Linux 5.19.
 ///
-/// If the program closes descriptors that it did not open (`close_range`, `dup2`), it closes this
-/// one too. From then on registering fails with an error that says so. The registrar does not touch
-/// the number's new file, and regions stay registered until the ring ends.
+/// If the program closes descriptors that it did not open (`close_range`, `dup2`), it also closes
+/// the registrar's descriptor. From then on registering fails with an error that says so. The
+/// registrar does not touch the number's new file, and regions stay registered until the ring ends.
 ///
 /// # Examples
 /// ```

@@ -33,11 +33,11 @@ use std::os::fd::{AsFd, OwnedFd};
 /// * Mapped memory counts against `RLIMIT_MEMLOCK`, and a container has room for 65,535 regions
 ///   (`dma_entry_limit` of `vfio_iommu_type1`). At a limit the cache evicts regions without a
 ///   lease, and tries once more.
-/// * It does not support `/dev/iommu`. A container of iommufd's compatibility mode
+/// * A `Vfio` does not support `/dev/iommu`. A container of iommufd's compatibility mode
 ///   (`VFIO_CONTAINER`) works.
-/// * It takes the first gap that fits, so a search takes time in proportion to the number of gaps.
-///   Before Linux 5.4 the kernel does not report which addresses an IOMMU cannot translate, so
-///   `addresses` must exclude them there.
+/// * A `Vfio` takes the first gap that fits, so a search takes time in proportion to the number
+///   of gaps. Before Linux 5.4 the kernel does not report which addresses an IOMMU cannot
+///   translate, so `addresses` must exclude them there.
 #[derive(Debug)]
 pub struct Vfio {
     container: OwnedFd,

@@ -16,9 +16,9 @@ pub struct Armed {
     level: Option<usize>,
 }
 
-/// A moment at which no change was under way. Returned by [`Armed::read_begin`].
+/// The result of [`Armed::read_begin`]: a moment at which no change was under way.
 ///
-/// The result of [`settle`](Kernel::settle) is not one, because changes may be under way when
+/// The result of [`settle`](Kernel::settle) is no `ReadSeq`, because changes may be under way when
 /// `settle` returns.
 /// ```compile_fail,E0308
 /// # let kernel = mmu_source::kernel::Kernel::start().unwrap();
@@ -91,8 +91,8 @@ impl Armed {
             None => drop(words.u64(header::WIDE).fetch_add(1, Ordering::Relaxed)),
         }
         words.u64(header::ARMED).fetch_add(1, Ordering::Relaxed);
-        // It stays set. Before this store no event has set `dirty`; `dirty` was set from the
-        // beginning instead.
+        // The flag stays set. Before this store no event sets `dirty`, but `dirty` has been set
+        // since the start.
         words.u64(header::ON).store(1, Ordering::Relaxed);
         // ORDER(source-arm): full fence between the filter and the load of `dirty` in
         // `Waits::wait`. Partner: the program, which sets `dirty` (a full barrier) and then reads

@@ -136,9 +136,9 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         self.push(0xdb, dst, src as u8, offset, 0xe1);
     }
 
-    /// A full barrier, where the processor needs one to keep a load behind what came before it. The
-    /// fetching addition is one whatever word it is of: this one is at the end of the stack, in
-    /// [`PEEKED`]. Register 0 is lost.
+    /// Emits a full barrier, if the processor needs one to order a load after earlier accesses. An
+    /// atomic addition that fetches is a full barrier, whatever word it changes. This one changes
+    /// the word at [`PEEKED`]. Overwrites register 0.
     pub(super) fn fence(&mut self) {
         if cfg!(not(target_arch = "x86_64")) {
             self.store_immediate(Reg::R10, PEEKED, 0);

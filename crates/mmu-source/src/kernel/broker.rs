@@ -15,8 +15,8 @@
 //! ```
 //!
 //! # What the client owns
-//! The client owns its maps and its link. What it writes to the maps changes only what *it* is
-//! told. Because the client holds the link, its program is detached when the client ends, and stays
+//! The client owns its maps and its link. Its writes to the maps affect only the events that *it*
+//! gets. Because the client holds the link, its program is detached when the client ends, and stays
 //! attached when the broker ends. The client gets no program: it could attach a program a second
 //! time, and the words that only programs see contain kernel addresses.
 //!
@@ -79,21 +79,21 @@ pub struct Options {
 pub enum Event {
     /// A process got a place.
     Came {
-        /// Its user.
+        /// The user of the process.
         user: u32,
         /// The process that connected.
         pid: i32,
     },
     /// The connection of a client has ended.
     Went {
-        /// Its user.
+        /// The user of the process.
         user: u32,
         /// The process that connected.
         pid: i32,
     },
     /// A process got no place.
     Refused {
-        /// Its user.
+        /// The user of the process.
         user: u32,
         /// The process that connected.
         pid: i32,

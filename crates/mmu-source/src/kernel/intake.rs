@@ -7,8 +7,8 @@
 //!
 //! Taking in is short: it marks the words of watches and moves records into a queue of fixed size.
 //! Taking in runs no callback, allocates nothing and frees nothing. So a thread that asks a
-//! [`Watch`](crate::Watch) can do it in the middle of `free`. Passing records to subscribers
-//! (`tell.rs`) runs callbacks and has a lock of its own.
+//! [`Watch`](crate::Watch) can take in records in the middle of `free`. Passing records to
+//! subscribers (`tell.rs`) runs callbacks and has a lock of its own.
 //!
 //! The program increments the generation before it writes the record, and another processor may
 //! write its own record in between. So records arrive out of order. `marked` advances to a
@@ -20,7 +20,8 @@ use mmu_notifier::VaRange;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How far records may be out of order. One position takes one processor that overtakes.
+/// How far records may be out of order. A processor that overtakes puts a record out of order by
+/// one position.
 const WINDOW: u64 = 4096;
 /// The largest number of records that wait for callbacks.
 const QUEUE: usize = 8192;
@@ -31,7 +32,7 @@ pub(super) struct Told {
     pub(super) range: VaRange,
     /// When this record has been passed on, so have all generations up to `upto`.
     pub(super) upto: u64,
-    /// Whether it stands for lost records.
+    /// Whether this record stands for lost records.
     pub(super) is_loss: bool,
 }
 
@@ -165,7 +166,7 @@ impl Intake {
             self.next += 1;
         }
         self.skip_done();
-        // The queued ranges are parts of everything.
+        // Everything includes the queued ranges.
         self.queue.clear();
         self.queue.push_back(Told {
             range: VaRange::ALL,

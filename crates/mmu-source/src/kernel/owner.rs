@@ -15,10 +15,10 @@
 //! them: the client misses no change. If another address space changes, they are not there, and the
 //! program ends without recording anything.
 //!
-//! The verifier follows every iteration of the loop, and a branch costs it far more than the
-//! instructions between branches. So the program compares a piece of the stack without branches.
-//! First it checks whether the lower half of `mm` is among the words of the piece, and only then
-//! whether all three words are.
+//! The verifier follows every iteration of the loop, and a branch costs the verifier far more than
+//! the instructions between branches. So the program compares a piece of the stack without
+//! branches. First it checks whether the lower half of `mm` is among the words of the piece, and
+//! only then whether all three words are.
 //!
 //! # Source
 //! In Linux 5.15 to 6.18 every caller of `mmu_notifier_invalidate_range_start` has the range in a

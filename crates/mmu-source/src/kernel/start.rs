@@ -29,7 +29,7 @@ use std::thread;
 const FIRST: u64 = 1;
 
 impl Kernel {
-    /// Starts the source. If it is already running, returns that one.
+    /// Starts the source, or returns it if it is already running.
     ///
     /// The source opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs,
     /// and starts three threads that sleep until there is work. The source uses some 5 MiB of
@@ -63,8 +63,8 @@ impl Kernel {
         self.rehearsal(move |inject| inject(start, end))
     }
 
-    /// Runs `f` on a thread that can run the BPF program on request, and passes it a function that
-    /// does.
+    /// Runs `f` on a thread that can run the BPF program on request. Passes `f` a function that
+    /// runs the program.
     ///
     /// # Errors
     /// The errors of [`inject`](Self::inject).

@@ -1,4 +1,4 @@
-//! Passes records to subscribers in order, and keeps track of how far that has come.
+//! Passes records to subscribers in order, and records up to which generation it has done so.
 
 use super::busy::{self, Flag};
 use super::intake::{Intake, Told, Words};
@@ -14,8 +14,8 @@ use std::thread;
 const TRIES: usize = 200;
 
 impl Kernel {
-    /// Tells whether this thread is passing on the kernel's records. A callback can thus find out
-    /// whether this source called it, or a bracket that another source or the program opened.
+    /// Tells whether this thread is passing on the kernel's records. So a callback can find out who
+    /// called it: this source, or a bracket that another source or the program opened.
     ///
     /// If a callback of this source opens a bracket, the callbacks of that bracket count as called
     /// by this source.
@@ -162,7 +162,7 @@ impl Inner {
     /// not counted.
     pub(super) fn note_loss(&self) {
         self.with_intake(|intake, words| intake.everything(words));
-        // The loss has no generation yet, so no thread would look for it. Count one.
+        // Count a generation for the loss. Without it, no thread would look for the loss.
         self.header
             .u64(header::LOST)
             .fetch_add(1, Ordering::Relaxed);
@@ -179,8 +179,8 @@ impl Inner {
         // ORDER(source-awake): full fence between the store of `AWAKE` and the load of the
         // generation. Partner: the program, which counts the generation (a full barrier) and then
         // loads `AWAKE`. If this store comes first, the program sends a wake-up. If the program's
-        // count comes first, the load here sees it. Without the fence neither may happen, and the
-        // record would be left waiting.
+        // count comes first, the load here sees it. Without the fence, both sides could miss the
+        // other's store, and the record would have to wait.
         fence(Ordering::SeqCst);
         self.is_caught_up()
     }

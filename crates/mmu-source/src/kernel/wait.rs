@@ -82,11 +82,13 @@ const WAITING: u64 = 2;
 #[derive(Debug)]
 pub(super) struct Waits {
     scratch: Scratch,
-    /// The number of the last wait that has begun. Written under the lock.
+    /// The number of the last wait that has begun. Only the holder of the lock writes it.
     begun: AtomicU64,
-    /// Whether there is a machine B whose count the program reads. Written under the lock.
+    /// Whether there is a machine B whose count the program reads. Only the holder of the lock
+    /// writes it.
     has_b: AtomicBool,
-    /// All changes counted up to this generation, by A's event, are over. Written under the lock.
+    /// All changes that A's events counted up to this generation are over. Only the holder of the
+    /// lock writes it.
     over: AtomicU64,
     /// The number of machines that were made because the count was never zero or cannot be read.
     /// Only the holder of the lock writes it.
@@ -169,7 +171,7 @@ impl Waits {
         self.begun.store(number, Ordering::Relaxed);
         dirty.store(WAITING, Ordering::Relaxed);
         // ORDER(source-generation): Acquire, like every load of the generation: the question comes
-        // after it.
+        // after this load.
         let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
         // ORDER(source-wait): full fence between these two words and the load of the count. This
         // fence has two partners. First, the program's load of `dirty`, which comes after its
@@ -204,8 +206,8 @@ impl Waits {
                 crate::wait::pause();
             }
             state.asked += 1;
-            // ORDER(source-question): Relaxed: the question comes after it in this thread. Partner:
-            // the program's fence after its load.
+            // ORDER(source-question): Relaxed: the question comes after this store in this thread.
+            // Partner: the program's fence after its load.
             header
                 .u64(header::ASKED)
                 .store(state.asked, Ordering::Relaxed);
@@ -228,8 +230,8 @@ impl Waits {
         self.has_b.load(Ordering::Relaxed)
     }
 
-    /// Records whether there is a machine B. Called under the lock: in [`change_b`](Self::change_b)
-    /// the vault holds it, otherwise the thread that waits for the vault does.
+    /// Records whether there is a machine B. The lock must be held: in [`change_b`](Self::change_b)
+    /// the vault holds it, otherwise the thread that waits for the vault.
     pub(super) fn set_has_b(&self, has_b: bool) {
         self.has_b.store(has_b, Ordering::Relaxed);
     }

@@ -144,7 +144,8 @@ impl Entry {
                 Event::Clear
             }
             Call::ProcessMrelease => {
-                // It frees the memory of a process that has been killed and has not ended yet.
+                // This call frees the memory of a process that has been killed and has not ended
+                // yet.
                 then = Then::Elsewhere(proc::pidfd_target(self.tid, a0 as i32));
                 ranges.push(VaRange::ALL);
                 Event::Unmap
@@ -268,7 +269,7 @@ impl Entry {
         }
     }
 
-    /// Decides on whose address space a call acts that names a process.
+    /// For a call that names a process: decides on whose address space the call acts.
     fn elsewhere(&self, pid: u64, context: &Context<'_>) -> Then {
         let number = pid as Pid;
         if number == 0 {

@@ -58,7 +58,7 @@ enum When {
 pub(super) enum Traced {
     /// Calls that may change a translation.
     Changes,
-    /// Those, and calls that only make a mapping.
+    /// Calls that may change a translation, and calls that only make a mapping.
     ChangesAndBirths,
 }
 

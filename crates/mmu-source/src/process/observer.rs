@@ -42,7 +42,7 @@ pub enum TaskEvent<'a> {
     /// The tracer sees an address space for the first time, because `task` was spawned, attached to
     /// or forked, or ran `execve`.
     MmNew {
-        /// Its first task.
+        /// The first task of the address space.
         task: Task,
         /// The address space.
         mm: &'a Mm,

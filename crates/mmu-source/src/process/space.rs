@@ -11,7 +11,7 @@ use mmu_notifier::MmWithUser;
 pub(super) struct Space {
     pub(super) mm: MmWithUser,
     pub(super) brk: Cell<Break>,
-    /// The number of live tasks in it.
+    /// The number of live tasks in the address space.
     pub(super) tasks: Cell<u32>,
     /// The number of calls by tasks of other address spaces that hold brackets on this one.
     pub(super) from_elsewhere: Cell<u32>,

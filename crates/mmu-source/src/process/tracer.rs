@@ -155,8 +155,8 @@ impl<O: Observer> Tracer<O> {
     /// Serves the tracees until none is left or `stop` is true.
     ///
     /// A signal handler can set `stop`, because the signal interrupts the wait. If the signal
-    /// arrives just before the wait begins, `stop` takes effect only at the next event. A handler
-    /// that cannot wait for that event must be repeated by a timer.
+    /// arrives just before the wait begins, `stop` takes effect only at the next event. If the
+    /// handler cannot wait for that event, a timer must repeat the signal.
     ///
     /// # Blocking
     /// Sleeps until a tracee stops. Runs the callbacks of subscribers and the methods of the

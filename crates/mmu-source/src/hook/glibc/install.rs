@@ -10,11 +10,11 @@ use crate::{Error, current_ref};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The number of installed hooks. Changed under the lock.
+/// The number of installed hooks. Only the holder of the lock changes it.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// The lock is held for microseconds. The holder of the lock allocates nothing and calls no code of
-/// the program.
+/// Returns the lock, which a thread holds for microseconds. Meanwhile it allocates nothing and
+/// calls no code of the program.
 fn lock() -> &'static Lock {
     &marks().hook_patch
 }

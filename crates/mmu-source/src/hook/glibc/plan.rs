@@ -60,8 +60,8 @@ pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
     // it. Two threads may each make a plan.
     let made = look().unwrap_or_else(|| {
         let made = Box::into_raw(Box::new(make().inspect(|_| prepare())));
-        // ORDER(hook-plan): Release, for the content. Partner: the load in `look`. The plan of the
-        // thread that is second is leaked, with its trampolines.
+        // ORDER(hook-plan): Release, for the content. Partner: the load in `look`. If two threads
+        // make a plan, the second one leaks its plan, with the trampolines.
         let _ = MADE.compare_exchange(ptr::null_mut(), made, Ordering::Release, Ordering::Relaxed);
         look().expect("it was stored by this thread or another")
     });

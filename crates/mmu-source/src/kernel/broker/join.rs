@@ -59,7 +59,7 @@ pub(in super::super) fn join() -> Option<Result<Joined, String>> {
     let socket = match socket::connect_to(&path, PATIENCE) {
         Ok(socket) => socket,
         Err(error) => {
-            // A path that was given, or a socket that a broker has left behind, is worth a word.
+            // Report the error if the path was given, or if a broker has left its socket behind.
             let is_none = error.kind() == io::ErrorKind::NotFound && path == Path::new(SOCKET);
             let why = match error.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {

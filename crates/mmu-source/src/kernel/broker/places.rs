@@ -34,7 +34,8 @@ struct Place {
     left: Option<Vec<Object>>,
 }
 
-/// A place. Dropping the ticket gives the place back.
+/// A place. After the drop of the ticket, the place is free as soon as the client's objects are
+/// gone.
 #[derive(Debug)]
 pub(super) struct Ticket {
     places: Arc<Places>,

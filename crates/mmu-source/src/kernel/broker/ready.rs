@@ -53,7 +53,7 @@ impl<T> Ready<T> {
         }
     }
 
-    /// Makes a `T` each time that one was taken. Never returns.
+    /// Makes another `T` each time a `T` was taken. Never returns.
     pub(super) fn refill(&self, mut make: impl FnMut() -> Option<T>) {
         loop {
             let is_wanted = |room: &mut Room<T>| matches!(room, Room::Wanted);

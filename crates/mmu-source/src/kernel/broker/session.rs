@@ -51,7 +51,8 @@ pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
     }
 }
 
-/// Tells whether clients could be served. Keeps what it made for the first client.
+/// Tells whether clients could be served. Keeps the maps and programs that it makes for the first
+/// client.
 pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
     let (maps, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
     // The program is detached at once, before it knows an address space, so it records nothing

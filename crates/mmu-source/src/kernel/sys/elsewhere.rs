@@ -1,4 +1,4 @@
-//! A processor without support for `hook`: calling through libc reports nothing to it.
+//! A processor that `hook` does not support, so that a call through libc reports nothing to `hook`.
 
 /// Calls `madvise` through libc.
 ///

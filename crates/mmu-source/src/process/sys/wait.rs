@@ -85,7 +85,7 @@ pub(in super::super) fn wait_for(pid: Pid) -> io::Result<Wait> {
 /// which children are tracees, it waits for all of them; then this thread must have no others.
 pub(in super::super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
-        // No event and no tracee: the existing children are not this source's to wait for.
+        // No event and no tracee: this source must not wait for the existing children.
         Wait::Interrupted if proc::has_tracees(this_thread()) == Some(false) => Ok(Wait::NoTracee),
         Wait::Interrupted => wait(),
         other => Ok(other),
