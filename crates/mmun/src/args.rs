@@ -192,22 +192,19 @@ pub(crate) struct TraceArgs {
 /// Runs a program, unchanged, with registration caches of UCX and libfabric that cannot go stale.
 /// The library libmmun_dropin.so is preloaded into the program and everything it starts, mpirun's
 /// ranks on this machine included. It does nothing in processes that use neither UCX nor libfabric.
-/// When the program has ended, one table on standard error says which processes did, what watched
-/// them, and which stale registrations were refused.
-///
-/// MMUN, MMUN_STRICT and MMUN_REPORT of the environment stay as they are, unless an option says
-/// otherwise. If MMUN_REPORT is set and -o is not given, the processes report there, and mmun is
-/// replaced by the program.
+/// When the program has ended, a table on standard error lists the processes that use one of them,
+/// their event sources, and the stale registrations that were refused. The environment variables
+/// MMUN, MMUN_STRICT and MMUN_REPORT keep their values unless an option overrides them. If
+/// MMUN_REPORT is set and -o is not given, the processes write their reports there, and mmun
+/// executes the program in its own place.
 ///
 /// A signal that is sent to mmun is handed on to the program. One that is sent to their process
 /// group (kill %1, kill -- -PGID) therefore reaches the program twice: once by itself, once through
-/// mmun, which cannot tell it from one for mmun alone. The keys of a terminal reach it once.
-///
-/// A program that is stopped stops mmun only where a shell waits for that: in the foreground of a
-/// terminal. SIGCONT to either lets the program go on.
-///
-/// Exits as the program did; 125 if mmun itself failed or cannot write the report of a program that
-/// exits with 0, 126 if the program cannot be run, 127 if there is none.
+/// mmun, which cannot tell it from one for mmun alone. The keys of a terminal reach it once. If the
+/// program stops in the foreground of a terminal, mmun stops as well, because a shell waits for
+/// that; elsewhere it does not stop. SIGCONT to either of them continues the program. Exits as the
+/// program did; 125 if mmun itself failed or cannot write the report of a program that exits with
+/// 0, 126 if the program cannot be run, 127 if it does not exist.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,

@@ -1,4 +1,5 @@
-//! The one place all records pass: it stamps them with the time and hands them to each output.
+//! Every record passes through the recorder, which adds the time and passes the record to each
+//! output.
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,17 +31,17 @@ pub(crate) struct Settings {
     /// The summary is JSON, too.
     pub(crate) json: bool,
     pub(crate) lifecycle: bool,
-    /// Look at what lies in each range, and at how long each call runs.
+    /// Record the mapping and memory of each range, and the time of each call.
     pub(crate) details: bool,
-    /// What a call that does nothing takes.
+    /// The time of a call that does nothing.
     pub(crate) overhead: Overhead,
     /// Every task of a traced process is traced.
     pub(crate) follow: bool,
-    /// Take stacks; these functions are never the place of a call.
+    /// Take stacks; the functions in the list are never the place of a call.
     pub(crate) stacks: Option<Vec<String>>,
-    /// Write the stacks, and not only the table of places.
+    /// Write the stacks, not only the table of places.
     pub(crate) list_stacks: bool,
-    /// Keep the time of each munmap, to learn what one that does nothing takes.
+    /// Keep the time of each munmap, to measure calls that do nothing.
     pub(crate) samples: bool,
 }
 
@@ -75,7 +76,7 @@ struct Inner {
     samples: Option<Vec<u64>>,
     output: Output,
     progress: Progress,
-    /// Gets every record as JSON, whatever is written to the output.
+    /// Gets every record as JSON, independently of the output.
     spool: Option<Output>,
 }
 
@@ -86,7 +87,8 @@ enum Writer {
 }
 
 impl Recorder {
-    /// The trace begins now. `give_up` is called once, when the output cannot be written any more.
+    /// Starts the clock of the trace. `give_up` is called once, when the output cannot be written
+    /// any more.
     pub(crate) fn new(settings: Settings, output: Output, give_up: fn()) -> Recorder {
         let writer = settings.form.map(|form| match form {
             Form::Json => Writer::Json,
@@ -124,7 +126,7 @@ impl Recorder {
         self.lock().spool = Some(spool);
     }
 
-    /// Records what happened just now.
+    /// Records an event, with the current time.
     pub(crate) fn record(&self, record: &Record) {
         let mut inner = self.lock();
         let events = inner.events;
@@ -142,14 +144,14 @@ impl Recorder {
             Kind::Put { .. } => inner.progress.tasks = inner.progress.tasks.saturating_sub(1),
             _ => {}
         }
-        // The clock is read under the lock: times do not decrease from line to line.
+        // The clock is read under the lock, so that times do not decrease from line to line.
         let t = inner.now();
         if inner.add(t, record, seen) {
             (self.give_up)();
         }
     }
 
-    /// Writes what is left, and the summary. Records that come later are lost.
+    /// Writes the buffered records and the summary. Later records are lost.
     ///
     /// # Errors
     /// The first write that failed, now or earlier, with the output's name.
@@ -173,14 +175,14 @@ impl Recorder {
         self.lock().samples.take().unwrap_or_default()
     }
 
-    /// There will be no trace: what waits to be written never is, nor any record from now on.
+    /// Ends the trace before it began: discards buffered records and all later ones.
     pub(crate) fn discard(&self) {
         let mut inner = self.lock();
         (inner.writer, inner.summary, inner.lifecycle, inner.spool) = (None, None, None, None);
         inner.output.discard();
     }
 
-    /// How many ranges could not be looked at.
+    /// The number of ranges that could not be examined.
     pub(crate) fn unseen(&self) -> u64 {
         self.lock()
             .capture
@@ -193,7 +195,7 @@ impl Recorder {
         self.lock().progress
     }
 
-    /// Writes what waits to be written.
+    /// Writes the buffered records.
     pub(crate) fn flush(&self) {
         if self.lock().output.flush() {
             (self.give_up)();
@@ -210,8 +212,8 @@ impl Inner {
         self.begin.elapsed().as_nanos() as u64
     }
 
-    /// Looks at a task that stands before a call, or behind it. The time this takes is not in the
-    /// trace.
+    /// Examines a task that is stopped before or after a call. The clock of the trace does not
+    /// count this time.
     fn look(&mut self, record: &Record) -> Option<Seen> {
         let Record { task, mm, .. } = *record;
         let capture = self.capture.as_mut()?;
@@ -299,7 +301,7 @@ impl Inner {
         self.output.settle() || has_failed
     }
 
-    /// Keeps a start until its end, and makes a change of both, for the outputs that want changes.
+    /// Pairs a start with its end, for the outputs that need changes.
     fn pair(&mut self, t: u64, record: &Record, seen: Option<Seen>) -> Option<Change> {
         if self.capture.is_none() && self.summary.is_none() {
             return None;

@@ -1,7 +1,7 @@
 //! A recorded trace in memory: what `mmun trace --json` wrote, read back.
 //!
-//! Reports, comparisons and other formats all work on this one model. Keys and kinds that this
-//! version does not know are passed over, as `docs/trace-json.md` asks of every reader.
+//! Reports, comparisons and other formats all use this model. It ignores keys and kinds that this
+//! version does not know, as `docs/trace-json.md` demands of every reader.
 
 mod line;
 
@@ -38,16 +38,16 @@ pub(crate) struct Recording {
     pub(crate) stacks: Resolved,
     /// Starts whose end is not in the trace.
     pub(crate) unfinished: usize,
-    /// The last line is not whole: the trace was cut while it was written.
+    /// Whether the last line is incomplete, because the trace was cut while it was written.
     pub(crate) is_cut: bool,
 }
 
 /// An address space.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Space {
-    /// The process that was in it first.
+    /// The first process in it.
     pub(crate) pid: i32,
-    /// The name of its task, the latest that is known, as a [`Recording`] numbers it.
+    /// The latest known name of its task, as a number of the [`Recording`].
     pub(crate) comm: Name,
     /// The path of its program, empty if it is not known.
     pub(crate) program: Name,
@@ -93,7 +93,8 @@ pub(crate) enum ReadError {
     /// The line, counted from 1, and what is wrong with it.
     Line(usize, String),
     Empty,
-    /// Lines of a trace, but no record of an event: `--summary-only` writes such a file.
+    /// The file has lines of a trace, but no record of an event. `--summary-only` writes such a
+    /// file.
     NoRecords,
 }
 
@@ -114,7 +115,7 @@ impl fmt::Display for ReadError {
     }
 }
 
-/// How messages call the file that is read.
+/// The name of the input file in messages.
 pub(crate) fn input_name(path: &Path) -> String {
     if is_standard(path) {
         "standard input".into()
@@ -126,14 +127,14 @@ pub(crate) fn input_name(path: &Path) -> String {
 /// No trace takes 292 years.
 const LAST: u64 = i64::MAX as u64;
 
-/// A longer line is refused: it is no record, and would fill the memory.
+/// The maximum length of a line: a longer line cannot be a record, and would fill the memory.
 const LONGEST_LINE: u64 = 64 << 20;
 
 impl Recording {
     /// Reads a file, or standard input if it is `-`.
     ///
     /// # Errors
-    /// The file cannot be read, or it is no trace of version 1. A last line that is cut is no
+    /// The file cannot be read, or it is not a trace of version 1. An incomplete last line is no
     /// error.
     pub(crate) fn open(path: &Path) -> Result<Recording, ReadError> {
         if is_standard(path) {
@@ -283,7 +284,7 @@ impl Reader {
 }
 
 impl Recording {
-    /// Learns about address spaces.
+    /// Updates the address space of a record.
     fn see(&mut self, t: u64, record: &Record, comm: Name, program: Option<Name>) {
         let nothing = self.names.number("");
         let space = self.spaces.entry(record.mm).or_insert(Space {
@@ -293,7 +294,7 @@ impl Recording {
             began: t,
             ended: u64::MAX,
         });
-        // A call on another process is that of a task elsewhere.
+        // The task of a call on another process is not in this address space.
         if record.task.pid == space.pid && comm != nothing {
             space.comm = comm;
         }
@@ -320,7 +321,7 @@ mod tests {
     const STACK: &str = r#"{"v":1,"t":12,"kind":"stack","site":3,"place":1,"frames":[{"function":"munmap","module":"libc.so.6","line":"","named":true},{"function":"main","module":"prog","line":"a.c:3","named":true}]}"#;
 
     #[test]
-    fn a_change_is_read_with_all_that_was_found() {
+    fn a_change_is_read_with_all_details() {
         let recording = read(&[NEW, START, END, STACK, ""].join("\n")).unwrap();
         let [changed] = recording.changes[..] else {
             panic!("one change")
@@ -360,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_known_is_passed_over() {
+    fn unknown_keys_and_kinds_are_ignored() {
         let later = [
             r#"{"v":1,"t":6,"kind":"telepathy","colour":[1,{"a":null}]}"#.to_owned(),
             NEW.replace(r#""t":5"#, r#""t":7,"new":{"x":[]}"#),
@@ -385,14 +386,14 @@ mod tests {
     }
 
     #[test]
-    fn totals_alone_are_no_records() {
+    fn a_file_with_totals_only_is_refused() {
         let text = r#"{"v":1,"t":9,"kind":"summary","events":{},"where":[]}"#;
         let error = read(&format!("{text}\n")).unwrap_err().to_string();
         assert!(error.starts_with("no records: totals only"), "{error}");
     }
 
     #[test]
-    fn what_is_no_trace_is_refused_in_one_line() {
+    fn a_file_that_is_not_a_trace_is_refused_in_one_line() {
         for text in [
             "",
             "\n \n",

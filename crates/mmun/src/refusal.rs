@@ -1,10 +1,10 @@
-//! Why a process cannot be attached to, as far as `/proc` tells.
+//! Why a process cannot be attached to, according to `/proc`.
 
 use std::fs;
 
 use mmu_source::process::Pid;
 
-/// What usually helps, or what is wrong; `None` if nothing is found.
+/// Returns the reason, or a remedy that usually helps; `None` if `/proc` shows no reason.
 pub(crate) fn why(pid: Pid) -> Option<String> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let scope = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
@@ -77,7 +77,7 @@ mod tests {
             );
         }
         assert_eq!(why(&status(0, 1000), "0"), "");
-        // Root may, whoever the process belongs to.
+        // Root may trace the processes of every user.
         assert_eq!(found(&status(0, 7), 0, "", |_| String::new()), None);
     }
 }

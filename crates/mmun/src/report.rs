@@ -1,4 +1,4 @@
-//! `mmun report`: what a recorded trace says.
+//! `mmun report`: makes a report of a recorded trace.
 
 mod bands;
 mod lane;

@@ -1,4 +1,4 @@
-//! `mmun run`: a program with the drop-in preloaded, and what its processes reported.
+//! `mmun run`: runs a program with the drop-in preloaded, and merges the reports of its processes.
 
 mod destination;
 mod reports;
@@ -35,7 +35,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     let mut command = Command::new(&args.program[0]);
     command.args(&args.program[1..]);
     command.env("LD_PRELOAD", preload(&library));
-    // What the environment says stays, unless an option says otherwise.
+    // The environment variables keep their values unless an option overrides them.
     if let Some(source) = args.source {
         let name = source.to_possible_value().expect("no value is hidden");
         command.env("MMUN", name.get_name());
@@ -65,7 +65,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
             let temporary = std::env::temp_dir();
             let why = format!("mkdir in {}: {}", temporary.display(), reason(&error));
             report.discard();
-            // A report that was asked for is worth a refusal.
+            // If the user has requested a report, refuse to run without one.
             if args.output.is_some() {
                 complain(&format!(
                     "{why}; TMPDIR must name a folder that can be written"
@@ -108,7 +108,7 @@ fn is_set(name: &str) -> bool {
     std::env::var_os(name).is_some_and(|value| !value.is_empty())
 }
 
-/// What `MMUN` says; the drop-in complains of what it does not understand.
+/// The value of `MMUN`; the drop-in reports unknown values.
 fn inherited() -> Option<Watch> {
     let value = std::env::var("MMUN").ok()?;
     <Watch as ValueEnum>::from_str(&value, false).ok()
@@ -122,12 +122,12 @@ fn wait(program: &Relay) -> Outcome {
     loop {
         match rustix::process::waitid(WaitId::Pid(pid), stopped_or_ended) {
             Ok(Some(status)) if status.stopped() => {
-                // Takes the stop and no end: what has ended meanwhile keeps its number until the
-                // next turn.
+                // Consumes the stop but not the end: a program that has ended meanwhile keeps its
+                // pid until the next iteration.
                 let stop = WaitIdOptions::STOPPED | WaitIdOptions::NOHANG;
                 let _ = rustix::process::waitid(WaitId::Pid(pid), stop);
-                // It may run again already: what continued it continued its group, this process
-                // too.
+                // The program may run again already: a SIGCONT to its group has continued this
+                // process as well.
                 if sys::is_foreground_job() && is_stopped(number) {
                     sys::stop();
                 }
@@ -163,7 +163,7 @@ fn is_stopped(pid: i32) -> bool {
         .is_some_and(|rest| rest.starts_with(['T', 't']))
 }
 
-/// Which program could not be run, and why.
+/// Reports that the program could not be run, and why.
 fn refused(program: &OsString, error: &io::Error) -> Outcome {
     complain(&format!(
         "execve on {}: {}",
@@ -176,7 +176,7 @@ fn refused(program: &OsString, error: &io::Error) -> Outcome {
     }
 }
 
-/// The library before whatever is preloaded already.
+/// The value of `LD_PRELOAD`: the library, then the libraries that are preloaded already.
 fn preload(library: &Path) -> OsString {
     let mut all = library.as_os_str().to_owned();
     if let Some(others) = std::env::var_os("LD_PRELOAD").filter(|others| !others.is_empty()) {
@@ -186,7 +186,7 @@ fn preload(library: &Path) -> OsString {
     all
 }
 
-/// A directory of our own, for one report a process.
+/// Makes a new directory, with one report for each process.
 fn folder() -> io::Result<PathBuf> {
     let base = std::env::temp_dir();
     for attempt in 0..100_u32 {
@@ -205,7 +205,7 @@ fn with_slash(folder: &Path) -> OsString {
     name
 }
 
-/// What each kind of change is seen by, here and now.
+/// Prints which source sees each kind of change on this machine.
 fn check(watch: Watch) {
     let sources = match watch {
         Watch::Auto | Watch::Both => vec![Source::Kernel, Source::Hook],

@@ -16,7 +16,7 @@ impl Source {
     pub(crate) const ALL: [Source; 4] =
         [Source::Kernel, Source::Hook, Source::Uffd, Source::Process];
 
-    /// What the library says of it.
+    /// The library's description of the source.
     pub(crate) fn info(self) -> &'static SourceInfo {
         &SOURCES[self as usize]
     }

@@ -1,5 +1,5 @@
-//! The status line: shows on a terminal that a long trace still runs, if no records are shown
-//! there.
+//! The status line: shows on a terminal that a long trace still runs, if the terminal shows no
+//! records.
 
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ pub(crate) struct Progress {
 #[derive(Debug)]
 pub(crate) struct Status {
     begin: Instant,
-    /// When it is written next; `None`: never.
+    /// When the line is written next; `None` if it never is.
     next: Option<Instant>,
     is_shown: bool,
 }
@@ -49,7 +49,7 @@ impl Status {
         }
     }
 
-    /// Takes it away.
+    /// Erases the line.
     pub(crate) fn erase(mut self) {
         if std::mem::take(&mut self.is_shown) {
             write(ERASE);
@@ -79,8 +79,9 @@ fn thousands(number: u64) -> String {
     groups.join(",")
 }
 
-/// Writes `text`, and tells whether it did. A terminal that ^S has stopped gets nothing, because
-/// writing to it would wait. In the background nothing is written: the terminal is the shell's.
+/// Writes `text`; returns whether it did. It does not write to a terminal that ^S has stopped,
+/// because the write would block. In the background it writes nothing, because the terminal belongs
+/// to the shell.
 fn write(text: &str) -> bool {
     let mut error = io::stderr();
     if !crate::sys::has_terminal(&error) {
@@ -114,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_wanted_is_not_shown() {
+    fn an_unwanted_line_is_not_shown() {
         let mut status = Status::new(false);
         status.begin -= Duration::from_secs(5);
         status.tick(|| panic!("no output wants it"));

@@ -1,5 +1,5 @@
-//! Totals of a trace: how often, how much and how long, by event, by place in the code, by what lay
-//! there, by task and by cause.
+//! Totals of a trace: number of calls, memory and time, by event, by place in the code, by mapping,
+//! by task and by cause.
 
 mod table;
 
@@ -20,27 +20,27 @@ use crate::stacks::Resolved;
 
 pub(crate) use self::table::{By, Sort, Tables, printable, size, time};
 
-/// Which tables, and how.
+/// The tables of a summary, and their options.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Wanted {
     pub(crate) tables: Tables,
     pub(crate) sort: Sort,
     /// How many rows each table shows.
     pub(crate) top: usize,
-    /// Time on the clock instead of time in the call.
+    /// Show elapsed time instead of the time in the call.
     pub(crate) wall: bool,
 }
 
-/// What numbers in a summary stand for.
+/// The texts behind the numbers of names and stacks.
 #[derive(Debug)]
 pub(crate) struct Sources<'a> {
     pub(crate) names: Option<&'a Names>,
     pub(crate) stacks: &'a Resolved,
-    /// Stacks were asked for, be it that none could be taken.
+    /// Whether stacks were requested, even if none could be taken.
     pub(crate) has_places: bool,
 }
 
-/// Counts as changes pass by.
+/// Sums up changes as they are recorded.
 #[derive(Debug)]
 pub(crate) struct Summary {
     wanted: Wanted,
@@ -51,11 +51,11 @@ pub(crate) struct Summary {
     tasks: HashMap<(Task, String), Row>,
     causes: HashMap<&'static str, Row>,
     total: Row,
-    /// Unmaps and clears, and those of them that removed nothing. `None` if that was not looked at.
+    /// The number of unmaps and clears, and of those that removed nothing. `None` without details.
     removals: Option<(u64, u64)>,
 }
 
-/// What is summed up.
+/// The totals of a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Row {
     pub(crate) calls: u64,
@@ -69,7 +69,7 @@ pub(crate) struct Row {
     pub(crate) pages: u64,
     pub(crate) bytes: u64,
     pub(crate) resident: u64,
-    /// On the clock, of every range.
+    /// Elapsed time of all ranges.
     pub(crate) wall: u64,
     pub(crate) time: u64,
     pub(crate) longest: u64,
@@ -96,8 +96,8 @@ impl Row {
         self.longest = self.longest.max(time);
     }
 
-    /// As [`Row::add`] for a range of a call that changes others as well: each range is a call, and
-    /// the time of the call comes later, in shares.
+    /// Like [`Row::add`], for one of several ranges of a call: each range counts as a call, and its
+    /// share of the call's time is added later.
     fn add_range(&mut self, change: &Change) {
         let time_apart = Change {
             own: None,
@@ -122,13 +122,13 @@ impl Row {
         self.longest = self.longest.max(other.longest);
     }
 
-    /// `None` if it is not known of any range.
+    /// `None` if it is known of no range.
     pub(crate) fn known_resident(&self) -> Option<u64> {
         (self.sized > 0 || self.ranges == 0).then_some(self.resident)
     }
 }
 
-/// In the call itself if that is known, and wanted.
+/// The time in the call itself, if it is known and `wall` is not set; otherwise the elapsed time.
 fn time_of(change: &Change, wall: bool) -> u64 {
     change
         .own
@@ -216,7 +216,7 @@ impl Summary {
         self.wanted.sort.apply(rows)
     }
 
-    /// Short tables.
+    /// Writes the tables as text.
     pub(crate) fn write_text(&self, out: &mut Vec<u8>, sources: &Sources<'_>) {
         if self.total.ranges == 0 {
             out.put("No change was recorded.\n");
@@ -249,7 +249,7 @@ impl Summary {
         }
     }
 
-    /// One object with the keys every line has but no task: it is about all of them.
+    /// Writes one JSON object with the keys of every line, but without a task.
     pub(crate) fn write_json(
         &self,
         out: &mut Vec<u8>,
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn what_failed_removed_nothing_and_what_was_not_resident_neither() {
+    fn failed_calls_and_ranges_without_memory_removed_nothing() {
         let text = summary("event", Sort::Time, 10);
         assert!(
             text.ends_with("\n2 of 3 unmaps and clears removed nothing.\n"),
@@ -435,7 +435,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_sorted_by_what_is_asked_for_and_cut() {
+    fn rows_are_sorted_by_the_key_and_cut() {
         let first = |sort, top| {
             let text = summary("cause", sort, top);
             let row = text

@@ -1,10 +1,9 @@
-//! The calls the standard library lacks: fork, signal handlers, dying of a signal.
+//! System calls that the standard library lacks: fork, signal handlers, dying of a signal.
 //!
 //! # Safety
-//! Everything unsafe in this program is here. Handlers touch atomics and make system calls, nothing
-//! else, and leave `errno` as it was. Handlers are never inherited by the traced program (`execve`
-//! resets them); what is set to *ignored* is, so the tracer ignores nothing before it has spawned
-//! the program.
+//! Handlers only access atomics and make system calls, and they preserve `errno`. The traced
+//! program does not inherit handlers, because `execve` resets them. It does inherit which signals
+//! are ignored, so the tracer ignores no signal before it has spawned the program.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 mod privileges;
@@ -25,7 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal};
 
-/// Set when tracing is to end early. Relaxed, because no other data is published through it.
+/// Set when the trace must end early. Relaxed, because it publishes no data.
 pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
 /// The signal that asked for it; 0 if none did.
 static ASKED_BY: AtomicI32 = AtomicI32::new(0);
@@ -42,7 +41,7 @@ const ENDING: [i32; 7] = [
     libc::SIGUSR2,
     libc::SIGXCPU,
 ];
-/// Tells the tracer that the front is gone. No user sends it by hand.
+/// The signal that tells the tracer that the front has ended. Users do not send it.
 const ORPHANED: i32 = libc::SIGIO;
 
 /// Makes a pipe that programs do not inherit: the end to read from and the end to write to.
@@ -54,22 +53,22 @@ pub(crate) fn pipe() -> io::Result<(File, File)> {
     Ok((reader.into(), writer.into()))
 }
 
-/// Which side of a fork this is.
+/// The two sides of a fork.
 pub(crate) enum Fork {
     Parent(Pid),
     Child,
 }
 
-/// Forks. Signals that end a program wait in both processes until [`Held`] is dropped there.
+/// Forks. In each process, signals that end a program stay pending until [`Held`] is dropped there.
 ///
 /// # Errors
 /// `EAGAIN` or `ENOMEM`.
 pub(crate) fn fork() -> io::Result<(Fork, Held)> {
     let held = Held::new();
-    // SAFETY: `fork` needs that the child does nothing another thread could have left half-done.
-    // The front forks before there is a thread. The child that names is forked after the trace: the
-    // locks it takes are those of memory, which the C library's `fork` hands over in order, and of
-    // the hook of panics, which nothing changes any more.
+    // SAFETY: the child must not use state that another thread may have left inconsistent. The
+    // front forks before it has threads. The child that names frames is forked after the trace, and
+    // takes two kinds of locks: those of the allocator, which the C library's `fork` keeps
+    // consistent, and that of the panic hook, which no thread changes any more.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok((Fork::Child, held)),
@@ -95,15 +94,15 @@ impl Drop for Held {
     }
 }
 
-/// Makes a write beyond `ulimit -f` fail like any other, where it would end this process.
+/// Makes a write beyond `ulimit -f` fail with an error instead of ending this process.
 pub(crate) fn survive_full_files() {
     if !is_ignored(libc::SIGXFSZ) {
         set_handler(libc::SIGXFSZ, on_full_file as *const () as usize);
     }
 }
 
-/// For the tracer, before it spawns a program: from now on a signal that ends programs sets
-/// [`STOP`], except signals that are ignored.
+/// For the tracer, before it spawns a program: from now on a signal that would end this process
+/// sets [`STOP`]. Ignored signals stay ignored.
 pub(crate) fn stop_on_ending_signals() {
     for signal in ENDING {
         if !is_ignored(signal) {
@@ -148,15 +147,15 @@ pub(crate) fn stop_with(front: Option<Pid>) {
 
 /// Asks the tracing thread to stop, from any thread or handler.
 ///
-/// That thread sits in `waitpid`. A signal that arrives after it has looked at [`STOP`] and before
-/// it sleeps would be lost, and one that the kernel gives to another thread would not wake it; so a
-/// timer rings until [`stop_seen`].
+/// The tracing thread sleeps in `waitpid`. A signal would be lost if it arrived after that thread
+/// has read [`STOP`] and before it sleeps. A signal that the kernel delivers to another thread
+/// would not wake it either. So a timer sends signals until [`stop_seen`].
 pub(crate) fn request_stop() {
     STOP.store(true, Relaxed);
     ring();
 }
 
-/// From now on `waitpid` of the tracing thread is interrupted again and again.
+/// Starts the timer, which interrupts `waitpid` of the tracing thread periodically.
 pub(crate) fn ring() {
     set_timer(10_000);
 }
@@ -166,12 +165,12 @@ pub(crate) fn stop_seen() {
     set_timer(0);
 }
 
-/// The signal that asked to stop.
+/// The signal that requested the stop.
 pub(crate) fn asked_by() -> Option<i32> {
     Some(ASKED_BY.load(Relaxed)).filter(|signal| *signal != 0)
 }
 
-/// The front hands ending signals on to `tracer`.
+/// From now on the front forwards ending signals to `tracer`.
 pub(crate) fn forward_to(tracer: Pid) {
     TRACER.store(tracer.as_raw_nonzero().get(), Relaxed);
     for signal in ENDING {
@@ -181,7 +180,7 @@ pub(crate) fn forward_to(tracer: Pid) {
     }
 }
 
-/// Ignores all that can be ignored: for a process that has to outlive everything its tracees do.
+/// Ignores all signals that can be ignored, for a process that must outlive its tracees.
 pub(crate) fn ignore_everything() {
     for signal in 1..32 {
         let fault = [
@@ -200,32 +199,31 @@ pub(crate) fn ignore_everything() {
     }
 }
 
-/// Closes every descriptor but the standard ones: those that this process inherited, and what
-/// is left of its own. For a process that neither uses nor drops any of them any more.
-/// Linux 5.9.
+/// Closes every descriptor but the standard ones, inherited or not. For a process that neither uses
+/// nor drops any of them any more. Linux 5.9.
 pub(crate) fn close_inherited() {
-    // SAFETY: closing a descriptor that something still owned could make that close another one
-    // later. What calls this has dropped the output and the pipe to the front, which are all that
-    // this program keeps.
+    // SAFETY: if a value still owned a closed descriptor, it could later close another file with
+    // the same number. The caller has dropped the output and the pipe to the front, which are the
+    // only descriptors that this program keeps.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
 }
 
-/// Ends this process by `signal`, so that its parent sees what it would have seen of the traced
-/// program, without a core dump of its own.
+/// Ends this process by `signal`, so that its parent sees the same status as the traced program
+/// had, but without a core dump of this process.
 pub(crate) fn die_of(signal: i32) -> ! {
     let no_core = rustix::process::Rlimit {
         current: Some(0),
         maximum: Some(0),
     };
     let _ = rustix::process::setrlimit(rustix::process::Resource::Core, no_core);
-    // If the core pattern is a pipe, the kernel ignores the limit and looks at this flag.
+    // If the core pattern is a pipe, the kernel ignores the limit and checks this flag.
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     set_handler(signal, libc::SIG_DFL);
     change_mask(libc::SIG_UNBLOCK, &set_of(&[signal]));
     // SAFETY: `raise` takes any number.
     unsafe { libc::raise(signal) };
-    // The signal does not kill: this is the init process of a container, or the signal is harmless
-    // by default.
+    // The signal did not kill: this process is the init of a container, or the signal's default
+    // action is harmless.
     std::process::exit(128 + signal)
 }
 
@@ -239,20 +237,20 @@ pub(crate) fn exit_now(status: i32) -> ! {
 pub(crate) fn die_with(parent: Option<Pid>) {
     // It cannot fail with a valid signal.
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
-    // It may have ended before that.
+    // The parent may have ended before the call.
     if rustix::process::getppid() != parent {
         exit_now(0);
     }
 }
 
-/// How long the tasks of a process have run, in nanoseconds; `None` if it is gone.
+/// The CPU time of all tasks of a process, in nanoseconds; `None` if the process has ended.
 ///
 /// # Source
-/// clock_getcpuclockid(3). Of a process that is stopped the kernel knows it to the nanosecond.
+/// clock_getcpuclockid(3). For a stopped process the time is exact to the nanosecond.
 pub(crate) fn process_time(pid: i32) -> Option<u64> {
     /// `CPUCLOCK_SCHED`, include/linux/posix-timers_types.h: time in the run queue's own unit.
     const SCHED: libc::clockid_t = 2;
-    // A number that is none would name another clock.
+    // An invalid pid would name another clock.
     if !(1..1 << 28).contains(&pid) {
         return None;
     }
@@ -261,7 +259,7 @@ pub(crate) fn process_time(pid: i32) -> Option<u64> {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: it writes one `timespec` to a local; a clock that is none is refused.
+    // SAFETY: it writes one `timespec` to a local; an invalid clock is refused.
     if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
         return None;
     }
@@ -271,11 +269,11 @@ pub(crate) fn process_time(pid: i32) -> Option<u64> {
         .checked_add(u64::try_from(time.tv_nsec).ok()?)
 }
 
-/// Makes this process one that may fail: an error in it ends it without a message. Beyond what it
-/// has, it gets so many bytes of `memory`.
+/// For a process that may crash: an error ends it without a message. It may allocate `memory` more
+/// bytes than it has.
 pub(crate) fn be_expendable(parent: Option<Pid>, memory: u64) {
     die_with(parent);
-    // `std` handles the first two, and would print a message about a stack overflow.
+    // `std` handles the first two signals, and would print a message about a stack overflow.
     for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGALRM, libc::SIGPIPE] {
         set_handler(signal, libc::SIG_DFL);
     }
@@ -298,28 +296,27 @@ pub(crate) fn be_expendable(parent: Option<Pid>, memory: u64) {
     ] {
         let mut limit = rustix::process::getrlimit(resource);
         limit.current = [limit.maximum, most].into_iter().flatten().min();
-        // A limit that is lowered is not refused.
+        // Lowering a limit cannot fail.
         let _ = rustix::process::setrlimit(resource, limit);
     }
 }
 
-/// Ends this process in so many seconds, unless it is called again; see [`be_expendable`].
+/// Ends this process after `seconds`, unless it is called again; see [`be_expendable`].
 pub(crate) fn end_in(seconds: u32) {
     // SAFETY: it takes an integer.
     unsafe { libc::alarm(seconds) };
 }
 
-/// Does nothing until `parent` ends, then ends too.
+/// Sleeps until `parent` ends, then ends this process.
 pub(crate) fn wait_for_the_end_of(parent: Pid) -> ! {
     die_with(Some(parent));
     loop {
-        // SAFETY: it has no arguments; it returns after a handled signal, and is called again.
+        // SAFETY: `pause` has no arguments; it returns after a handled signal, and is called again.
         unsafe { libc::pause() };
     }
 }
 
-/// Calls this process something else in `ps`, so that `pkill` for the program's name does not hit
-/// it.
+/// Renames this process in `ps`, so that `pkill` with the program's name does not kill it.
 pub(crate) fn rename(name: &std::ffi::CStr) {
     let _ = rustix::thread::set_name(name);
     let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else {
@@ -341,9 +338,10 @@ pub(crate) fn rename(name: &std::ffi::CStr) {
     else {
         return;
     };
-    // SAFETY: the slice must be writable memory that nothing else uses. The kernel put the argument
-    // strings there, at the top of the stack, and counts them as this process's to change. The one
-    // reader, `std::env::args_os`, was called before and copies; there is one thread yet.
+    // SAFETY: the slice must be writable memory that no other code uses. The kernel has put the
+    // argument strings there, at the top of the stack, and allows the process to change them. Their
+    // only reader, `std::env::args_os`, was called before and copies them; this process has one
+    // thread so far.
     let arguments = unsafe { std::slice::from_raw_parts_mut(begin as *mut u8, length) };
     arguments.fill(0);
     arguments[..name.count_bytes()].copy_from_slice(name.to_bytes());
@@ -364,15 +362,15 @@ pub(crate) fn idle_call() {
     unsafe { libc::munmap(std::ptr::without_provenance_mut(1), 4096) };
 }
 
-/// Its arrival alone ends a `waitpid`.
+/// Empty: the arrival of the signal alone interrupts `waitpid`.
 extern "C" fn on_alarm(_: i32) {}
 
-/// The write says `EFBIG`, which is all there is to know.
+/// Empty: the write fails with `EFBIG`.
 extern "C" fn on_full_file(_: i32) {}
 
 extern "C" fn on_forward(signal: i32) {
-    // SAFETY: `kill` takes any numbers. The tracer's is not reused, because no code waits for it
-    // while this handler is installed.
+    // SAFETY: `kill` takes any numbers. The tracer's pid is not reused, because no code reaps the
+    // tracer while this handler is installed.
     keeping_errno(|| unsafe { libc::kill(TRACER.load(Relaxed), signal) });
 }
 
@@ -412,7 +410,7 @@ fn set_of(signals: &[i32]) -> libc::sigset_t {
     unsafe { set.assume_init() }
 }
 
-/// Returns the mask as it was.
+/// Changes the signal mask; returns the old one.
 fn change_mask(how: i32, set: &libc::sigset_t) -> libc::sigset_t {
     let mut before = set_of(&[]);
     // SAFETY: both pointers are to live sets, and `how` is one of the three constants.
@@ -424,11 +422,11 @@ fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     // SAFETY: a null new action only asks; the other pointer is to room for an action.
     unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
-    // SAFETY: an action may be all zeroes, and is no less after the call.
+    // SAFETY: an action may be all zeroes, and the call has filled it in.
     unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
 }
 
-/// Without `SA_RESTART`: a handled signal ends a blocking call.
+/// Installs a handler without `SA_RESTART`, so that the signal interrupts a blocking call.
 fn set_handler(signal: i32, handler: usize) {
     let action = libc::sigaction {
         sa_sigaction: handler,

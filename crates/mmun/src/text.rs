@@ -1,9 +1,8 @@
 //! Records as text: aligned columns, one line per system call, in strace's manner.
 //!
-//! A start is held back until its end arrives, and the two become one line. A record of anything
-//! else that comes first cuts it: the start is written with `<unfinished ...>` and the end gets a
-//! line of its own later. Ranges of one call that tell of the same event in the same address space
-//! share a line.
+//! A start is held back until its end arrives, and both become one line. If any other record comes
+//! first, the start is written with `<unfinished ...>`, and the end gets a line of its own later.
+//! Ranges of one call with the same event in the same address space share a line.
 
 mod units;
 
@@ -30,7 +29,7 @@ pub(crate) struct Text {
     cut: HashMap<Pid, Opens>,
 }
 
-/// Whether to paint.
+/// Whether to write colours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Color {
     Never,
@@ -51,7 +50,7 @@ struct Open {
 /// How a call ended: when, its result, and the time in the call itself.
 type End = (u64, Option<i64>, Option<u64>);
 
-/// What lay in a range.
+/// The mapping and memory of a range.
 #[derive(Clone, Debug)]
 struct Found {
     what: String,
@@ -64,14 +63,14 @@ type Comm = ([u8; 15], u8);
 
 /// Starts of one task, in order, and the ends of some.
 ///
-/// A call can have as many ranges as there are mappings, and they end in reverse order: that takes
-/// no search.
+/// A call can have as many ranges as there are mappings. They end in reverse order, so matching
+/// them needs no search.
 #[derive(Debug, Default)]
 struct Opens {
     list: Vec<Open>,
-    /// How many have not ended.
+    /// How many starts have not ended.
     open: usize,
-    /// How many at the end of the list have ended.
+    /// How many starts at the end of the list have ended.
     ended: usize,
 }
 
@@ -82,7 +81,7 @@ impl Opens {
         self.ended = 0;
     }
 
-    /// Notes the end of the last start that it can belong to, and says whether there is one.
+    /// Stores an end with the last start to which it can belong; returns whether there is one.
     fn end(&mut self, record: &Record, span: &Span, end: End) -> bool {
         let count = self.list.len() - self.ended;
         let is_ours = |open: &Open| {
@@ -114,7 +113,7 @@ impl Opens {
     }
 }
 
-/// How a line stands to its call.
+/// Which part of a call a line shows.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     Whole,
@@ -131,7 +130,7 @@ impl Text {
         }
     }
 
-    /// Appends what `record`, made at `t` nanoseconds, makes ready to be written.
+    /// Takes `record`, made at `t` nanoseconds, and appends the lines that are complete with it.
     pub(crate) fn write(&mut self, out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
         match record.kind {
             Kind::Start(span) => {
@@ -170,7 +169,7 @@ impl Text {
         }
     }
 
-    /// Writes what is held back as unfinished.
+    /// Writes the starts that are held back, as unfinished.
     pub(crate) fn flush(&mut self, out: &mut Vec<u8>) {
         let Some(first) = self.held.list.first() else {
             return;
@@ -201,7 +200,7 @@ impl Text {
         }
     }
 
-    /// One line for each run of `opens` with the same event in the same address space.
+    /// Writes one line for consecutive `opens` with the same event in the same address space.
     fn lines(&self, out: &mut Vec<u8>, opens: &[Open], part: Part) {
         for group in opens.chunk_by(|a, b| (a.mm, a.span.event) == (b.mm, b.span.event)) {
             self.line(out, group, part);
@@ -304,7 +303,7 @@ impl Text {
             _ => STEP,
         };
         self.column(out, style, 17, |out| out.put(record.kind.of_line().name()));
-        // A failure to write to memory cannot happen.
+        // Writing to memory cannot fail.
         let _ = match record.kind {
             Kind::Get { users } | Kind::Put { users } => write!(out, "users {users}"),
             Kind::Fork { child, child_mm } if child.pid == record.task.pid => {
@@ -376,7 +375,7 @@ impl Text {
         }
     }
 
-    /// Writes a painted cell and fills it up to `width` with spaces, one at least.
+    /// Writes a coloured cell and pads it to `width` with spaces, at least one.
     fn column(
         &self,
         out: &mut Vec<u8>,
@@ -394,7 +393,7 @@ impl Text {
     }
 }
 
-/// Cut to so many bytes as the kernel keeps, at a character.
+/// Cuts a name to the kernel's length, at a character boundary.
 fn cut(comm: &str) -> Comm {
     let mut name = [0; 15];
     let length = (0..=name.len())
@@ -519,7 +518,7 @@ mod tests {
     }
 
     #[test]
-    fn two_tasks_in_their_calls_are_told_apart() {
+    fn calls_of_two_tasks_are_kept_separate() {
         let lines = written(&[
             (1, A, Kind::Start(span(1, 1))),
             (2, B, Kind::Start(span(1, 1))),
@@ -555,7 +554,7 @@ mod tests {
             assert_eq!(lines.len(), if cut { 3 } else { 1 });
             assert!(lines[0].contains("200000 ranges "), "{}", lines[0]);
         }
-        // It takes a fraction of a second; in the square of the number it took minutes.
+        // This takes a fraction of a second; a quadratic algorithm took minutes.
         assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
     }
 }

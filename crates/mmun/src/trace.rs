@@ -1,4 +1,4 @@
-//! `mmun trace`: arguments become a plan, the plan is run.
+//! `mmun trace`: turns the arguments into a plan, and runs the plan.
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -34,12 +34,12 @@ struct Plan {
     options: Options,
     settings: Settings,
     output: Output,
-    /// A status line is wanted.
+    /// Whether to show a status line.
     status: bool,
     report: Option<Report>,
 }
 
-/// A page that will be made, and where the records for it go.
+/// A page that will be made, and the output for its records.
 type Report = (Pending, Output);
 
 #[derive(Debug)]
@@ -54,7 +54,7 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
         Some(TraceFormat::Chrome) => Some(Product::Chrome),
         _ => None,
     };
-    // The file of -o is a viewer's then; a summary goes to standard error.
+    // With a viewer's format, -o names the viewer's file, so a summary goes to standard error.
     let output = match Output::open(args.output.as_deref().filter(|_| viewer.is_none())) {
         Ok(output) => output,
         Err(error) => {
@@ -127,7 +127,7 @@ impl Plan {
         };
         let summary = args.summary.wanted(args.summary_only);
         let details = args.details;
-        // A page shows all there is; a viewer what is asked for.
+        // A page needs all details; a viewer's format has the requested details.
         let page = args.report.is_some();
         let births = details.births || page && !details.no_births;
         let by_place = summary.is_some_and(|wanted| wanted.tables.has(By::Where));
@@ -175,15 +175,14 @@ impl Plan {
     }
 }
 
-/// How old a record may become before it is written.
+/// The maximum time for which a record is buffered.
 const LAG: Duration = Duration::from_millis(200);
 
-/// Never sent: the flusher waits for the other end to be gone.
+/// Never sent: the flusher waits until the other end is dropped.
 #[derive(Debug, PartialEq)]
 enum Never {}
 
-/// Runs the plan to its end. A keeper comes back if tracees live on that cannot be without a
-/// tracer.
+/// Runs the plan to its end. Returns a keeper if live tracees still need a tracer.
 fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Option<Keeper>) {
     if mmu_source::process::proc_is_foreign() {
         complain(
@@ -192,7 +191,7 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
     }
     if plan.settings.details {
         let mut options = plan.options;
-        // What is attached to has no filter.
+        // A process that is attached to gets no filter.
         options.seccomp &= matches!(plan.target, Target::Spawn(_));
         let overhead = calibrate::overhead(options);
         if overhead.is_none() {
@@ -219,8 +218,8 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         let (end, ended) = channel::<Never>();
         let flusher = std::thread::spawn({
             let recorder = Arc::clone(&recorder);
-            // What is read through a pipe or with `tail -f` lags by this much at most, also while
-            // the program is idle.
+            // A reader of a pipe or of `tail -f` lags at most this much, even while the program is
+            // idle.
             let mut status = Status::new(plan.status);
             move || {
                 while ended.recv_timeout(LAG) == Err(RecvTimeoutError::Timeout) {
@@ -232,7 +231,7 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         });
         outcome = Some(serve(&mut tracer));
         drop(end);
-        // It cannot panic: it writes, and takes a lock that ignores panics.
+        // The flusher cannot panic: it only writes, and takes a lock that ignores poisoning.
         let _ = flusher.join();
     } else {
         recorder.discard();
@@ -261,8 +260,8 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Outcome::Signal(libc::SIGPIPE)
         }
-        // No process reads standard error. The message about it would not be read either, and
-        // writing it might not end.
+        // No process reads standard error, so a message would not be read either, and writing it
+        // might block.
         Err((name, error)) if error.kind() == io::ErrorKind::TimedOut && name == Output::STDERR => {
             FAILED
         }
@@ -279,8 +278,8 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
     (outcome, Some(keeper).filter(Keeper::is_needed))
 }
 
-/// Runs `finish`, which can take a while; tracees that cannot be without a tracer do not stand
-/// still meanwhile.
+/// Runs `finish`, which can take a while. Meanwhile the keeper serves the tracees that need a
+/// tracer, so they do not stop.
 fn while_kept<T: Send>(keeper: &mut Keeper, finish: impl FnOnce() -> T + Send) -> T {
     if !keeper.is_needed() {
         return finish();
@@ -294,7 +293,7 @@ fn while_kept<T: Send>(keeper: &mut Keeper, finish: impl FnOnce() -> T + Send) -
 }
 
 /// # Errors
-/// How to end if there is nothing to trace; it was said why.
+/// The outcome if there is nothing to trace; the reason was printed.
 fn start(
     tracer: &mut Tracer<TraceObserver>,
     target: Target,
@@ -323,8 +322,8 @@ fn start(
     Ok(())
 }
 
-/// Traces until the end, the program's or ours. A panic ends the trace only: the tracees are let go
-/// of properly.
+/// Traces until the program or the trace ends. A panic only ends the trace: the tracer still
+/// detaches properly.
 fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
     match catch_unwind(AssertUnwindSafe(|| tracer.run(&sys::STOP))) {
         Ok(Ok(Done::Stopped)) => sys::asked_by().map_or(FAILED, Outcome::Signal),
@@ -334,12 +333,12 @@ fn serve(tracer: &mut Tracer<TraceObserver>) -> Outcome {
     }
 }
 
-/// Stays behind, unseen, until the last tracee that needs a tracer has ended.
+/// Stays in the background until the last tracee that needs a tracer has ended.
 fn keep(keeper: Keeper) {
     sys::ignore_everything();
     sys::stop_seen();
-    // So that no other process waits for the end of a pipe, for a lock or for a mount because of
-    // this one; where that fails, nothing is lost.
+    // Release everything that another process may wait for: pipes, locks, and the mount of the
+    // working directory. Errors are harmless.
     let _ = std::env::set_current_dir("/");
     if let Ok(null) = std::fs::File::options()
         .read(true)
@@ -354,7 +353,7 @@ fn keep(keeper: Keeper) {
     keeper.serve();
 }
 
-/// Says why, in one line, and how to end.
+/// Prints the error as one line; returns the outcome.
 fn fail(error: &Error) -> Outcome {
     let refused = match error {
         Error::Attach { pid, source } if source.raw_os_error() == Some(libc::EPERM) => {

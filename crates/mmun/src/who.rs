@@ -8,11 +8,11 @@ use mmu_source::process::{Pid, Task, proc_is_foreign};
 
 use crate::record::Kind;
 
-/// What each task is called, as far as it was looked up.
+/// The known names of tasks.
 ///
-/// A task gives itself its name after it was made, and nothing tells of it. So the name is read
-/// when the task appears, and again at its 8th, 64th, 512th record and so on: at next to no cost a
-/// task that makes calls is soon known by its name.
+/// A task sets its name after it was made, and the tracer gets no event for that. So the name is
+/// read when the task appears, and again at its 8th, 64th, 512th record and so on. So a task that
+/// makes calls is soon known by its new name, at almost no cost.
 #[derive(Debug, Default)]
 pub(crate) struct Who {
     tasks: HashMap<Pid, Named>,
@@ -27,7 +27,7 @@ struct Named {
 }
 
 impl Who {
-    /// The name of `task`, of which `kind` is recorded; empty if it is not known.
+    /// The name of `task`, for a record of `kind`; empty if it is not known.
     pub(crate) fn name(&mut self, task: Task, kind: &Kind) -> &str {
         let is_late = matches!(kind, Kind::Put { .. } | Kind::Free | Kind::MmRelease);
         let new = || Named {
@@ -38,7 +38,7 @@ impl Who {
         };
         let named = self.tasks.entry(task.tid).or_insert_with(new);
         if named.ended && !is_late {
-            // The number is another task's now.
+            // Another task has the tid now.
             (named.ended, named.records) = (false, 0);
         }
         if matches!(kind, Kind::MmNew) || named.pid != task.pid {
@@ -58,22 +58,22 @@ impl Who {
         &named.name
     }
 
-    /// The name that is known.
+    /// The known name.
     #[cfg(test)]
     pub(crate) fn known(&self, tid: Pid) -> &str {
         self.tasks.get(&tid).map_or("", |named| &named.name)
     }
 }
 
-/// The name of a file of `/proc` that tells about a task; `None` if `/proc` is another pid
-/// namespace's, where the number is another task's.
+/// The path of a file in `/proc` about a task. `None` if `/proc` belongs to another pid namespace,
+/// where another task has that number.
 pub(crate) fn shown(tid: Pid, file: &str) -> Option<String> {
     (!proc_is_foreign()).then(|| format!("/proc/{tid}/{file}"))
 }
 
-/// The kernel's name of a task; `None` if the task is gone. What is not printable is escaped.
+/// The kernel's name of a task, with unprintable characters escaped; `None` if the task has ended.
 fn read(tid: Pid) -> Option<String> {
-    // One read has all of it: a task is made for each command of a shell.
+    // A single read, because a shell makes a task for each command.
     let mut name = [0; 64];
     let count = File::open(shown(tid, "comm")?).ok()?.read(&mut name).ok()?;
     let name = &name[..count];
@@ -85,7 +85,7 @@ fn read(tid: Pid) -> Option<String> {
     })
 }
 
-/// The file that a process runs; `None` if it is gone or may not be asked.
+/// The file that a process runs; `None` if the process has ended or the file may not be read.
 pub(crate) fn program(pid: Pid) -> Option<String> {
     Some(
         fs::read_link(shown(pid, "exe")?)

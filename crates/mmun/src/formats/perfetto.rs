@@ -394,8 +394,8 @@ mod tests {
         assert_eq!(message.0.len(), 10);
     }
 
-    /// A byte that changes is seen here. Whether Perfetto reads the bytes is another test's
-    /// question, where its package is installed.
+    /// Compares the bytes with a golden file. Another test checks that Perfetto reads the bytes, if
+    /// its package is installed.
     #[test]
     fn the_bytes_do_not_change_unseen() {
         let golden: &[u8] = include_bytes!("golden.pftrace");

@@ -13,10 +13,10 @@ use crate::kind::LineKind;
 use crate::record::{Kind, Mapping, Pages, Record, Span};
 use crate::stacks;
 
-/// What a line says.
+/// The content of a line.
 #[derive(Debug)]
 pub(super) enum Said {
-    /// Something that this version has no use for.
+    /// A kind that this version ignores.
     Other,
     /// A stack with its number.
     Stack(u32, stacks::Stack),
@@ -39,7 +39,7 @@ struct Head<'a> {
     kind: Cow<'a, str>,
 }
 
-/// The keys of records. A text that is empty is not known.
+/// The keys of records. An empty text means that the value is not known.
 #[derive(Deserialize)]
 struct Line<'a> {
     v: u64,
@@ -100,10 +100,10 @@ struct Frame {
     named: bool,
 }
 
-/// Reads a line: its time, and what it says.
+/// Reads a line: its time and its content.
 ///
 /// # Errors
-/// What is wrong with it, in one line.
+/// The fault of the line, in one line.
 pub(super) fn read(
     bytes: &[u8],
     names: &mut Names,
@@ -112,7 +112,7 @@ pub(super) fn read(
     let line = match serde_json::from_slice::<Line<'_>>(bytes) {
         Ok(line) => line,
         Err(error) => match serde_json::from_slice::<Head<'_>>(bytes) {
-            // A kind of its own may give the keys another meaning.
+            // An unknown kind may give the keys another meaning.
             Ok(Head {
                 v: VERSION,
                 t,
@@ -131,7 +131,7 @@ pub(super) fn read(
 /// The version of the format that is read.
 const VERSION: u64 = 1;
 
-/// Lines of other kinds are passed over.
+/// Whether lines of this kind are read. Others are ignored.
 fn is_read(kind: Option<LineKind>) -> bool {
     kind.is_some_and(|kind| kind != LineKind::Summary)
 }
@@ -238,7 +238,7 @@ impl Line<'_> {
         }))
     }
 
-    /// The strings are exact also where another program has rounded the numbers.
+    /// The range, from the strings, because another program may have rounded the numbers.
     fn range(&self) -> Result<VaRange, String> {
         let number = |key: &str, text: &str| {
             let digits = text
@@ -284,12 +284,12 @@ fn want<T>(value: Option<T>, key: &str) -> Result<T, String> {
 
 /// System calls by their names.
 ///
-/// A trace that is being made has them from a table of the tracer. One that is read may be of
-/// another version, so its names are kept, for as long as the program runs.
+/// A running trace has the names from a table of the tracer. A recorded trace may come from another
+/// version with other names. So its names are leaked, to live as long as the program.
 #[derive(Debug, Default)]
 pub(super) struct Causes(Vec<&'static str>);
 
-/// There are fewer calls that change memory, and their names are short.
+/// The limits of the names. There are fewer calls that change memory, and their names are shorter.
 const MOST_CAUSES: usize = 256;
 const LONGEST_CAUSE: usize = 64;
 

@@ -1,4 +1,5 @@
-//! Where the report goes: tried before the program starts, written when it has ended.
+//! The destination of the report. It is opened before the program starts, and written when the
+//! program has ended.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -16,12 +17,12 @@ pub(super) struct Destination<'a> {
     path: Option<&'a Path>,
     /// Open since before the program started.
     file: Option<File>,
-    /// Was not there before.
+    /// Whether the file did not exist before.
     is_new: bool,
 }
 
 impl Destination<'_> {
-    /// A file that exists keeps what it holds until there is something to write.
+    /// Opens the destination. An existing file keeps its content until the report is written.
     ///
     /// # Errors
     /// One line: why it cannot be written.
@@ -35,7 +36,7 @@ impl Destination<'_> {
             return Ok(destination);
         };
         let opened = match fs::metadata(path) {
-            // To open it waits for a reader, who may wait for the program.
+            // Opening a FIFO waits for a reader, and the reader may wait for the program.
             Ok(file) if file.file_type().is_fifo() => {
                 let access = rustix::fs::access(path, Access::WRITE_OK);
                 access.map(|()| None).map_err(io::Error::from)
@@ -61,7 +62,7 @@ impl Destination<'_> {
         Ok(destination)
     }
 
-    /// There was no program: a file that was made for its report goes again.
+    /// Removes the file if it is new, because no program has run.
     pub(super) fn discard(self) {
         if let (Some(path), true) = (self.path, self.is_new) {
             let _ = fs::remove_file(path);
@@ -72,7 +73,7 @@ impl Destination<'_> {
     /// One line: why it could not be written.
     pub(super) fn write(self, text: &str) -> Result<(), String> {
         let Some(path) = self.path else {
-            // With standard error closed there is nowhere to say it.
+            // If standard error is closed, the report is lost.
             let _ = io::stderr().write_all(text.as_bytes());
             return Ok(());
         };

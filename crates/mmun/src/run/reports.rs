@@ -1,20 +1,20 @@
-//! The reports of all processes, as one.
+//! Merges the reports of all processes.
 //!
 //! Each process has written a file: a line `mmun: process PID[ rank N]: PROGRAM`, then lines of two
-//! spaces, a name in ten columns, and a value; a line without a name continues the one before.
-//! `libmmun_dropin.so` writes it for people; here it is read for the few values that make a table.
+//! spaces, a name in ten columns, and a value. A line without a name continues the previous line.
+//! `libmmun_dropin.so` writes the file for people; this module reads the few values for a table.
 
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-/// How wide a name is.
+/// The width of a name.
 const NAME: usize = 10;
 
-/// The line of a process that has begun to use a library and has not come to its report.
+/// The line of a process that has begun to use a library and has not written its report.
 const SILENT: &str = "  no report: ";
 
-/// What one process reported.
+/// The report of one process.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Report {
     process: String,
@@ -22,11 +22,11 @@ struct Report {
     program: String,
     lines: Vec<(String, String)>,
     text: String,
-    /// It did not come to its report, or could not write it.
+    /// Whether the process did not write its report.
     is_silent: bool,
 }
 
-/// One text of what the processes in `folder` have reported.
+/// Merges the reports in `folder` into one text.
 pub(super) fn merged(folder: &Path) -> String {
     let files = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut reports: Vec<Report> = files
@@ -52,8 +52,8 @@ fn joined(reports: Vec<Report>) -> String {
     text + &without_report(&silent)
 }
 
-/// Who was killed, or left by `_exit`, after it had begun to use UCX or libfabric: what it did with
-/// them is not known.
+/// Names the processes that had begun to use UCX or libfabric and then were killed or called
+/// `_exit`: their statistics are not known.
 fn without_report(silent: &[Report]) -> String {
     if silent.is_empty() {
         return String::new();
@@ -82,7 +82,8 @@ fn without_report(silent: &[Report]) -> String {
 }
 
 impl Report {
-    /// The report of process `number`, which is known also where there was no room for a word.
+    /// Parses the report of process `number`. The number comes from the file's name, because on a
+    /// full disk the file is empty.
     fn read(number: &str, text: &str) -> Report {
         let mut report = Report {
             text: text.to_owned(),
@@ -113,7 +114,7 @@ impl Report {
             .map(|(_, value)| value.as_str())
     }
 
-    /// `yes`, `no`, or `-` for what was not used.
+    /// `yes`, `no`, or `-` for a library that was not used.
     fn whether(&self, name: &str) -> &'static str {
         match self.value(name) {
             None => "-",
@@ -190,7 +191,7 @@ fn table(reports: &[Report]) -> String {
             cells.collect::<Vec<_>>().join("  ").trim_end()
         );
     }
-    // What the table does not say, each once, with who said it.
+    // Lines that are not in the table, each once, with the processes that have it.
     let mut said: Vec<(String, Vec<&str>)> = Vec::new();
     for report in reports {
         for (name, value) in report
@@ -267,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn a_table_says_what_is_common_once() {
+    fn a_table_has_common_lines_once() {
         let two = [
             Report::read("7", ONE),
             Report::read("9", &ONE.replace("process 7 rank 1", "process 9 rank 2")),
@@ -280,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn who_came_to_no_report_is_said_apart() {
+    fn processes_without_a_report_are_listed_separately() {
         let silent = |process: u32| {
             let text = format!(
                 "mmun: process {process} rank 0: ./a\n  no report: it did not return from main or call exit\n"
@@ -303,13 +304,13 @@ mod tests {
         ]);
         assert!(text.starts_with("mmun: 2 processes used"), "{text}");
         assert!(!text.contains("::"), "{text}");
-        // A full disk: the file is there, and empty.
+        // A full disk: the file exists but is empty.
         let text = joined(vec![Report::read("12", "")]);
         assert!(text.ends_with("(TMPDIR)\n  process 12: ?\n"), "{text}");
     }
 
     #[test]
-    fn nonsense_is_no_panic() {
+    fn malformed_reports_cause_no_panic() {
         for text in [
             "",
             "\n\n",

@@ -1,4 +1,4 @@
-//! The tables of a summary: which there are, in which order, and how they look.
+//! The tables of a summary: their names, their order and their format.
 
 use std::cmp::Reverse;
 use std::io::Write as _;
@@ -7,7 +7,7 @@ use std::str::FromStr;
 use super::{Row, Wanted};
 use crate::text::{put_bytes, put_time};
 
-/// By what a table sums up.
+/// The key by which a table sums up changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum By {
     Event,
@@ -71,7 +71,7 @@ impl FromStr for Tables {
     }
 }
 
-/// What the rows of a table are sorted by.
+/// The key by which a table is sorted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Sort {
     /// Time in the calls
@@ -94,7 +94,7 @@ impl Sort {
         }
     }
 
-    /// The largest first; what is equal by its label.
+    /// Sorts rows, the largest first; equal rows by their labels.
     pub(crate) fn apply(self, mut rows: Vec<(String, Row)>) -> Vec<(String, Row)> {
         rows.sort_by(|(a, a_row), (b, b_row)| {
             let key = |row: &Row| {
@@ -206,7 +206,7 @@ fn shares(
     Ok(())
 }
 
-/// Without what could move the cursor.
+/// Escapes characters that could move the cursor.
 pub(crate) fn printable(label: &str) -> String {
     label
         .chars()

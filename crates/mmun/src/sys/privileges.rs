@@ -1,36 +1,39 @@
-//! What a file with capabilities (`setcap`) lends to the person who runs it.
+//! The capabilities that `mmun`'s file may have (`setcap`), and which the user lacks.
 //!
-//! Such a program starts with rights that its user lacks, and *not dumpable*: its `/proc/self/mem`
-//! and `pagemap` are root's, and no process of the same user may trace it or the child that it
-//! forks.
+//! A program with file capabilities starts with rights that its user lacks, and *not dumpable*:
+//! root owns its `/proc/self/mem` and `pagemap`, and no process of the same user may trace it or a
+//! child that it forks.
 
 use std::io;
 
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-/// Which of the rights that this program's file has a command keeps.
+/// Which of its file's capabilities a command keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rights {
-    /// None: it does what its user may do. It reads, traces or starts what its user names.
+    /// None: the command reads, traces or starts files and processes that the user names, so it
+    /// must not do more than the user may.
     None,
-    /// None, also in programs that it executes, itself among them.
+    /// None, not even in programs that it executes, such as a further `mmun`.
     NoneInChildren,
     /// All, to probe sources. A process without these rights still cannot trace this one: the
     /// kernel compares capabilities as well (ptrace(2), "Ptrace access mode checking").
     Keep,
 }
 
-/// Gives up what `rights` does not keep. Before there is a second thread. Root has lent itself
-/// nothing: a security module may say that a program of root's is a privileged one, too.
+/// Gives up the capabilities that `rights` does not keep. Must be called before there is a second
+/// thread. For root it does nothing: root has gained no rights, even if a security module sets
+/// `AT_SECURE` for root's programs.
 ///
-/// A program that this one executes gets none of a file's capabilities in any case: they are
-/// neither inheritable nor ambient.
+/// A program that this one executes never gets this file's capabilities, because they are neither
+/// inheritable nor ambient.
 ///
 /// # Errors
 /// The rights cannot be given up.
 pub(crate) fn limit(rights: Rights) -> io::Result<()> {
-    // SAFETY: it takes a number, and reads what the kernel has told this program at its start.
+    // SAFETY: it takes a number, and reads a value that the kernel has passed at the program's
+    // start.
     let has_gained = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
     if !has_gained || rustix::process::getuid().is_root() {
         return Ok(());
@@ -48,7 +51,8 @@ pub(crate) fn limit(rights: Rights) -> io::Result<()> {
             rustix::thread::set_no_new_privs(true)?;
         }
     }
-    // Nothing was read with these rights so far. Where this fails, `trace` says what is refused.
+    // Safe, because this process has read nothing with these rights so far. If this fails, `trace`
+    // reports what the kernel refuses.
     let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable);
     Ok(())
 }

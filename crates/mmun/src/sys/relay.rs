@@ -1,8 +1,9 @@
-//! Standing in front of a program without being noticed: signals, stops, and the death of either.
+//! Relays signals and stops between the parent and a program that runs behind this process.
 //!
-//! The program is in the same process group, so a ^C at the terminal reaches it without help. What
-//! comes to this process alone is handed on: what another process sends, the hang-up of a terminal
-//! whose session this process leads, and a timer that was set before it was started.
+//! The program is in the same process group, so a ^C at the terminal reaches it directly. This
+//! module forwards signals that reach only this process: those that another process sends, the
+//! hang-up of a terminal whose session this process leads, and a timer that was set before its
+//! start.
 
 use super::{change_mask, is_ignored, keeping_errno, set_handler, set_of};
 use std::io;
@@ -12,15 +13,15 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::Relaxed};
 
-/// Where signals go. 0 while there is no program.
+/// The pid of the program, to which signals are forwarded. 0 while there is no program.
 static PROGRAM: AtomicI32 = AtomicI32::new(0);
-/// This process leads its session: a terminal that hangs up tells it alone.
+/// Whether this process leads its session: then only this process gets the terminal's hang-up.
 static LEADS_SESSION: AtomicBool = AtomicBool::new(false);
 /// SIGCONT was ignored when this process was started.
 static IGNORES_CONT: AtomicBool = AtomicBool::new(false);
 
-/// What is never handed on: what cannot be caught, what says something about this process, and what
-/// the terminal sends to stop all of its group.
+/// Signals that are never forwarded: those that cannot be caught, those that concern only this
+/// process, and those by which the terminal stops the whole group.
 const OURS: [i32; 11] = [
     libc::SIGKILL,
     libc::SIGSTOP,
@@ -57,7 +58,7 @@ pub(crate) struct Relay(pub(crate) Child);
 pub(crate) fn keep_signals() {
     LEADS_SESSION.store(leads_session(), Relaxed);
     for signal in relayed() {
-        // SIGCONT lets a process go on also where it is ignored.
+        // SIGCONT continues a process even if it is ignored.
         if signal == libc::SIGCONT {
             IGNORES_CONT.store(is_ignored(signal), Relaxed);
             relay(signal);
@@ -130,7 +131,7 @@ fn disposition(signal: i32) -> usize {
     }
 }
 
-/// Stops this process. What continues it is handed on to the program.
+/// Stops this process. The SIGCONT that continues it is forwarded to the program.
 pub(crate) fn stop() {
     // SAFETY: it takes any number.
     unsafe { libc::raise(libc::SIGSTOP) };
@@ -139,8 +140,8 @@ pub(crate) fn stop() {
 /// Whether a shell with job control has started this process, and waits for its end *or stop*: this
 /// process leads a group that has the terminal.
 ///
-/// Any other parent does not notice that this process is stopped. It would stay stopped, because a
-/// stopped process cannot see its program go on.
+/// Any other parent does not notice the stop. This process would then stay stopped, because a
+/// stopped process cannot notice that its program continues.
 pub(crate) fn is_foreground_job() -> bool {
     let own = std::process::id() as i32;
     // SAFETY: it has no arguments. 0: the leader is in another pid namespace, and rustix's function
@@ -164,14 +165,15 @@ pub(crate) fn has_terminal(terminal: &impl AsRawFd) -> bool {
     foreground == unsafe { libc::getpgrp() }
 }
 
-/// A leader of a session was started by a terminal, a container or `setsid`, and by no shell.
+/// Whether this process leads its session. A terminal, a container or `setsid` has started such a
+/// process, not a shell.
 fn leads_session() -> bool {
     // SAFETY: it takes a number. 0: the leader is in another pid namespace, see above.
     unsafe { libc::getsid(0) == std::process::id() as i32 }
 }
 
-/// No signal is handed on any more: the program has ended, and once it is waited for, its number
-/// can be another process's. A signal does to this process what it does to any other.
+/// Stops forwarding: the program has ended, and once it is reaped, another process can get its pid.
+/// From now on signals have their default effect on this process.
 pub(crate) fn end_relay() {
     PROGRAM.store(0, Relaxed);
     for signal in relayed().filter(|signal| !is_ignored(*signal)) {
@@ -187,8 +189,8 @@ fn relay(signal: i32) {
         sa_restorer: None,
     };
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: both are live; the handler touches atomics and makes one call. A number that glibc
-    // keeps is refused.
+    // SAFETY: both pointers are live; the handler only accesses atomics and makes one call. glibc
+    // refuses signals that it reserves.
     unsafe { libc::sigaction(signal, &raw const action, before.as_mut_ptr()) };
 }
 
@@ -209,8 +211,8 @@ extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const lib
         };
         early.fetch_or(bit(signal), Relaxed);
     } else if is_handed_on {
-        // SAFETY: `kill` takes any numbers. The program is not waited for before `end_relay` has
-        // run in this thread, the only one, so the number is its own.
+        // SAFETY: `kill` takes any numbers. This process has one thread, which reaps the program
+        // only after `end_relay`, so the pid is the program's.
         keeping_errno(|| unsafe { libc::kill(program, signal) });
     }
 }

@@ -1,4 +1,4 @@
-//! Sizes and times as people read them, and cells of a line.
+//! Formats sizes and times for people, and pads cells.
 
 use crate::digits::Put;
 
@@ -26,11 +26,12 @@ pub(crate) fn put_time(out: &mut Vec<u8>, ns: u64) {
 struct Units {
     /// The smallest first.
     names: &'static [&'static str],
-    /// How many of the base are one of the smallest unit.
+    /// The smallest unit, in base units.
     first: u128,
-    /// How many of one unit are one of the next.
+    /// The factor between a unit and the next.
     step: u128,
-    /// From so many on of a unit that is not the smallest, no tenths are shown.
+    /// From this number on, no tenths are shown (except for the smallest unit, which never has
+    /// any).
     whole_from: u128,
 }
 
@@ -48,7 +49,7 @@ const TIMES: Units = Units {
     whole_from: 10,
 };
 
-/// Rounds to the nearest number that is shown; what would be shown as 1024 KiB is 1.0 MiB.
+/// Rounds to the nearest number that can be shown; a value that would round to 1024 KiB is 1.0 MiB.
 fn put_scaled(out: &mut Vec<u8>, value: u128, units: &Units) {
     let last = units.names.len() - 1;
     let (mut unit, mut one) = (0, units.first);
@@ -73,7 +74,7 @@ pub(super) fn pad(out: &mut Vec<u8>, count: usize) {
     out.extend(std::iter::repeat_n(b' ', count));
 }
 
-/// Moves what was written since `begin` to the right end of a cell of `width`.
+/// Right-aligns the bytes written since `begin` in a cell of `width`.
 pub(super) fn right_align(out: &mut Vec<u8>, begin: usize, width: usize) {
     let missing = width.saturating_sub(out.len() - begin);
     pad(out, missing);
