@@ -1,8 +1,8 @@
-//! `mmun coverage`: which source is told of which change, measured.
+//! `mmun coverage`: measures which source sees which change.
 //!
-//! Every operation runs once under every source, each time in a child of its own. The child makes
-//! memory and touches it, arms the source for it, subscribes, and changes the translation. The
-//! subscriber looks at the page at the moment it is told.
+//! Every operation runs once under every source, each time in a new child. The child makes memory
+//! and touches it, arms the source, subscribes, and changes the translation. The subscriber reads
+//! the state of the page in its callback.
 
 mod armed;
 mod cell;
@@ -32,9 +32,9 @@ use matrix::Matrix;
 use operation::Operation;
 use report::Report;
 
-/// A source missed what it says it sees.
+/// A source missed a change that it claims to see.
 const FOUND: Outcome = Outcome::Exit(1);
-/// An operation did not come to its end, or nothing could be measured.
+/// An operation did not complete, or nothing could be measured.
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: CoverageArgs) -> Outcome {
@@ -106,7 +106,7 @@ pub(crate) fn main(args: CoverageArgs) -> Outcome {
 
 /// A child: one operation under one source.
 pub(crate) fn cell(args: &CellArgs) -> Outcome {
-    // This process must not outlive the one that started it.
+    // This process must not outlive its parent.
     sys::die_with(rustix::process::getppid());
     let report = match (ops::named(&args.operation), args.source) {
         (None, _) => Report::broken("there is no such operation"),
@@ -114,7 +114,7 @@ pub(crate) fn cell(args: &CellArgs) -> Outcome {
         (Some(operation), source) => cell::run(operation, source),
     };
     let written = rustix::io::write(io::stdout(), report.to_line().as_bytes());
-    // Nothing is taken down: the operation has left things in whatever state.
+    // Exit without destructors, because the operation may have left any state.
     sys::exit_now(i32::from(written.is_err()))
 }
 
@@ -126,7 +126,7 @@ pub(crate) fn library_cell(args: &LibraryCellArgs) -> Outcome {
     sys::exit_now(i32::from(written.is_err()))
 }
 
-/// A child of that child, under its tracer.
+/// A child of a cell, which traces it.
 pub(crate) fn tracee(args: &TraceeArgs) -> Outcome {
     if let Some(operation) = ops::named(&args.operation) {
         traced::tracee(operation);

@@ -10,7 +10,7 @@ use mmu_source::uffd::{self, Uffd};
 use super::operation::Unavailable;
 use crate::source::Source;
 
-/// A source at work. What it tells arrives at the subscribers of [`Armed::mm`].
+/// A running source, which reports to the subscribers of [`Armed::mm`].
 #[derive(Debug)]
 pub(crate) enum Armed {
     Kernel(
@@ -25,7 +25,7 @@ pub(crate) enum Armed {
 }
 
 impl Armed {
-    /// Starts `source`, for `range` if it has to be told one.
+    /// Starts `source`, armed for `range` if the source needs a range.
     pub(crate) fn new(source: Source, range: VaRange) -> Result<Armed, Unavailable> {
         let refused = |error: mmu_source::Error| Unavailable(crate::explain(&error));
         match source {
@@ -44,15 +44,15 @@ impl Armed {
         }
     }
 
-    /// The address space it feeds.
+    /// The address space to which the source reports.
     pub(crate) fn mm(&self) -> MmWithUser {
         mmu_source::current()
     }
 
-    /// Has it tell what it knows by now, and waits until it has.
+    /// Waits until the source has reported every change that it has seen.
     ///
     /// # Errors
-    /// What the source says.
+    /// The error of the source.
     pub(crate) fn settle(&self) -> Result<(), Unavailable> {
         let settled = match self {
             Armed::Kernel(kernel, _) => kernel.settle().map(drop),
@@ -62,7 +62,7 @@ impl Armed {
         settled.map_err(|error| Unavailable(crate::explain(&error)))
     }
 
-    /// The counter that moves before a translation does, of the source that has one.
+    /// The counter that moves before a translation changes, if the source has one.
     pub(crate) fn generation(&self) -> Option<u64> {
         match self {
             Armed::Kernel(kernel, _) => Some(kernel.generation()),

@@ -1,4 +1,4 @@
-//! One operation under one source of this process, in a process of its own.
+//! One operation under one source of this process, in a separate process.
 
 use std::io;
 use std::sync::Barrier;
@@ -14,7 +14,7 @@ use super::report::{Report, Seen};
 use super::witness::Witness;
 use crate::source::Source;
 
-/// Prepares, arms, changes, and says what was told of it.
+/// Prepares, arms, makes the change, and reports when the source saw it.
 pub(crate) fn run(operation: &Operation, source: Source) -> Report {
     try_run(operation, source).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
 }
@@ -30,7 +30,7 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
     let armed = Armed::new(source, armed)?;
     let witness = Registration::new(&armed.mm(), Witness::new(page))
         .map_err(|error| Unavailable(format!("subscribing: {error}")))?;
-    // What was told of the preparation is not the change.
+    // Callbacks for the preparation do not count.
     armed.settle()?;
     let (at_first, before) = at_rest(|| armed.generation(), witness.page())?;
     witness.begin(before);
@@ -46,7 +46,8 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
     let changed = changed?;
     armed.settle()?;
     let seen = match witness.seen() {
-        // The counter moves before the callback runs, so a reader of the counter knows first.
+        // The counter moves before the callback runs, so a reader of the counter learns of the
+        // change first.
         Some(_) if armed.generation().is_some() => {
             if ahead {
                 Seen::After
@@ -71,8 +72,8 @@ pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavai
 
 /// The source's counter and the state of the page at one moment.
 ///
-/// The counter is read first and once more afterwards: the kernel may move the page by itself
-/// meanwhile, and then a state that is older than the counter would look like a change that was not
+/// The counter is read before and after the state. The kernel may move the page by itself in
+/// between: then the state would be older than the counter, and look like a change that was not
 /// counted.
 fn at_rest(generation: impl Fn() -> Option<u64>, page: &Page) -> io::Result<(Option<u64>, State)> {
     loop {
@@ -85,13 +86,13 @@ fn at_rest(generation: impl Fn() -> Option<u64>, page: &Page) -> io::Result<(Opt
     }
 }
 
-/// Runs `change`, and says whether the translation was ever seen changed with the source's counter
-/// not yet moved.
+/// Runs `change`, and returns whether the translation was ever seen changed before the source's
+/// counter moved.
 ///
-/// A thread looks at the page, then at the counter, for as long as the change takes. If the counter
-/// moves first, as it must, a changed page is never seen with the old count. That can refute the
-/// order, not prove it: what takes less time than one look, or holds off readers of `/proc`, can
-/// slip through.
+/// During the change, a thread repeatedly reads the state of the page and then the counter. If the
+/// counter moves first, as it must, the thread never sees a changed page with the old count. This
+/// can refute the order but not prove it: a change may take less time than one read, or block
+/// readers of `/proc`.
 fn watch_beside(
     generation: impl Fn() -> Option<u64> + Sync,
     page: &Page,
@@ -102,7 +103,7 @@ fn watch_beside(
         change();
         return false;
     }
-    // Relaxed: the flag hands nothing over, and one look more or less does not matter.
+    // Relaxed: the flag publishes no data, and one read more or less does not matter.
     let (over, started) = (AtomicBool::new(false), Barrier::new(2));
     thread::scope(|scope| {
         let looker = scope.spawn(|| {
@@ -133,7 +134,7 @@ mod tests {
     use super::super::region::Region;
     use super::*;
 
-    /// A counter that moves before or after a page is discarded, and how that looks from beside.
+    /// Whether `watch_beside` finds a counter late that moves before or after a page is discarded.
     fn looks_late(moves_first: bool) -> bool {
         let region = Region::anonymous(1).unwrap();
         let pid = rustix::process::getpid().as_raw_nonzero().get();
@@ -154,7 +155,7 @@ mod tests {
                     return discard();
                 }
                 discard();
-                // The counter is looked at only if the page was seen to have changed.
+                // The counter is read only after the page was seen changed.
                 while looks.load(Relaxed) == 0 {
                     thread::yield_now();
                 }
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_moves_before_the_change_is_not_held_against_the_source() {
+    fn a_page_that_moves_before_the_change_does_not_count() {
         let region = Region::anonymous(1).unwrap();
         let pid = rustix::process::getpid().as_raw_nonzero().get();
         let page = Page::open(pid, region.page(0), Judge::Frame).unwrap();
@@ -182,12 +183,12 @@ mod tests {
     }
 
     #[test]
-    fn a_counter_that_moves_after_the_change_is_found_out() {
+    fn a_counter_that_moves_after_the_change_is_detected() {
         assert!(looks_late(false));
     }
 
     #[test]
-    fn a_counter_that_moves_before_the_change_is_not_accused() {
+    fn a_counter_that_moves_before_the_change_is_accepted() {
         for _ in 0..100 {
             assert!(!looks_late(true));
         }

@@ -17,7 +17,7 @@ pub(crate) fn memory_file(pages: usize) -> io::Result<File> {
 /// A file on a disk, clean, without a name.
 ///
 /// # Errors
-/// No folder for scratch files is on a disk: what is in memory cannot be written back.
+/// No folder for scratch files is on a disk. A file system in memory has no writeback.
 pub(crate) fn scratch_file(pages: usize) -> io::Result<File> {
     let folders = [std::env::temp_dir(), "/var/tmp".into(), ".".into()];
     let on_disk = |folder: &std::path::PathBuf| {

@@ -1,10 +1,11 @@
-//! `mmun coverage --library`: which changes leave a registration cache of UCX or libfabric stale,
-//! as shipped and with the drop-in.
+//! `mmun coverage --library`: which changes leave a registration of UCX's or libfabric's cache
+//! stale, as shipped and with the drop-in.
 //!
-//! Each operation runs once in each column, in a process of its own. It registers the page through
-//! the library's real cache, changes the translation, maps new memory where there is none any more,
-//! looks the registration up again and has the kernel write through it. If the bytes do not arrive
-//! in the page, the registration was stale: a device would have corrupted data without an error.
+//! Each operation runs once in each column, in a separate process. The process registers the page
+//! through the library's real cache and changes the translation. If no memory is mapped at the
+//! address any more, it maps a new page. Then it looks the registration up again and lets the
+//! kernel write through it. If the bytes do not arrive in the page, the registration was stale: a
+//! device would have corrupted data without an error.
 
 mod cache;
 mod cell;
@@ -32,7 +33,7 @@ use crate::source::Source;
 use crate::style::{Mark, Style};
 use crate::{complain, doctor, dropin};
 
-/// What stands in a column: the library alone, or with the drop-in and these sources.
+/// A column: the library alone, or with the drop-in and these sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Column {
     Shipped,
@@ -51,7 +52,7 @@ impl Column {
         }
     }
 
-    /// Why it does not work here.
+    /// Why the column does not work here.
     fn lack(self) -> Option<String> {
         let sources: &[Source] = match self {
             Column::Shipped => &[],
@@ -65,7 +66,7 @@ impl Column {
     }
 
     fn prepare(self, command: &mut Command, library: &Path) {
-        // What this process was started under itself is none of theirs.
+        // The children must not inherit the drop-in or its settings from this process.
         for name in ["LD_PRELOAD", "MMUN", "MMUN_STRICT", "MMUN_REPORT"] {
             command.env_remove(name);
         }
@@ -300,7 +301,7 @@ impl Table<'_> {
         nothing || all.any(|report| report.broken)
     }
 
-    /// With all sources, something was stale.
+    /// Whether a registration was stale with both sources.
     fn is_stale_with_dropin(&self) -> bool {
         self.reports
             .iter()

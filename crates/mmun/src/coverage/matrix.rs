@@ -1,4 +1,4 @@
-//! The result: operations down, sources across.
+//! The result: a row for each operation, a column for each source.
 
 use std::io::{self, Write};
 
@@ -8,7 +8,7 @@ use super::runner::Place;
 use crate::source::Source;
 use crate::style::{Mark, Style};
 
-/// How to write it.
+/// The form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
     Text(Style),
@@ -16,15 +16,16 @@ pub(crate) enum Form {
     Json,
 }
 
-/// Takes reports in any order and writes rows in that of the table, each as soon as it can.
+/// Takes reports in any order, and writes the rows in the order of the table, each as soon as
+/// possible.
 #[derive(Debug)]
 pub(crate) struct Matrix {
     operations: Vec<&'static Operation>,
     sources: Vec<Source>,
     /// One for each operation and source.
     reports: Vec<Vec<Option<Report>>>,
-    /// Where the reports of what is run belong, by index: those of sources that cannot be used are
-    /// there already.
+    /// The places of the reports of cells that are run, by index. The reports of unusable sources
+    /// are entered at the start.
     places: Vec<(usize, usize)>,
     form: Form,
     /// How many rows are written.
@@ -58,7 +59,7 @@ impl Matrix {
         }
     }
 
-    /// What is to be run.
+    /// The cells to run.
     pub(crate) fn places(&self) -> Vec<Place> {
         self.places
             .iter()
@@ -104,7 +105,7 @@ impl Matrix {
         Ok(())
     }
 
-    /// Writes what is left and the totals: of the operations that changed a translation.
+    /// Writes the remaining rows, and totals of the operations that changed a translation.
     pub(crate) fn end(&mut self, out: &mut impl Write) -> io::Result<()> {
         self.write(out)?;
         let Form::Text(style) = self.form else {
@@ -130,7 +131,8 @@ impl Matrix {
         Ok(())
     }
 
-    /// What each source missed, or told too late, of what it says it sees: one line each.
+    /// One line for each change that a source missed or reported too late, although it claims to
+    /// see it.
     pub(crate) fn faults(&self) -> Vec<String> {
         let fault = |(operation, source, report): (&Operation, Source, &Report)| {
             let late = report.seen == Seen::After && source != Source::Uffd;
@@ -145,8 +147,8 @@ impl Matrix {
         self.cells().filter_map(fault).collect()
     }
 
-    /// Why what is not available is not, one line for each operation and reason; one line for a
-    /// source under which no operation is, for one reason.
+    /// The reasons for unavailable cells: one line for each operation and reason. If all operations
+    /// of a source have the same reason, one line for the source.
     pub(crate) fn reasons(&self) -> Vec<String> {
         let common: Vec<Option<&str>> = (0..self.sources.len())
             .map(|column| self.common_reason(column))
@@ -186,7 +188,7 @@ impl Matrix {
         lines
     }
 
-    /// The reason that all reports of a source have, if there are several.
+    /// The common reason of all reports of a source, if there are several reports.
     fn common_reason(&self, column: usize) -> Option<&str> {
         let mut reasons = self.reports.iter().map(|row| {
             let report = row[column].as_ref()?;
@@ -196,7 +198,7 @@ impl Matrix {
         (self.reports.len() > 1 && reasons.all(|reason| reason == Some(first))).then_some(first)
     }
 
-    /// Whether some child did not do its work.
+    /// Whether a child died or hung.
     pub(crate) fn is_broken(&self) -> bool {
         self.cells().any(|(_, _, report)| report.broken)
     }
@@ -240,7 +242,7 @@ fn as_text(operation: &Operation, row: &[&Report], style: Style) -> String {
     line
 }
 
-/// Names hold nothing that JSON would escape; a test of the table says so.
+/// Formats a row as JSON. Names need no escapes; a test of the table checks that.
 fn as_json(operation: &Operation, row: &[&Report], sources: &[Source]) -> String {
     let object = |(report, source): (&&Report, &Source)| {
         format!(
@@ -259,7 +261,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_reason_of_a_whole_source_is_said_once() {
+    fn a_reason_of_a_whole_source_is_written_once() {
         let operations: Vec<&'static Operation> = super::super::ops::all().take(3).collect();
         let name = operations[1].name;
         let sources = vec![Source::Hook, Source::Process];

@@ -14,14 +14,15 @@ use crate::source::Source;
 pub(crate) struct Operation {
     pub(crate) name: &'static str,
     pub(crate) judge: Judge,
-    /// The sources besides `kernel` that say they see it. `kernel` says so of everything.
+    /// The sources besides `kernel` that claim to see the operation. `kernel` claims to see every
+    /// operation.
     pub(crate) claimed: &'static [Source],
-    /// Makes the memory. What it changes happens before the source is armed.
+    /// Makes the memory, before the source is armed.
     pub(crate) prepare: fn() -> Result<Prepared, Unavailable>,
 }
 
 impl Operation {
-    /// Whether `source` missing it is a fault.
+    /// Whether it is a fault if `source` misses the operation.
     pub(crate) fn is_claimed_by(&self, source: Source) -> bool {
         source == Source::Kernel || self.claimed.contains(&source)
     }
@@ -31,7 +32,7 @@ impl Operation {
 pub(crate) struct Prepared {
     /// The page whose translation will change.
     pub(crate) watched: usize,
-    /// What the source is armed for.
+    /// The range for which the source is armed.
     pub(crate) armed: VaRange,
     pub(crate) change: Box<dyn FnOnce() -> io::Result<()>>,
 }
@@ -51,7 +52,7 @@ impl Prepared {
         }
     }
 
-    /// Arms and watches the page around `address`, which is libc's.
+    /// Arms and watches the page around `address`, which libc has mapped.
     pub(crate) fn at(
         address: usize,
         change: impl FnOnce() -> io::Result<()> + 'static,

@@ -42,20 +42,20 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Operation> {
     groups.into_iter().flatten()
 }
 
-/// Whether this is the machine of `cargo xtask guest`, whose kernel and memory are there to be
-/// spoilt.
+/// Whether this is the machine of `cargo xtask guest`, in which an operation may damage kernel
+/// state and memory.
 fn is_guest() -> io::Result<bool> {
     let line = fs::read_to_string("/proc/cmdline")?;
     Ok(line.split_whitespace().any(|word| word == "mmun.guest"))
 }
 
-/// How long the kernel may take to get round to a change of its own, below what an operation may
-/// take. The emulator of a guest gets little of a busy processor.
+/// How long to wait for a change that the kernel makes by itself; shorter than the time limit of an
+/// operation. An emulated guest gets little processor time on a busy machine.
 fn patience() -> Duration {
     Duration::from_secs(if is_guest().unwrap_or(false) { 50 } else { 10 })
 }
 
-/// Does `step` until the page's state is another.
+/// Repeats `step` until the page's state changes.
 fn until_changed(page: &Page, mut step: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let (before, begin, patience) = (page.state()?, Instant::now(), patience());
     while page.state()? == before {

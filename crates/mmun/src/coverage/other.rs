@@ -1,11 +1,11 @@
-//! Another process, which acts on this one's memory or files when it is told.
+//! Another process, which acts on this process's memory or files on command.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
 
 use crate::sys::{self, Fork};
 
-/// A child that waits to be told. It ends when this process does.
+/// A child that waits for a command. It ends when this process ends.
 #[derive(Debug)]
 pub(crate) struct Other {
     order: File,
@@ -13,14 +13,14 @@ pub(crate) struct Other {
 }
 
 impl Other {
-    /// Starts a child that will run `act` once, with two numbers it is sent.
+    /// Starts a child that runs `act` once, with two numbers from `Other::act`.
     pub(crate) fn start(act: impl FnOnce(usize, usize) -> io::Result<()>) -> io::Result<Other> {
         let (mut orders, order) = sys::pipe()?;
         let (answer, mut answers) = sys::pipe()?;
         match sys::fork()? {
             (Fork::Parent(_), _held) => Ok(Other { order, answer }),
             (Fork::Child, _held) => {
-                // Else the end of the parent could not be seen.
+                // Close the parent's ends, or the child could not detect the end of its parent.
                 drop((order, answer));
                 let mut numbers = [0; 16];
                 if orders.read_exact(&mut numbers).is_ok() {
@@ -32,7 +32,7 @@ impl Other {
                         Ok(()) => 0,
                         Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
                     };
-                    // A parent that is gone needs no answer.
+                    // This fails if the parent has ended, which is harmless.
                     let _ = answers.write_all(&errno.to_ne_bytes());
                 }
                 sys::exit_now(0)
@@ -40,10 +40,10 @@ impl Other {
         }
     }
 
-    /// Tells it the numbers and waits until it has acted.
+    /// Sends the numbers and waits until the child has acted.
     ///
     /// # Errors
-    /// That of the child.
+    /// The error of the child.
     pub(crate) fn act(mut self, a: usize, b: usize) -> io::Result<()> {
         let mut numbers = [0; 16];
         numbers[..8].copy_from_slice(&a.to_ne_bytes());

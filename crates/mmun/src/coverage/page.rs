@@ -1,7 +1,7 @@
-//! What the kernel says of one page: which frame is behind it, and as what.
+//! The kernel's view of one page: its frame, and the state of the frame.
 //!
-//! Callbacks ask it too, in the middle of `free` for all they know: reading a state allocates
-//! nothing and takes no lock.
+//! Callbacks read the state as well, possibly in the middle of `free`: reading it allocates nothing
+//! and takes no lock.
 
 use std::fs::File;
 use std::io;
@@ -10,22 +10,22 @@ use mmu_source::process::Pid;
 
 use super::region;
 
-/// What of a page has to differ for its translation to have changed.
+/// The part of a page's state whose difference means that the translation has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Judge {
-    /// Whether it is there, and the frame: `/proc/PID/pagemap`.
+    /// Whether the page is present, and its frame: `/proc/PID/pagemap`.
     Frame,
-    /// That, and whether the frame is this address space's alone: it is not once a child shares it,
-    /// and then a write has to fault.
+    /// The same, and whether the frame is mapped exclusively. Once a child shares the frame, a
+    /// write must fault.
     Exclusive,
-    /// That the kernel may drop the frame without saving it (`MADV_FREE`): `/proc/kpageflags`. The
-    /// frame itself stays until memory is short.
+    /// Whether the kernel may drop the frame without saving it (`MADV_FREE`): `/proc/kpageflags`.
+    /// The frame itself stays until memory is short.
     Lazy,
-    /// Whether a write gets through.
+    /// Whether a write succeeds.
     Writable,
 }
 
-/// The state of a page at one moment. Two that differ mean a changed translation.
+/// The state of a page at one moment. If two states differ, the translation has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct State(pub(crate) [u64; 2]);
 
@@ -34,7 +34,7 @@ const SWAPPED: u64 = 1 << 62;
 const FILE: u64 = 1 << 61;
 const EXCLUSIVE: u64 = 1 << 56;
 const FRAME: u64 = (1 << 55) - 1;
-/// In `/proc/kpageflags`: has to be saved before it is dropped.
+/// The flag in `/proc/kpageflags` for a page that must be saved before it is dropped.
 const SWAP_BACKED: u64 = 1 << 14;
 
 /// One page of one process.
@@ -51,7 +51,7 @@ impl Page {
     /// The page at `address` of process `pid`.
     ///
     /// # Errors
-    /// `/proc` does not let us see what `judge` needs: one line that says so.
+    /// `/proc` does not show the state that `judge` needs: one line with the reason.
     pub(crate) fn open(pid: Pid, address: usize, judge: Judge) -> Result<Page, String> {
         let open = |name: String| {
             File::open(&name)
@@ -97,7 +97,7 @@ impl Page {
         Ok(State([entry & shown, more]))
     }
 
-    /// Whether frame numbers are shown to us; others see zeros.
+    /// Whether this process may read frame numbers; unprivileged processes read zeros.
     pub(crate) fn shows_frames(&self) -> bool {
         self.state()
             .is_ok_and(|State([entry, _])| entry & PRESENT == 0 || entry & FRAME != 0)
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn protection_is_seen_and_looking_leaves_no_trace() {
+    fn protection_is_seen_and_reading_the_state_changes_nothing() {
         let region = Region::anonymous(1).unwrap();
         let (page, frame) = (
             page(&region, Judge::Writable).unwrap(),
@@ -156,15 +156,15 @@ mod tests {
     #[test]
     fn a_page_given_up_by_advice_is_seen_by_root() {
         let region = Region::anonymous(64).unwrap();
-        // Only root can look: for others the operation is not available, which is tested from
-        // outside.
+        // Only root can read this state. For other users the operation is not available, which
+        // another test checks.
         let Ok(page) = page(&region, Judge::Lazy) else {
             assert!(!rustix::process::geteuid().is_root());
             return;
         };
         let before = page.state().unwrap();
-        // The kernel passes over pages that wait to be listed on another processor: this thread may
-        // have been moved since it touched them.
+        // The kernel skips pages that wait in another processor's batch: this thread may have moved
+        // to another processor since it touched them.
         let is_seen = (0..1000).any(|_| {
             region.advise(libc::MADV_FREE).unwrap();
             page.state().unwrap() != before

@@ -1,5 +1,5 @@
-//! Memory to be changed, and the system calls that change it, each by the way a program would make
-//! it.
+//! Memory for the operations, and the system calls that change it, made as a program would make
+//! them.
 //!
 //! # Safety
 //! A [`Region`] is mapped here, and no Rust reference to its bytes ever exists: they are read and
@@ -21,7 +21,7 @@ use io_uring::{IoUring, opcode};
 
 /// Bytes of a page.
 pub(crate) use rustix::param::page_size;
-/// What touched pages hold, so that a discarded one can be told from them.
+/// The content of touched pages, which tells them from discarded pages.
 const MARK: u8 = 0xa5;
 
 /// Pages that only this value owns.
@@ -83,7 +83,7 @@ impl Region {
 
     fn map(pages: usize, flags: c_int, fd: RawFd) -> io::Result<Region> {
         let len = pages * page_size();
-        // SAFETY: without MAP_FIXED the kernel picks a place where nothing is.
+        // SAFETY: without MAP_FIXED the kernel chooses an unused address.
         let start = unsafe {
             libc::mmap(
                 null_mut(),
@@ -104,7 +104,7 @@ impl Region {
     /// A segment of System V shared memory, touched. It is marked for removal at the last detach.
     pub(crate) fn segment(pages: usize) -> io::Result<Region> {
         let id = new_segment(pages)?;
-        // SAFETY: a null address lets the kernel pick a place where nothing is.
+        // SAFETY: with a null address the kernel chooses an unused address.
         let start = check_address(unsafe { libc::shmat(id, null_mut(), 0) });
         discard_segment(id);
         let region = Region {
@@ -212,7 +212,7 @@ impl Region {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// `mremap` to wherever there is room, or to `target`, whose pages are given up.
+    /// `mremap` to an unused address, or to `target`, whose pages are replaced.
     pub(crate) fn remap(self, len: usize, flags: c_int, target: Option<Region>) -> io::Result<()> {
         let target = target.map_or(0, |target| target.start);
         // SAFETY: no Rust object lies in the old pages, which are given up with `self`; with
@@ -322,9 +322,8 @@ impl Region {
 }
 
 /// `process_madvise` of libc, or by number where libc has none, on memory of the process behind
-/// `pidfd`.
-///
-/// Meant for regions, here or over there: what the pages hold may be lost.
+/// `pidfd`. Only for regions, in this process or the other one, because the content of the pages
+/// may be lost.
 pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -> io::Result<()> {
     type ProcessMadvise =
         unsafe extern "C" fn(c_int, *const libc::iovec, usize, c_int, u32) -> isize;
@@ -376,8 +375,8 @@ pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
     (!found.is_null()).then_some(found)
 }
 
-/// Whether a page of process `pid` takes a write: writes there the byte it holds if it was touched
-/// here.
+/// Whether a page of process `pid` can be written: writes the byte that a touched page holds
+/// already.
 pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
     let mut mark = MARK;
     let local = libc::iovec {
@@ -388,15 +387,15 @@ pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
         iov_base: pointer(address),
         iov_len: 1,
     };
-    // SAFETY: one byte of a local is read; the one written belongs to a region, and it holds `MARK`
-    // already.
+    // SAFETY: it reads one byte of a local. The byte that it writes belongs to a region, and has
+    // the value `MARK` already.
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == 1 }
 }
 
 /// Maps a page at `address` if nothing is mapped there.
 pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-    // SAFETY: with MAP_FIXED_NOREPLACE nothing that is mapped is touched.
+    // SAFETY: with MAP_FIXED_NOREPLACE the kernel replaces no mapping.
     let result = unsafe {
         libc::mmap(
             pointer(address),
@@ -413,8 +412,7 @@ pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
     }
 }
 
-/// Writes to memory of this process, if that can be written. For the page of an operation that has
-/// been run.
+/// Writes to memory of this process, if it is writable. For the page of an operation that was run.
 pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     let local = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -429,7 +427,7 @@ pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
 }
 
-/// Reads memory of this process, if that can be read.
+/// Reads memory of this process, if it is readable.
 pub(crate) fn get(address: usize, bytes: &mut [u8]) -> bool {
     let local = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),

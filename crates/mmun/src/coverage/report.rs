@@ -1,6 +1,6 @@
-//! What one child found out, and how it says so.
+//! The report of one child, and its form as a line.
 
-/// When a source told of a change.
+/// When a source reported a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     Before,
@@ -29,9 +29,9 @@ pub(crate) struct Report {
     pub(crate) seen: Seen,
     /// Whether the translation changed.
     pub(crate) changed: bool,
-    /// Why it is not available, in one line; empty otherwise.
+    /// Why the cell is not available, in one line; empty otherwise.
     pub(crate) reason: String,
-    /// The child did not do its work: it hung or died.
+    /// Whether the child hung or died.
     pub(crate) broken: bool,
 }
 
@@ -61,7 +61,7 @@ impl Report {
         }
     }
 
-    /// One line: what was seen, whether it changed, and the reason.
+    /// One line: when the change was seen, whether the translation changed, and the reason.
     pub(crate) fn to_line(&self) -> String {
         format!(
             "{} {} {} {}\n",

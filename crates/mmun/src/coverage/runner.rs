@@ -1,4 +1,4 @@
-//! The children: two at a time, each in its time.
+//! Runs the children: two at a time, each with a time limit.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -21,15 +21,15 @@ use crate::source::Source;
 
 /// How many children run at a time.
 const ABREAST: usize = 2;
-/// How long one may take. It is done in a tenth of a second; this is for what hangs, however busy
-/// the machine is.
+/// The time limit of a child. A child usually takes a tenth of a second, but a busy machine takes
+/// longer.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// One cell of the matrix.
 pub(crate) type Place = (&'static Operation, Source);
 
-/// Runs every place in a child of its own, and hands each report, with the index of its place, to
-/// `done` as it comes. Ends early if that breaks.
+/// Runs every place in a separate child. Calls `done` with each report and the index of its place.
+/// Ends early if `done` breaks.
 pub(crate) fn run(places: &[Place], done: impl FnMut(usize, Report) -> ControlFlow<()>) {
     let command = |index: usize| {
         let (operation, source) = &places[index];
@@ -73,10 +73,10 @@ pub(crate) fn run_commands(
     });
 }
 
-/// Runs `command`, which has to write a report and end within `limit`. Whatever it started ends
-/// with it.
+/// Runs `command`, which must write a report and end within `limit`. Then kills every process that
+/// it has started.
 fn supervise(mut command: Command, limit: Duration) -> io::Result<Report> {
-    // Files, not pipes: what the child leaves running cannot hold us up.
+    // Files, not pipes, because processes that the child leaves behind would keep a pipe open.
     let mut output = File::from(memfd_create("coverage-output", MemfdFlags::CLOEXEC)?);
     let mut errors = File::from(memfd_create("coverage-errors", MemfdFlags::CLOEXEC)?);
     command
@@ -86,7 +86,8 @@ fn supervise(mut command: Command, limit: Duration) -> io::Result<Report> {
         .process_group(0);
     let mut child = command.spawn()?;
     let in_time = wait(&child, limit);
-    // Its number is that of its group until it is reaped. That the group is gone is no error.
+    // The child's pid is its group's id until the child is reaped. It is no error if the group has
+    // ended.
     let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
     let status = child.wait()?;
     if !in_time? {
@@ -100,7 +101,7 @@ fn supervise(mut command: Command, limit: Duration) -> io::Result<Report> {
     Ok(Report::from_line(&line).unwrap_or_else(|| Report::broken(end_of(status, &complaint))))
 }
 
-/// Waits for the child's end, as long as it may take, and says whether it came. Does not reap it.
+/// Waits for the child's end, up to the limit; returns whether it has ended. Does not reap it.
 fn wait(child: &Child, limit: Duration) -> io::Result<bool> {
     let pidfd = pidfd_open(Pid::from_child(child), PidfdFlags::empty())?;
     let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_is_taken_and_what_the_child_started_does_not_hold_it_up() {
+    fn a_report_is_read_although_a_grandchild_still_runs() {
         let report = shell("sleep 1000 & echo 'before true false '", LIMIT);
         assert_eq!(report, Report::told(Seen::Before, true));
     }
@@ -154,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_without_a_report_says_how_it_ended() {
+    fn the_end_of_a_child_without_a_report_is_the_reason() {
         let report = shell("kill -SEGV $$", LIMIT);
         assert!(
             report.broken && report.reason.contains("SIGSEGV"),

@@ -1,4 +1,4 @@
-//! One operation under the source `process`: this process traces the one that makes the change.
+//! One operation under the source `process`: this process traces a child that makes the change.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
@@ -14,20 +14,21 @@ use super::operation::{Operation, Prepared, Unavailable};
 use super::page::{Judge, Page, State};
 use super::report::{Report, Seen};
 
-/// What the tracee writes for its tracer: the page's address and its state, before the change. All
+/// The offset at which the tracee writes the page's address and its state before the change. All
 /// zero until then.
 const PLAN: u64 = 0;
-/// Where the tracee leaves its report.
+/// The offset at which the tracee writes its report.
 const REPORT: u64 = 4096;
 
-/// How often an operation is run that seems to be told of too late.
+/// How often to repeat an operation that seems to be reported too late.
 const TRIES: usize = 3;
 
 /// Traces a child that runs `operation`.
 ///
-/// Between the tracee's look at the page and its call the kernel may move the page by itself, to
-/// make room for a huge page: then the page differs although the call has not begun. That does not
-/// happen again and again; a source that is late always is.
+/// After the tracee has read the state of the page and before its call, the kernel may move the
+/// page by itself, to make room for a huge page. Then the state differs although the call has not
+/// begun. Such a move is rare, but a source that is late is late every time: so the operation is
+/// repeated.
 pub(crate) fn run(operation: &'static Operation) -> Report {
     let run =
         || try_run(operation).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason));
@@ -73,11 +74,11 @@ fn try_run(operation: &'static Operation) -> Result<Report, Unavailable> {
     Ok(report)
 }
 
-/// The traced side: changes, and leaves on standard input what its tracer has to know.
+/// The tracee: makes the change, and writes its report for the tracer to standard input.
 pub(crate) fn tracee(operation: &Operation) {
     let report =
         try_tracee(operation).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason));
-    // A tracer that finds no report says so.
+    // If this fails, the tracer reports that the report is missing.
     let _ = pwrite(std::io::stdin(), report.to_line().as_bytes(), REPORT);
 }
 
@@ -102,7 +103,7 @@ fn try_tracee(operation: &Operation) -> Result<Report, Unavailable> {
     Ok(Report::told(Seen::Missed, changed))
 }
 
-/// Subscribes to the address spaces of the process that is spawned, not to those of its children.
+/// Subscribes to the address spaces of the spawned process, not to those of its children.
 struct Looker {
     board: OwnedFd,
     judge: Judge,
@@ -137,7 +138,7 @@ impl Observer for Looker {
     }
 }
 
-/// Looks at the tracee's page, once the tracee has said which one that is.
+/// Reads the state of the tracee's page, once the tracee has written its address.
 struct Witness {
     board: OwnedFd,
     judge: Judge,
@@ -155,7 +156,8 @@ impl Notifier for Witness {
         if address != 0 && range.range().contains(Va::new(address)) {
             let now = Page::open(self.pid, address as usize, self.judge).map(|page| page.state());
             let unchanged = matches!(now, Ok(Ok(now)) if now == State([a, b]));
-            // The first time counts: what is told once is let go of.
+            // Only the first callback counts, because a real subscriber would have dropped its
+            // entry then.
             let _ = self
                 .seen
                 .set(if unchanged { Seen::Before } else { Seen::After });

@@ -1,4 +1,4 @@
-//! The subscriber: looks at the page at the moment it is told.
+//! The subscriber: reads the state of the page in its callback.
 
 use std::sync::OnceLock;
 
@@ -7,7 +7,8 @@ use mmu_notifier::{InvalidateRange, Notifier, Va};
 use super::page::{Page, State};
 use super::report::Seen;
 
-/// Looks at one page. Its callback can run in the middle of `free`: it allocates nothing.
+/// A subscriber that reads the state of one page. Its callback can run in the middle of `free`, so
+/// it allocates nothing.
 #[derive(Debug)]
 pub(crate) struct Witness {
     page: Page,
@@ -29,17 +30,17 @@ impl Witness {
         &self.page
     }
 
-    /// From now on what is told counts. `before` is what the page is like.
+    /// From now on callbacks count. `before` is the state of the page.
     pub(crate) fn begin(&self, before: State) {
         let _ = self.before.set(before);
     }
 
-    /// What the page was like.
+    /// The state of the page before the change.
     pub(crate) fn before(&self) -> Option<State> {
         self.before.get().copied()
     }
 
-    /// When it was told, if it was.
+    /// When the change was reported, if it was.
     pub(crate) fn seen(&self) -> Option<Seen> {
         self.seen.get().copied()
     }

@@ -1,19 +1,18 @@
-//! A registration cache of a library, whichever.
+//! The interface to a library's registration cache.
 
 use std::ffi::c_void;
 
 /// A registration cache whose registrations are slots of a [`Ring`](super::ring::Ring).
 pub(super) trait Cache {
-    /// Looks a range up, and registers it if need be. Returns its slot, and what `put` takes.
-    /// `None` if it could not be registered.
+    /// Looks a range up, and registers it if necessary. Returns its slot, and the argument for
+    /// `put`. `None` if it could not be registered.
     fn get(&self, address: usize, len: usize) -> Option<(u32, *mut c_void)>;
 
-    /// Gives back what `get` has returned, once. It stays in the cache.
+    /// Releases a registration from `get`, once. It stays in the cache.
     fn put(&self, registration: *mut c_void);
 }
 
-/// A registration that a transfer may use: the library deregisters it after the drop at the
-/// earliest.
+/// A registration that a transfer may use: the library does not deregister it before the drop.
 pub(super) struct Held<'a> {
     cache: &'a dyn Cache,
     registration: *mut c_void,

@@ -1,4 +1,4 @@
-//! One operation under a library's cache, in a process of its own.
+//! One operation under a library's cache, in a separate process.
 
 use std::time::{Duration, Instant};
 
@@ -11,15 +11,15 @@ use crate::coverage::region;
 use crate::coverage::report::{Report, Seen};
 use crate::library::Library;
 
-/// Where in the page the bytes go: not where an allocator keeps its own.
+/// The offset of the bytes in the page, away from the allocator's metadata.
 fn inside() -> usize {
     region::page_size() / 2
 }
 
-/// How often a registration is made before it has to be found.
+/// How often a registration is repeated before the cache must find it.
 const TRIES: usize = 8;
 
-/// Registers, changes, looks up again, transfers, and says where the bytes arrived.
+/// Registers, changes, looks up again, transfers, and reports where the bytes arrived.
 pub(crate) fn run(operation: &Operation, library: Library, wait: Duration) -> Report {
     try_run(operation, library, wait)
         .unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
@@ -40,11 +40,11 @@ fn try_run(operation: &Operation, library: Library, wait: Duration) -> Result<Re
         change,
     } = (operation.prepare)()?;
     let page = open(operation, watched)?;
-    // The ring and the cache stay: this process ends by `_exit`.
+    // The ring and the cache are leaked, because this process ends by `_exit`.
     let ring: &'static Ring = Box::leak(Box::new(Ring::new()?));
     let cache = cache(library, ring)?;
-    // To pin a page may change its translation (a page of zeros, or of a file): then the first
-    // registration is dropped.
+    // Pinning a page may change its translation (the zero page, or a page of a file). Then the
+    // cache drops the first registration.
     let look_up = || {
         let held = Held::look_up(&*cache, watched, region::page_size());
         held.map(|held| held.slot)
@@ -60,14 +60,14 @@ fn try_run(operation: &Operation, library: Library, wait: Duration) -> Result<Re
     let changed = page.state()? != before;
     region::map_if_free(watched)?;
     let target = watched + inside();
-    // The program writes its own page. One that it may not write stays as it is.
+    // Clear the page through its mapping. A page that the program may not write keeps its content.
     region::put(target, &[0; BYTES.len()]);
-    // Awake: the point is what is told meanwhile by others, and a sleep is never as short as this.
+    // Busy wait, because a sleep takes longer than this. Meanwhile other threads report the change.
     while begin.elapsed() < wait {
         std::hint::spin_loop();
     }
     let seen = match Held::look_up(&*cache, watched, region::page_size()) {
-        // A new registration was refused: nothing is transferred.
+        // The cache refused to register the page anew, so no data is transferred.
         None => Seen::Before,
         Some(held) => {
             ring.write(held.slot, target)?;

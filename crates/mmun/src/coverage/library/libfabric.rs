@@ -1,9 +1,10 @@
-//! libfabric's registration cache, the one of its providers for network cards, through its public
-//! interface: a domain of the verbs provider over a device of our own ([`verbs`]).
+//! libfabric's registration cache, which its providers for network cards use. The cache is reached
+//! through libfabric's public interface: a domain of the verbs provider, over a device of our own
+//! ([`verbs`]).
 //!
 //! # Safety
-//! Objects begin as the public headers `rdma/fabric.h`, `rdma/fi_domain.h` say, the same in all
-//! versions that import a monitor (from 1.13 on). None but registrations is ever closed.
+//! Objects begin as the public headers `rdma/fabric.h` and `rdma/fi_domain.h` define, the same in
+//! all versions that import a monitor (from 1.13 on). Only registrations are ever closed.
 #![expect(unsafe_code, reason = "calls libfabric; see the Safety section")]
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -18,7 +19,7 @@ use crate::coverage::operation::Unavailable;
 /// 1.13.
 const VERSION: u32 = 1 << 16 | 13;
 const EP_DGRAM: c_int = 2;
-/// Local, by virtual address, allocated before, keys of the provider's.
+/// `FI_MR_LOCAL`, `FI_MR_VIRT_ADDR`, `FI_MR_ALLOCATED`, `FI_MR_PROV_KEY`.
 const MR_MODE: c_int = 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6;
 /// Send and receive.
 const ACCESS: u64 = 1 << 11 | 1 << 10;
@@ -129,23 +130,23 @@ type GetInfo = unsafe extern "C" fn(
 type OpenFabric = unsafe extern "C" fn(*mut FabricAttr, *mut *mut Fabric, *mut c_void) -> c_int;
 type DuplicateInfo = unsafe extern "C" fn(*const Info) -> *mut Info;
 
-/// A cache: that of a domain.
+/// The cache of a domain.
 pub(super) struct Cache {
     domain: *mut Domain,
     register: Register,
 }
 
-/// What the provider is to be asked for: a domain for datagrams, which needs no address.
+/// The request to the provider: a domain for datagrams, which needs no address.
 fn hints(duplicate: DuplicateInfo) -> Result<*mut Info, Unavailable> {
     // SAFETY: without an argument it makes an empty one.
     let hints = unsafe { duplicate(null()) };
     if hints.is_null() {
         return Err("fi_dupinfo: out of memory".into());
     }
-    // SAFETY: `fi_dupinfo` makes it whole, and no other code has it.
+    // SAFETY: `fi_dupinfo` has initialised it, and no other code has it.
     let parts = unsafe { &mut *hints };
     parts.mode = u64::MAX;
-    // SAFETY: it makes all the parts, too.
+    // SAFETY: `fi_dupinfo` has made all its parts as well.
     unsafe { parts.endpoint.write(EP_DGRAM) };
     // SAFETY: as before.
     unsafe { (*parts.domain).mr_mode = MR_MODE };
@@ -174,7 +175,7 @@ impl Cache {
             unsafe { libc::setenv(name.as_ptr(), value.as_ptr(), 1) };
         }
         let own = load(c"libfabric.so.1")?;
-        // A library that was loaded before may stand in front of these.
+        // Search the global scope, because the drop-in may interpose these functions.
         let any = libc::RTLD_DEFAULT;
         // SAFETY: the types of these functions in `rdma/fabric.h`.
         let get_info =
@@ -213,7 +214,7 @@ impl Cache {
     }
 }
 
-/// The provider must not start its name server, and no other provider is asked.
+/// The provider must not start its name server, and no other provider is needed.
 const ENVIRONMENT: [(&CStr, &CStr); 2] = [
     (c"FI_VERBS_DGRAM_USE_NAME_SERVER", c"0"),
     (c"FI_PROVIDER", c"verbs"),

@@ -1,11 +1,11 @@
-//! Libraries are loaded when they are asked for, and never unloaded.
+//! Loads libraries on demand, and never unloads them.
 #![expect(unsafe_code, reason = "dlopen and dlsym with live strings")]
 
 use std::ffi::{CStr, c_void};
 
 use crate::coverage::operation::Unavailable;
 
-/// Loads a library, so that others find its functions.
+/// Loads a library into the global scope.
 pub(super) fn load(file: &CStr) -> Result<*mut c_void, Unavailable> {
     // SAFETY: a live string. The constructors of these libraries may run in any program.
     let handle = unsafe { libc::dlopen(file.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
@@ -19,7 +19,7 @@ pub(super) fn load(file: &CStr) -> Result<*mut c_void, Unavailable> {
     }
 }
 
-/// A function of an open library, or of any (`RTLD_DEFAULT`).
+/// A function of an open library, or of the global scope (`RTLD_DEFAULT`).
 pub(super) fn symbol(handle: *mut c_void, name: &CStr) -> Result<*mut c_void, Unavailable> {
     // SAFETY: an open handle or `RTLD_DEFAULT`, and a live string.
     let found = unsafe { libc::dlsym(handle, name.as_ptr()) };

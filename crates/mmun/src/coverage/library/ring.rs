@@ -2,9 +2,8 @@
 //! card.
 //!
 //! # Safety
-//! Ranges that are registered are pinned by the kernel or refused by it; what is written through a
-//! slot goes to the pinned pages. They belong to a region of `coverage` of which no Rust reference
-//! exists.
+//! The kernel pins the pages of a range or refuses to register it. A write through a slot goes to
+//! the pinned pages. They belong to a region of `coverage`, to which no Rust reference exists.
 #![expect(
     unsafe_code,
     reason = "fixed buffers take raw addresses; see the Safety section"
@@ -19,14 +18,14 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use io_uring::{IoUring, opcode, types};
 use rustix::fs::{MemfdFlags, memfd_create};
 
-/// How many registrations there may be. None is used twice, so the number of one tells it from all
-/// others.
+/// The maximum number of registrations. No slot is used twice, so the slot number identifies a
+/// registration.
 const SLOTS: u32 = 256;
-/// What is transferred.
+/// The bytes of a transfer.
 pub(crate) const BYTES: [u8; 64] =
     *b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,";
 
-/// See the module.
+/// The device; the module's documentation describes it.
 pub(crate) struct Ring {
     ring: IoUring,
     next: AtomicU32,
@@ -48,12 +47,12 @@ impl Ring {
 
     /// Pins a range and returns its slot. May be called in any thread.
     pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<u32> {
-        // Relaxed: it hands nothing over.
+        // Relaxed: the number publishes no data.
         let slot = self.next.fetch_add(1, Relaxed);
         self.set(slot, start, len).map(|()| slot)
     }
 
-    /// Lets go of the pages of a slot. May be called in any thread.
+    /// Releases the pages of a slot. May be called in any thread.
     pub(crate) fn deregister(&self, slot: u32) -> io::Result<()> {
         self.set(slot, 0, 0)
     }
@@ -74,7 +73,8 @@ impl Ring {
         }
     }
 
-    /// Has the kernel write [`BYTES`] to `address` by the pages of `slot`. For one thread.
+    /// Lets the kernel write [`BYTES`] to `address` through the pages of `slot`. Only one thread
+    /// may call this.
     pub(crate) fn write(&self, slot: u32, address: usize) -> io::Result<()> {
         let target = with_exposed_provenance_mut(address);
         let slot = u16::try_from(slot).map_err(io::Error::other)?;

@@ -5,8 +5,8 @@
 //! those of 1.12 and 1.13, and of 1.22; other versions are refused.
 //!
 //! # Safety
-//! Functions are called by the types that their version has. The context of the cache outlives it:
-//! neither is taken down.
+//! Each function is called with its type in the loaded version. The cache and its context are never
+//! destroyed.
 #![expect(unsafe_code, reason = "calls libucs; see the Safety section")]
 
 use std::ffi::{c_int, c_void};
@@ -18,8 +18,8 @@ use super::ring::Ring;
 use crate::coverage::operation::Unavailable;
 
 const VM_UNMAPPED: c_int = 1 << 17;
-/// A region: what it covers, what else is the cache's own, and what is ours. The cache's part is
-/// smaller in every version.
+/// A region: its range, the cache's own fields, and our fields. In every version the cache's part
+/// is smaller than here.
 #[repr(C)]
 struct Region {
     start: usize,
@@ -51,7 +51,7 @@ struct Ops22 {
     dump: Dump,
 }
 
-/// What both layouts end in.
+/// The last fields of both layouts.
 #[repr(C)]
 struct Rest {
     events: c_int,
@@ -62,7 +62,7 @@ struct Rest {
     max_regions: usize,
     max_size: usize,
     max_unreleased: usize,
-    /// Room for what a version adds.
+    /// Room for the fields of newer versions.
     spare: [usize; 8],
 }
 
@@ -146,7 +146,7 @@ extern "C" fn reg(
 extern "C" fn dereg(ring: *mut Ring, _: *mut c_void, region: *mut Region) {
     // SAFETY: written by `reg`.
     let slot = unsafe { (*region).slot };
-    // SAFETY: as in `reg`. The kernel lets go in any case when the ring is closed.
+    // SAFETY: as in `reg`. The kernel releases the pages in any case when the ring is closed.
     let _ = unsafe { &*ring }.deregister(slot);
 }
 
@@ -177,7 +177,7 @@ impl Cache {
     pub(crate) fn open(ring: &'static Ring) -> Result<Cache, Unavailable> {
         let (major, minor) = version()?;
         let ucs = load(c"libucs.so.0")?;
-        // SAFETY: the types of the versions that are let pass below.
+        // SAFETY: the types in the versions that are accepted below.
         let create = unsafe {
             std::mem::transmute::<*mut c_void, Create>(symbol(ucs, c"ucs_rcache_create")?)
         };
@@ -199,8 +199,7 @@ impl Cache {
         let mut cache = null_mut();
         let (get, status) = match (major, minor) {
             (1, 12 | 13) => {
-                // Its transports call it by name, so a library that was loaded before may stand in
-                // front of it.
+                // UCX's transports call the function by name, so the drop-in may interpose it.
                 let get = symbol(libc::RTLD_DEFAULT, c"ucs_rcache_get")?;
                 // SAFETY: the type of these versions.
                 let get = Get::Of13(unsafe { std::mem::transmute::<*mut c_void, Get13>(get) });
@@ -223,7 +222,7 @@ impl Cache {
                 (get, status)
             }
             (1, 22..) => {
-                // Its transports have the look-up compiled in: no code can stand in front of it.
+                // The look-up is compiled into UCX's transports, so no library can interpose it.
                 let get = symbol(ucs, c"ucs_rcache_get")?;
                 // SAFETY: the type of these versions.
                 let get = Get::Of22(unsafe { std::mem::transmute::<*mut c_void, Get22>(get) });

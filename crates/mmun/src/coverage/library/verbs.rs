@@ -1,16 +1,16 @@
 //! A verbs device that only registers memory, for libfabric's verbs provider.
 //!
-//! libfabric does not export its registration cache; its providers for network cards use it. The
-//! verbs provider is one of them, and calls `libibverbs` and `librdmacm` by name. These functions
-//! stand in front of those: they show one device, in which a registration is a slot of the
-//! [`Ring`]. What the provider asks before it opens a domain is answered; connections there are
-//! none.
+//! libfabric does not export its registration cache; only its providers for network cards use it.
+//! The verbs provider is one of them, and calls `libibverbs` and `librdmacm` by name. The functions
+//! here interpose those libraries. They show one device, in which a registration is a slot of the
+//! [`Ring`]. They answer every query that the provider makes before it opens a domain, and make no
+//! connections.
 //!
-//! The layouts are those of `infiniband/verbs.h`, which have not changed since they are public.
+//! The layouts are those of `infiniband/verbs.h`, which have never changed since their publication.
 //!
 //! # Safety
-//! libfabric passes what these functions have returned, or room for the answer that the
-//! header names. What they return is never freed, but for regions.
+//! libfabric passes objects that these functions have returned, or room for the result that the
+//! header defines. Returned objects are never freed, except regions.
 #![allow(
     unsafe_code,
     reason = "functions of libibverbs for libfabric; see the Safety section"
@@ -22,7 +22,7 @@ use std::sync::OnceLock;
 
 use super::ring::Ring;
 
-/// The ring behind the device. There is no device without one.
+/// The ring behind the device. Without a ring there is no device.
 static RING: OnceLock<&'static Ring> = OnceLock::new();
 
 /// Shows the device from now on.
@@ -45,7 +45,7 @@ struct Device {
     paths: [[u8; 256]; 2],
 }
 
-/// A context, and everything that begins with one: the rest is not looked at.
+/// A context, and every object that begins with a context: libfabric reads no other field.
 #[repr(C)]
 struct Object {
     first: *const c_void,
@@ -55,8 +55,8 @@ struct Object {
 /// A pointer that is only read.
 struct Constant<T>(T);
 
-// SAFETY: no code of this file writes it. The library gets pointers that it may write through, and
-// does so to no field that it is given here; it would fault, because the memory is read-only.
+// SAFETY: no code of this file writes the value. The library gets mutable pointers but writes to
+// none of these fields; a write would fault, because the memory is read-only.
 unsafe impl<T> Sync for Constant<T> {}
 
 static DEVICE: Device = Device {
@@ -138,7 +138,7 @@ struct Mr {
     rkey: u32,
 }
 
-/// How much a queue pair takes with the request itself.
+/// The maximum size of inline data.
 const INLINE: u32 = 64;
 
 /// Sets this thread's `errno`.
@@ -191,7 +191,7 @@ extern "C" fn rdma_get_devices(count: *mut c_int) -> *const *const Object {
 #[unsafe(no_mangle)]
 extern "C" fn rdma_free_devices(_: *const *const Object) {}
 
-/// There are no addresses, and no connections.
+/// Fails: the device has no addresses and makes no connections.
 #[unsafe(no_mangle)]
 extern "C" fn rdma_create_id(_: *mut c_void, _: *mut c_void, _: *mut c_void, _: c_int) -> c_int {
     fail(libc::ENODEV);
@@ -290,7 +290,7 @@ extern "C" fn ibv_destroy_cq(_: *const Object) -> c_int {
     0
 }
 
-/// The attributes are seen as words of 32 bits; the last of these is `max_inline_data`.
+/// Treats the attributes as 32-bit words; the last of them is `max_inline_data`.
 #[unsafe(no_mangle)]
 extern "C" fn ibv_create_qp(_: *const Object, attr: *const [u32; 13]) -> *const Object {
     // SAFETY: the attributes are longer than that.
@@ -346,13 +346,13 @@ extern "C" fn ibv_dereg_mr(mr: *mut Mr) -> c_int {
     // SAFETY: what `ibv_reg_mr` has made, once.
     let mr = unsafe { Box::from_raw(mr) };
     if let Some(ring) = RING.get() {
-        // The kernel lets go in any case when the ring is closed.
+        // The kernel releases the pages in any case when the ring is closed.
         let _ = ring.deregister(mr.handle);
     }
     0
 }
 
-/// The device is none of Amazon's.
+/// Says that the device is not an EFA device of Amazon.
 #[unsafe(no_mangle)]
 extern "C" fn efadv_query_device(_: *const Object, _: *mut c_void, _: u32) -> c_int {
     libc::EOPNOTSUPP

@@ -1,4 +1,4 @@
-//! Pages that advice takes away or changes.
+//! Pages that `madvise` discards or changes.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -33,7 +33,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             known(libc::MADV_DONTNEED_LOCKED, "5.18")?;
-            // Little enough for the limit of those without privilege.
+            // Small enough for the limit of locked memory without privilege.
             let region = Region::anonymous(16)?;
             region.lock()?;
             Ok(Prepared::new(&region.clone(), 0, move || {
@@ -103,7 +103,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "io_uring (MADVISE, DONTNEED)",
         judge: Judge::Frame,
-        // It is no call of its own: the ring is only entered.
+        // The change is not a separate call, because `io_uring_enter` makes it.
         claimed: &[Source::Uffd],
         prepare: || {
             let region = Region::anonymous(PAGES)?;
@@ -137,7 +137,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         prepare: || {
             known(MADV_COLLAPSE, "6.1")?;
             let own = pidfd_open(getpid(), PidfdFlags::empty())?;
-            // The other process is made before the memory, which it would share otherwise.
+            // The other process must be made before the memory, or it would share the memory.
             let other = Other::start(move |start, len| {
                 patiently(|| advise_in(own.as_raw_fd(), start, len, MADV_COLLAPSE))
             })?;
@@ -157,7 +157,7 @@ fn advised(advice: i32) -> Result<Prepared, Unavailable> {
     }))
 }
 
-/// The advice, if this kernel knows it.
+/// Returns the advice if this kernel knows it.
 pub(super) fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
     // For a range of length zero, the kernel only checks that it knows the advice.
     match Region::untouched(1)?.part(0, 0).advise(advice) {
@@ -168,16 +168,16 @@ pub(super) fn known(advice: i32, since: &str) -> Result<i32, Unavailable> {
     }
 }
 
-/// What a huge page could be made of: small pages, which stay so until other advice is given.
+/// Small pages of which a huge page could be made. They stay small until other advice is given.
 pub(super) fn small_pages() -> Result<Region, Unavailable> {
     let region = untouched_huge()?;
     region.touch();
     Ok(region)
 }
 
-/// The same for an operation that makes the huge page itself. The last page is never touched:
-/// `khugepaged` leaves such a region alone where it is told to (`max_ptes_none`), as in the guests.
-/// Otherwise it could collapse the region before the operation does.
+/// The same for an operation that makes the huge page itself. `khugepaged` could collapse the
+/// region before the operation does. So the last page is never touched: with `max_ptes_none` set to
+/// 0, as in the guests, `khugepaged` ignores such a region.
 fn small_pages_but_one() -> Result<Region, Unavailable> {
     let region = untouched_huge()?;
     region.part(0, region.len() / page_size() - 1).touch();

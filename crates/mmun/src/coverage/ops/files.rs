@@ -1,4 +1,4 @@
-//! Mapped files that change, and copies on write.
+//! Changes of mapped files, and copies on write.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -77,7 +77,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: NONE,
         prepare: || {
             let region = Region::untouched(PAGES)?;
-            // Else the first read could be given a huge page of zeros.
+            // Otherwise the first read could get a huge zero page.
             region.advise(libc::MADV_NOHUGEPAGE)?;
             region.look();
             Ok(Prepared::new(&region.clone(), 0, move || {

@@ -1,9 +1,9 @@
-//! The heap: its end moves, or the allocator gives memory back.
+//! The heap: the program break moves, or the allocator returns memory.
 //!
 //! # Safety
-//! Blocks of `malloc` are touched through their pointer alone, within their length, and freed once.
-//! The end of the heap is only moved back over what was gained by moving it forward, and no code
-//! has got memory beyond it meanwhile.
+//! Blocks of `malloc` are accessed only through their pointer, within their length, and freed once.
+//! The program break is moved back only over memory that this module has added, and no code has got
+//! memory there meanwhile.
 #![expect(
     unsafe_code,
     reason = "the allocator of C and brk; see the Safety section"
@@ -17,11 +17,11 @@ use crate::coverage::operation::{Operation, Prepared, Unavailable};
 use crate::coverage::page::Judge;
 use crate::coverage::region::{Region, page_size};
 
-/// More than `malloc` ever takes from the heap instead of mapping it.
+/// A size that `malloc` always maps instead of taking it from the heap.
 const LARGE: usize = 40 << 20;
-/// Less than it maps by itself.
+/// A size that `malloc` takes from the heap.
 const SMALL: usize = 64 << 10;
-/// What [`end_moves`] gains, in bytes.
+/// The number of bytes that [`end_moves`] adds to the heap.
 fn gain() -> usize {
     64 * page_size()
 }
@@ -79,18 +79,19 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             let block = Block::new(LARGE)?;
-            // In the way of growing in place.
+            // Blocks growing in place.
             Region::untouched(1)?;
             Ok(Prepared::at(block.middle(), move || block.grow(2 * LARGE)))
         },
     },
 ];
 
-/// Moves the end of the heap forward, touches the new part, and has `back` move it back.
+/// Moves the program break forward, touches the new part, and prepares `back` to move the break
+/// back.
 fn end_moves(back: fn(usize) -> bool) -> Result<Prepared, Unavailable> {
     settle_the_allocator();
     let (end, gained) = (end_of_heap(), gain() as isize);
-    // SAFETY: more memory at the end takes none away.
+    // SAFETY: growing the heap removes no memory.
     if unsafe { libc::sbrk(gained) } == libc::MAP_FAILED {
         return Err("the heap cannot grow".into());
     }
@@ -113,11 +114,11 @@ fn end_moves(back: fn(usize) -> bool) -> Result<Prepared, Unavailable> {
 }
 
 fn end_of_heap() -> usize {
-    // SAFETY: moving the end by nothing only tells where it is.
+    // SAFETY: `sbrk(0)` only returns the program break.
     unsafe { libc::sbrk(0) as usize }
 }
 
-/// Leaves the allocator free memory below the end, so that it has no reason to move it.
+/// Leaves the allocator free memory below the program break, so that it does not move the break.
 fn settle_the_allocator() {
     // SAFETY: takes integers.
     unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) };
@@ -125,8 +126,8 @@ fn settle_the_allocator() {
     blocks.into_iter().for_each(Block::free);
 }
 
-/// Fills the heap, frees it so that nothing is given back yet, and has `malloc_trim` do that: from
-/// the end, or from below a block that stays.
+/// Fills the heap and frees the blocks without returning memory. Then `malloc_trim` returns memory
+/// at the end of the heap, or below a block that stays.
 fn trimmed(below: bool) -> Result<Prepared, Unavailable> {
     settle_the_allocator();
     let mut blocks = (0..64)
@@ -150,7 +151,7 @@ fn trimmed(below: bool) -> Result<Prepared, Unavailable> {
     }))
 }
 
-/// A block of `malloc`. Dropping it leaks: the process ends soon.
+/// A block of `malloc`. Dropping it leaks the block, because the process ends soon.
 #[derive(Debug)]
 struct Block {
     start: *mut c_void,
@@ -174,7 +175,7 @@ impl Block {
         Ok(block)
     }
 
-    /// An address on a page that is touched.
+    /// An address on a touched page.
     fn middle(&self) -> usize {
         self.start.addr() + self.len / 2
     }
@@ -184,7 +185,7 @@ impl Block {
         unsafe { libc::free(self.start) };
     }
 
-    /// Moves it to a longer place; that one is leaked.
+    /// Grows the block, which must move; the new block is leaked.
     fn grow(self, len: usize) -> io::Result<()> {
         // SAFETY: it came from `malloc`, and goes with `self`.
         let moved = unsafe { libc::realloc(self.start, len) };

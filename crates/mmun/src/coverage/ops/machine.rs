@@ -1,5 +1,5 @@
-//! What only some machines do: those with swap space and memory cgroups, two nodes of memory, or
-//! huge pages reserved.
+//! Operations that need special machines: swap space and memory cgroups, two NUMA nodes, or
+//! reserved huge pages.
 
 use std::fs;
 use std::io;
@@ -60,7 +60,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 return Err("it would cost this machine a page until it boots anew; `cargo xtask guest` has one".into());
             }
             known(MADV_HWPOISON, "2.6.32")?;
-            // Discarding a clean page need not be told: its file still has the bytes.
+            // The page is clean, so the kernel can discard it: its file still has the bytes.
             let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
             Ok(Prepared::new(&region.clone(), 0, move || {
                 region.part(0, 1).advise(MADV_HWPOISON)
@@ -90,7 +90,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
 ];
 
-/// Asks for reclaim from a cgroup that holds this process alone.
+/// Requests reclaim from a cgroup with only this process.
 fn reclaimed() -> Result<Prepared, Unavailable> {
     if fs::read_to_string("/proc/swaps")?.lines().count() < 2 {
         return Err("there is no swap space".into());
@@ -103,14 +103,14 @@ fn reclaimed() -> Result<Prepared, Unavailable> {
     Ok(Prepared::new(&region.clone(), 0, move || {
         let file = group.path.join("memory.reclaim");
         until_moved(&region, 0, || match fs::write(&file, "4M") {
-            // Not all of it could be reclaimed.
+            // Not all of the memory could be reclaimed, which is no error.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             done => done,
         })
     }))
 }
 
-/// A cgroup that lasts as long as this value; the process is back where it was then.
+/// A cgroup with this process. The drop moves the process back and removes the cgroup.
 struct Group {
     path: PathBuf,
     before: PathBuf,
@@ -137,7 +137,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // What cannot be undone stays, and does nothing.
+        // If this fails, the empty cgroup stays, which is harmless.
         let _ = fs::write(self.before.join("cgroup.procs"), "0");
         let _ = fs::remove_dir(&self.path);
     }
@@ -176,7 +176,7 @@ fn run_on(processor: usize) -> io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// Does `step` until the page's frame is another.
+/// Repeats `step` until the page's frame changes.
 fn until_moved(
     region: &Region,
     page: usize,

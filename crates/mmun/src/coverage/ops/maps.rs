@@ -1,11 +1,11 @@
-//! Mappings that go, move or are replaced.
+//! Mappings that are removed, moved or replaced.
 
 use super::{CALL_AND_UFFD, LIBC, LIBC_AND_UFFD};
 use crate::coverage::operation::{Operation, Prepared};
 use crate::coverage::page::Judge;
 use crate::coverage::region::{Region, page_size};
 
-/// Enough pages for a change of them to take a while.
+/// So many pages that a change of them takes a while.
 pub(super) const PAGES: usize = 512;
 
 pub(super) const OPERATIONS: &[Operation] = &[
@@ -68,8 +68,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
         judge: Judge::Frame,
         claimed: LIBC_AND_UFFD,
         prepare: || {
-            // The pages that come are not touched, so that those they replace differ from them
-            // without frame numbers.
+            // The new pages are untouched, so they differ from the replaced pages even without
+            // frame numbers.
             let region = Region::untouched(PAGES)?;
             let target = Region::anonymous(PAGES)?;
             let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;

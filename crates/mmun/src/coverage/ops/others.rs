@@ -1,4 +1,4 @@
-//! What the kernel does by itself, or with more than one node of memory.
+//! Changes that the kernel makes by itself, or that need two NUMA nodes.
 
 use std::fs;
 use std::io;
@@ -22,8 +22,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 return Err("merging is off; 'echo 1 > /sys/kernel/mm/ksm/run' turns it on".into());
             }
             let region = Region::anonymous(64)?;
-            // Every page holds the same. Of the first two that are compared, the second one's frame
-            // is kept for all.
+            // All pages have the same content. When the kernel compares the first two pages, it
+            // keeps the second one's frame for all.
             let watched = 32;
             Ok(Prepared::new(&region.clone(), watched, move || {
                 region.advise(libc::MADV_MERGEABLE)?;
@@ -48,7 +48,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
             }
             let region = Region::anonymous(1)?;
             Ok(Prepared::new(&region.clone(), 0, move || {
-                // It is on one of the two already: asked for that one, the kernel does nothing.
+                // The page is on one of the two nodes already; for that node the kernel does
+                // nothing.
                 region.move_to(nodes[0])?;
                 region.move_to(nodes[1])
             }))

@@ -1,7 +1,8 @@
-//! What comes with processes, threads and libraries.
+//! Changes by processes, threads and libraries.
 //!
 //! # Safety
-//! A library is loaded from a copy of its own, no function of it is called, and it is closed once.
+//! A library is loaded from a private copy of its file, no function of it is called, and it is
+//! closed once.
 #![expect(unsafe_code, reason = "dlopen and dlclose; see the Safety section")]
 
 use std::ffi::CString;
@@ -21,7 +22,7 @@ use crate::sys::{self, Fork};
 
 use super::maps::PAGES;
 
-/// More than libc keeps of the stacks of threads that have ended.
+/// Larger than libc's cache of the stacks of ended threads.
 const STACK: usize = 64 << 20;
 
 pub(super) const OPERATIONS: &[Operation] = &[
@@ -34,8 +35,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
             let parent = rustix::process::getpid();
             Ok(Prepared::new(&region, 0, move || match sys::fork()? {
                 (Fork::Parent(_), _held) => Ok(()),
-                // It stays, so that the page is still shared when that is looked at, and ends with
-                // its parent.
+                // The child stays until its parent ends, so that the page is still shared when its
+                // state is read.
                 (Fork::Child, _held) => sys::wait_for_the_end_of(parent),
             }))
         },
@@ -74,7 +75,8 @@ pub(super) const OPERATIONS: &[Operation] = &[
     },
 ];
 
-/// A thread that has used its stack at least `below` bytes down ends. The page there is watched.
+/// Ends a thread that has used at least `below` bytes of its stack, and watches the page at that
+/// depth.
 fn stack_goes(size: usize, below: usize) -> Result<Prepared, Unavailable> {
     let (used, uses) = channel();
     let (end, ends) = channel::<()>();
@@ -87,7 +89,7 @@ fn stack_goes(size: usize, below: usize) -> Result<Prepared, Unavailable> {
             } else {
                 use_stack(below)
             };
-            // The other side waits for both.
+            // The receiver waits for both.
             let _ = used.send(deep);
             let _ = ends.recv();
             black_box(&here);
@@ -113,9 +115,9 @@ fn use_stack(depth: usize) -> usize {
     }
 }
 
-/// A library whose data is the buffer.
+/// Unloads a library; the watched page is part of its data.
 fn library() -> Result<Prepared, Unavailable> {
-    // One that is there wherever this program runs; as a file of its own it is loaded once more.
+    // A library that this process has loaded. The loader loads a copy of its file once more.
     let maps = fs::read_to_string("/proc/self/maps")?;
     let path = |name: &str| {
         maps.lines()
