@@ -1,9 +1,9 @@
-//! Where in the code calls are made: stacks are taken while a task stands before its call, and
-//! named after the end.
+//! The stacks of calls: taken while a task is stopped before its call, and named after the end of
+//! the trace.
 //!
-//! A stack is unwound at once, from the program's unwind tables (`.eh_frame`) or its frame
-//! pointers: stacks repeat, so that a copy for later would cost more than the unwinding. A frame is
-//! kept as a place in a file, so that programs that share a library share its stacks.
+//! A stack is unwound at once, with the program's unwind tables (`.eh_frame`) or its frame
+//! pointers. Stacks repeat, so copying each stack for later would cost more than unwinding it. A
+//! frame is stored as an offset in a file, so that programs with a common library share its stacks.
 
 mod aside;
 mod bounded;
@@ -34,11 +34,11 @@ use self::space::Space;
 use crate::capture::Capture;
 use crate::record::{Kind, Record};
 
-/// A place in a file that is mapped, or in memory that is of no file.
+/// An address in a mapped file, or in memory without a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Address {
     image: u32,
-    /// As the file numbers its addresses; of what is in no file, as the process does.
+    /// The file's own address, or the process's address for memory without a file.
     at: u64,
 }
 
@@ -54,7 +54,7 @@ pub(crate) struct Stacks {
     scratch: Scratch,
 }
 
-/// What every unwinding needs and none keeps.
+/// Buffers that every unwinding reuses.
 #[derive(Debug, Default)]
 struct Scratch {
     memory: Memory,
@@ -72,12 +72,12 @@ impl Stacks {
         }
     }
 
-    /// Takes note of what a record says about address spaces, after [`Stacks::take`].
+    /// Updates the known code of address spaces from a record, after [`Stacks::take`].
     pub(crate) fn follow(&mut self, record: &Record) {
         match record.kind {
             Kind::MmRelease => drop(self.spaces.remove(&record.mm)),
-            // What will lie there is looked up when it is met. Only calls that unmap put another
-            // file to an address.
+            // Forget the range; new mappings there are looked up when an unwinding reaches them.
+            // Only calls that unmap can replace the file at an address.
             Kind::Start(span) if span.event == crate::events::UNMAP => {
                 if let Some(space) = self.spaces.get_mut(&record.mm) {
                     space.forget(span.start(), span.end());
@@ -87,7 +87,8 @@ impl Stacks {
         }
     }
 
-    /// The number of the stack of `task`, which stands before a call; `None` if it cannot be taken.
+    /// The number of the stack of `task`, which is stopped before a call; `None` if it cannot be
+    /// taken.
     pub(crate) fn take(&mut self, task: Task, capture: &mut Capture) -> Option<u32> {
         let current = current()?;
         let registers = current.registers()?;

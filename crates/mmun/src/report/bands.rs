@@ -1,4 +1,5 @@
-//! The bands of a picture of an address space: runs of used addresses, without the gaps between.
+//! The bands of a picture of an address space: ranges of used addresses, without the gaps between
+//! them.
 
 use std::collections::HashMap;
 
@@ -6,7 +7,7 @@ use crate::intern::Name;
 
 use super::lives::Life;
 
-/// A run of addresses. Each band is drawn to scale; two bands may have different scales.
+/// A range of addresses. Each band is drawn to scale; two bands may have different scales.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Band {
     pub(super) start: u64,
@@ -15,7 +16,7 @@ pub(super) struct Band {
     pub(super) what: Option<Name>,
 }
 
-/// The most bands that a picture has room for.
+/// The maximum number of bands in a picture.
 const MAX_BANDS: usize = 240;
 
 /// Bands that hold every life and every range, in order of address.
@@ -43,8 +44,8 @@ pub(super) fn of(lives: &[Life], ranges: impl Iterator<Item = (u64, u64)>) -> Ve
     name(&runs, lives)
 }
 
-/// Joins each run that is shorter than `least` with the next run, if the gap between the two is
-/// shorter than `least`, too.
+/// Joins each range that is shorter than `least` with the next range, if the gap between the two is
+/// shorter than `least` as well.
 fn join(runs: &[(u64, u64)], least: u64) -> Vec<(u64, u64)> {
     let mut joined: Vec<(u64, u64)> = Vec::with_capacity(runs.len());
     for run in runs {

@@ -19,26 +19,27 @@ pub(super) struct Lane {
     pub(super) program: u32,
     began: u64,
     ended: u64,
-    /// All of them, also those that are not shown one by one.
+    /// The number of all changes, including those that are not shown one by one.
     changes: usize,
     left_out: (usize, usize),
-    /// First page, pages, what lay there.
+    /// First page, number of pages, mapping.
     bands: Vec<(u64, u64, u32)>,
     lives: Vec<LifeRow>,
     marks: Vec<Mark>,
     /// Part of the time, event, calls, time, resident: of all changes.
     strip: Vec<(usize, usize, u64, u64, u64)>,
-    /// By band, a digit for each part of the time: how full it was of lives that are left out, and
-    /// how many changes are.
+    /// For each band, a digit for each part of the time: how full the band was of lives that are
+    /// not shown one by one, and how many such changes it had.
     shade: Vec<String>,
     haze: Vec<String>,
 }
 
-/// First page, pages, began, ended, what, stack of the birth (-1: not known), birth, fate.
+/// First page, number of pages, begin, end, mapping, stack of the birth (-1: not known), birth,
+/// fate.
 type LifeRow = (u64, u64, u64, u64, u32, i64, u8, u8);
 
-/// Began, time on the clock, time in the call, task, its name, call, event, first page and pages,
-/// bytes resident, what lay there, stack, result.
+/// Begin, elapsed time, time in the call, task, its name, call, event, first page, number of pages,
+/// resident bytes, mapping, stack, result.
 type Mark = (
     u64,
     u64,
@@ -54,17 +55,17 @@ type Mark = (
     Option<i64>,
 );
 
-/// A picture has room for so many parts of the time.
+/// The number of parts into which a picture divides the time.
 const PARTS: usize = 200;
 const PAGE: u64 = 4096;
 
-/// What a lane is made of.
+/// The input of a lane.
 pub(super) struct Material<'a> {
     pub(super) mm: u64,
     pub(super) space: Space,
     pub(super) lives: Vec<Life>,
     pub(super) changes: Vec<&'a Changed>,
-    /// Which of them are shown one by one, in the same order.
+    /// Whether each change is shown one by one, in the same order.
     pub(super) shown: Vec<bool>,
 }
 
@@ -75,7 +76,7 @@ pub(super) trait Text {
 }
 
 impl Material<'_> {
-    /// Only the `most_lives` heaviest lives are shown one by one.
+    /// Makes the lane. Only the `most_lives` heaviest lives are shown one by one.
     pub(super) fn lane(mut self, most_lives: usize, text: &mut impl Text) -> Lane {
         let (began, ended) = (self.space.began, self.space.ended.max(self.space.began + 1));
         let ranges = self
@@ -146,7 +147,7 @@ impl Material<'_> {
 }
 
 impl Lane {
-    /// The stacks of what is shown.
+    /// The stacks of the changes and lives that are shown.
     pub(super) fn sites(&self) -> impl Iterator<Item = i64> {
         self.marks
             .iter()
@@ -155,7 +156,7 @@ impl Lane {
     }
 }
 
-/// First page and pages of a range.
+/// First page and number of pages of a range.
 fn pages_of(changed: &Changed) -> (u64, u64) {
     (
         changed.change.span.start() / PAGE,
@@ -256,7 +257,7 @@ impl Parts {
         digits(&grid, digit)
     }
 
-    /// How many of these changes each band has: a digit more is four times as many.
+    /// How many of these changes each band has, as digits: each step is a factor of four.
     fn haze(self, bands: &[Band], changes: &[&Changed]) -> Vec<String> {
         if changes.is_empty() {
             return Vec::new();
@@ -307,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn a_band_is_as_full_as_what_lies_in_it() {
+    fn the_shade_of_a_band_is_the_share_of_its_mappings() {
         let band = |start, end| Band {
             start,
             end,

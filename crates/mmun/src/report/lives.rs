@@ -1,8 +1,8 @@
-//! The lives of mappings: which lay where, from when to when.
+//! The lives of mappings: their addresses, begins and ends.
 //!
-//! A trace tells when mappings are made (`map`), taken away (`unmap`) and copied (`fork`). A
-//! mapping that a trace meets without having seen it made has been there since its address space
-//! began.
+//! A trace records when mappings are made (`map`), removed (`unmap`) and copied (`fork`). If a
+//! change names a mapping whose birth is not in the trace, the mapping is assumed to exist since
+//! its address space began.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -41,7 +41,8 @@ pub(super) enum Fate {
     Kept,
 }
 
-/// What a program can map lies below. A range beyond is all of an address space, and in no picture.
+/// The end of addresses that a program can map. A range beyond is a whole address space, and is not
+/// drawn.
 pub(super) const TOP: u64 = 1 << 57;
 
 /// Every life of every address space.
@@ -113,7 +114,7 @@ fn follow(worlds: &mut HashMap<u64, World>, lived: &Lived) {
                 live,
                 ..World::new(lived.t)
             };
-            // A vfork's child is in the address space of its parent, and is met above.
+            // The child of a vfork is in its parent's address space, which exists already.
             worlds.entry(child_mm).or_insert(world);
         }
         _ => {}
@@ -127,7 +128,7 @@ struct World {
     /// By first address; they do not overlap.
     live: BTreeMap<u64, Live>,
     lives: Vec<Life>,
-    /// Births are told of.
+    /// Whether the trace has births.
     has_births: bool,
 }
 
@@ -165,11 +166,11 @@ impl World {
         }
     }
 
-    /// What a call changes was there before.
+    /// Adds mappings that must have existed before a call that changes them.
     fn meet(&mut self, start: u64, end: u64, changed: &Changed) {
         let change = &changed.change;
         let is_empty = change.seen.pages.is_some_and(|pages| pages.is_empty());
-        // An unmap may name what is mapped nowhere, a protection may not.
+        // An unmap may name a range without a mapping; a change of protection may not.
         if change.span.event == events::UNMAP && is_empty && self.has_births {
             return;
         }
@@ -181,7 +182,7 @@ impl World {
             birth: Birth::Unseen,
         };
         let gaps = self.gaps(start, end);
-        // What was found is known of the first only.
+        // The name is known of the first mapping only.
         let known = gaps
             .iter()
             .filter(|(from, _)| !self.has_births || *from == start);
@@ -200,7 +201,7 @@ impl World {
         if end > TOP {
             return;
         }
-        // Where something lies already, it has grown: a replaced one was unmapped before.
+        // A mapping that exists in the range has grown; a replaced mapping was unmapped before.
         for (from, to) in self.gaps(start, end) {
             let live = Live {
                 end: to,
@@ -213,7 +214,7 @@ impl World {
         }
     }
 
-    /// The parts of a range in which nothing lives.
+    /// The parts of a range without a live mapping.
     fn gaps(&self, start: u64, end: u64) -> Vec<(u64, u64)> {
         let mut gaps = Vec::new();
         let mut at = start;
@@ -230,7 +231,7 @@ impl World {
         gaps
     }
 
-    /// Ends what lives in a range; what hangs over lives on.
+    /// Ends the mappings in a range; parts outside the range live on.
     fn unmap(&mut self, start: u64, end: u64, t: u64) {
         let before = self
             .live
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_lives_from_its_birth_to_its_unmap_and_what_hangs_over_lives_on() {
+    fn a_mapping_lives_until_its_unmap_and_the_rest_lives_on() {
         let found = lives(&[("map", 10, 10), ("unmap", 12, 2)]);
         assert_eq!(
             found,
@@ -342,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_that_was_not_seen_to_be_made_was_there_from_the_begin() {
+    fn a_mapping_without_a_birth_exists_from_the_begin() {
         assert_eq!(
             lives(&[("clear", 5, 1)]),
             [(5, 6, 1, 2, Birth::Unseen, Fate::Kept)]

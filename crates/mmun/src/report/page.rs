@@ -1,8 +1,8 @@
-//! The page: one file of HTML that needs nothing else.
+//! The page: one self-contained file of HTML.
 //!
-//! The data stand in a block that browsers do not run, the script and the style are named by their
-//! hashes, and everything else is forbidden (`default-src 'none'`). Names of files and functions
-//! come from the program that was traced, which may be hostile: no `<` is ever in the data.
+//! The data is in a block that browsers do not run. The page's policy allows the script and the
+//! style by their hashes, and forbids everything else (`default-src 'none'`). Names of files and
+//! functions come from the traced program, which may be hostile, so `<` is escaped in the data.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -24,15 +24,16 @@ const SCRIPT: &str = concat!(
     include_str!("page/charts.js"),
     include_str!("page/flame.js"),
 );
-/// SHA-256 of [`STYLE`] and [`SCRIPT`] in base64: a browser runs nothing else. A test says what
-/// they must be.
+/// SHA-256 of [`STYLE`] and [`SCRIPT`] in base64: a browser runs no other script. A test compares
+/// the hashes with the files.
 const STYLE_HASH: &str = "/STgijkjwNPcYsl1SVtUX93jHYjP1CUOoMMRn9NA1fY=";
 const SCRIPT_HASH: &str = "RfbOqtfgTB/q8L2JGbLN2/hdAXGQEulpP02pav+jL2U=";
 
-/// The most changes that are shown one by one. The heaviest are shown; all are in the totals.
+/// The maximum number of changes that are shown one by one. The heaviest are shown; the totals
+/// include all.
 const MOST_CHANGES: usize = 20_000;
 const MOST_LIVES: usize = 20_000;
-/// The most address spaces that have a picture.
+/// The maximum number of address spaces with a picture.
 const MOST_LANES: usize = 48;
 const MOST_PLACES: usize = 1_000;
 const MOST_LEAVES: usize = 6_000;
@@ -56,20 +57,20 @@ struct Data<'a> {
     lanes: Vec<Lane>,
     /// Place, sum, calls, stacks.
     places: Vec<(u32, Sum, Vec<u32>, Vec<u32>)>,
-    /// Stack (-1: not known), call, what lay there, sum.
+    /// Stack (-1: not known), call, mapping, sum.
     leaves: Vec<(i64, u32, u32, Sum)>,
     /// Power of two of the time, event, calls.
     times: Vec<(u32, usize, u64)>,
-    /// Event, half power of two of the range, and of what was resident, sum.
+    /// Event, half power of two of the range, the same of the resident bytes, sum.
     sizes: Vec<(usize, u32, u32, Sum)>,
     /// Function, module, line; whether the function has a name.
     frames: Vec<(u32, u32, u32, bool)>,
-    /// By number: the index of the place, and the frames, the innermost first.
+    /// For each stack number: the index of the place, and the frames, the innermost first.
     stacks: BTreeMap<u32, (usize, Vec<u32>)>,
     strings: Vec<&'a str>,
 }
 
-/// What is not shown one by one.
+/// The numbers of changes and lives that are not shown one by one.
 #[derive(Debug, Default, Serialize)]
 struct LeftOut {
     changes: usize,
@@ -79,7 +80,7 @@ struct LeftOut {
     leaves: usize,
 }
 
-/// The texts of the page by number; 0 is what is not known.
+/// The texts of the page by number; 0 stands for an unknown text.
 struct Strings<'a> {
     all: Names,
     recorded: &'a Names,
@@ -239,7 +240,7 @@ fn lanes(
     let lane = |(mm, space): (&u64, &crate::recording::Space)| {
         let changes = changes.remove(mm).unwrap_or_default();
         let lives = lives.remove(mm).unwrap_or_default();
-        // Each address space has its part of the room.
+        // Each address space gets its share of the maximum.
         let most = if drawn_lives > MOST_LIVES {
             lives.len() * MOST_LIVES / drawn_lives
         } else {
@@ -264,18 +265,18 @@ fn lanes(
     spaces.into_iter().map(lane).collect()
 }
 
-/// The heaviest of many weights. Of those that are as heavy as the lightest chosen one, an even
-/// selection: a loop makes thousands of calls that weigh the same.
+/// Selects the heaviest of many weights. Among weights equal to the lightest selected one it
+/// selects evenly, because a loop makes thousands of calls of equal weight.
 struct Chosen {
     least: f64,
-    /// How many weigh `least`, how many of these are chosen, and how many were asked about.
+    /// How many weights equal `least`, how many of these are selected, and how many were queried.
     equal: usize,
     room: usize,
     asked: usize,
 }
 
 impl Chosen {
-    /// At most `most` of `weights`, which are sorted, the heaviest first.
+    /// Selects at most `most` of `weights`, which are sorted, the heaviest first.
     fn new(weights: &[f64], most: usize) -> Chosen {
         let least = weights.get(most).copied().unwrap_or(-1.0);
         let heavier = weights.iter().take_while(|weight| **weight > least);
@@ -290,7 +291,7 @@ impl Chosen {
         }
     }
 
-    /// Asked once about each weight.
+    /// Whether a weight is selected. Must be called once for each weight.
     fn has(&mut self, weight: f64) -> bool {
         if weight != self.least {
             return weight > self.least;
@@ -305,13 +306,13 @@ fn is_drawn(changed: &Changed) -> bool {
     changed.change.span.range.last().get() < lives::TOP
 }
 
-/// The stacks that something shown has.
+/// The stacks of all shown changes and lives.
 fn wanted_stacks(lanes: &[Lane], leaves: &[(i64, u32, u32, Sum)]) -> HashSet<i64> {
     let in_lanes = lanes.iter().flat_map(Lane::sites);
     in_lanes.chain(leaves.iter().map(|leaf| leaf.0)).collect()
 }
 
-/// What was traced: the program with most changes, else the last one.
+/// The title: the program with most changes, or else the last program.
 fn title(recording: &Recording, lanes: &[Lane]) -> String {
     let most = lanes
         .first()
@@ -334,7 +335,7 @@ fn title(recording: &Recording, lanes: &[Lane]) -> String {
 
 fn assemble(data: &Data<'_>) -> Vec<u8> {
     let json = serde_json::to_string(data).expect("numbers and texts are JSON");
-    // In JSON a `<` stands in texts only.
+    // In JSON, `<` occurs only inside strings.
     let json = json.replace('<', "\\u003c");
     let title = data.title.replace('&', "&amp;").replace('<', "&lt;");
     let mut page = Vec::with_capacity(json.len() + PAGE.len() + STYLE.len() + SCRIPT.len());
@@ -367,7 +368,7 @@ mod tests {
 
     use super::*;
 
-    /// By coreutils: what a browser will calculate.
+    /// The hash that a browser will calculate, by coreutils.
     fn hash(text: &str) -> String {
         let sum = "sha256sum | cut -d' ' -f1 | tr a-f A-F | basenc --base16 -d | base64 -w0";
         let mut child = Command::new("sh")
@@ -404,7 +405,7 @@ mod tests {
                 .collect()
         };
         assert_eq!(chosen(&[1.0; 8], 4), [1, 3, 5, 7]);
-        // Two that are heavier, and every other of the four that are equal.
+        // The two heavier ones, and every other of the four equal ones.
         let mixed = [1.0, 5.0, 1.0, 1.0, 2.0, 0.0, 1.0];
         assert_eq!(chosen(&mixed, 4), [1, 2, 4, 6]);
         assert_eq!(chosen(&[1.0, 2.0], 4), [0, 1]);

@@ -1,5 +1,5 @@
-//! What `mmun trace` makes of all records at their end, while they are being made: the page of
-//! `--report`, and the files of viewers.
+//! Files that `mmun trace` makes at the end from all records: the page of `--report`, and the files
+//! of viewers. During the trace the records go to a temporary file.
 
 use std::fs::{self, File};
 use std::io::{self, IsTerminal as _, Write as _};
@@ -11,7 +11,7 @@ use crate::output::{Output, STDOUT, is_standard, open_or_make, replace, stdout};
 use crate::recording::Recording;
 use crate::{complain, formats, reason};
 
-/// What is made.
+/// The kind of file that is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Product {
     Page,
@@ -41,7 +41,7 @@ impl Product {
         }
     }
 
-    /// What makes it of records that were kept.
+    /// The command that makes it from kept records.
     fn command(self) -> &'static str {
         match self {
             Product::Page => "mmun report -o FILE.html",
@@ -51,22 +51,22 @@ impl Product {
     }
 }
 
-/// A file that can be written, and the one that keeps the records until it is.
+/// The product's file, and the temporary file of the records.
 #[derive(Debug)]
 pub(crate) struct Pending {
     product: Product,
     path: PathBuf,
     file: File,
-    /// There was no such file.
+    /// Whether the product's file is new.
     is_new: bool,
     spool: PathBuf,
 }
 
 impl Pending {
-    /// A product, and where the records for it go, as JSON.
+    /// Opens the product's file and the output for its records, as JSON.
     ///
     /// # Errors
-    /// Its file or that of the records cannot be made: a line for the user.
+    /// One of the two files cannot be made: a line for the user.
     pub(crate) fn open(path: &Path, product: Product) -> Result<(Pending, Output), String> {
         let fail = |path: &Path, error: &io::Error, hint: &str| {
             format!("open on {}: {}; {hint}", path.display(), reason(error))
@@ -105,7 +105,7 @@ impl Pending {
         ))
     }
 
-    /// There was nothing to trace.
+    /// Removes both files, because there was no trace.
     pub(crate) fn discard(self) {
         let _ = fs::remove_file(&self.spool);
         if self.is_new {
@@ -113,7 +113,8 @@ impl Pending {
         }
     }
 
-    /// Makes the product of the records. If that fails, says why, and where the records are.
+    /// Makes the product from the records. If that fails, prints the reason and the path of the
+    /// records.
     pub(crate) fn finish(mut self) -> bool {
         let written = Recording::open(&self.spool)
             .map_err(|error| format!("read on {}: {error}", self.spool.display()));
@@ -144,7 +145,7 @@ impl Pending {
     }
 }
 
-/// A new file that only its owner may read: a trace tells what programs do.
+/// Makes a new file that only its owner may read, because a trace shows what programs do.
 fn spool() -> io::Result<PathBuf> {
     let folder = std::env::temp_dir();
     for attempt in 0..100_u32 {

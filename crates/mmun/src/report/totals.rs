@@ -1,4 +1,4 @@
-//! Totals over every change of a trace: none is left out of them.
+//! Totals over every change of a trace, shown or not.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -9,8 +9,7 @@ use crate::events;
 use crate::intern::Name;
 use crate::recording::{Changed, Recording};
 
-/// What is summed up, as the page has it: calls, bytes of ranges, bytes resident, nanoseconds, the
-/// longest.
+/// The totals in the page: calls, bytes of ranges, resident bytes, nanoseconds, the longest call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Sum(u64, u64, u64, u64, u64);
 
@@ -48,7 +47,7 @@ impl Sum {
         self.3
     }
 
-    /// The largest share that this has of `whole` in anything.
+    /// The largest share of `whole` that this sum has in any of the totals.
     pub(super) fn share(&self, whole: &Sum) -> f64 {
         let share = |part: u64, whole: u64| {
             if whole == 0 {
@@ -67,12 +66,13 @@ impl Sum {
     }
 }
 
-/// Took memory away, and is not the end of everything.
+/// Whether the change removed memory, except the end of an address space.
 pub(super) fn is_removal(changed: &Changed) -> bool {
     matches!(changed.change.span.event, events::UNMAP | events::CLEAR) && changed.change.is_done()
 }
 
-/// The time in the call itself, else that on the clock; a call with several ranges has it once.
+/// The time in the call itself, or else the elapsed time. Of several ranges of a call only one has
+/// it.
 pub(super) fn time(changed: &Changed) -> u64 {
     let change = &changed.change;
     if change.is_call {
@@ -82,22 +82,22 @@ pub(super) fn time(changed: &Changed) -> u64 {
     }
 }
 
-/// By place in the code, by stack, by time, by size.
+/// The totals by place in the code, by stack, by time and by size.
 #[derive(Debug, Default)]
 pub(super) struct Totals {
     pub(super) all: Sum,
     /// By place, with the calls and events that were made there.
     pub(super) places: BTreeMap<String, Place>,
-    /// By stack, call, and what lay there.
+    /// By stack, call and mapping.
     pub(super) leaves: HashMap<Leaf, Sum>,
     /// Calls by the power of two of their time, and by event.
     pub(super) times: BTreeMap<(u32, usize), u64>,
-    /// Removals by event and the half powers of two of their range and of what was resident.
+    /// Removals by event and by the half powers of two of their range and resident bytes.
     pub(super) sizes: BTreeMap<(usize, u32, u32), Sum>,
     pub(super) tasks: usize,
     /// Unmaps and clears whose size in memory is known, and those of them that removed nothing.
     pub(super) removals: (u64, u64),
-    /// The time is that of the tasks in their calls.
+    /// Whether the times are those in the calls themselves.
     pub(super) is_own: bool,
 }
 
@@ -120,7 +120,7 @@ pub(super) fn of(recording: &Recording) -> Totals {
     let mut places: HashMap<Option<u32>, String> = HashMap::new();
     let mut tasks = BTreeSet::new();
     let mut shares = Shares::default();
-    // That an address space ends is no call of the program.
+    // The end of an address space is not a call of the program.
     for changed in recording
         .changes
         .iter()

@@ -1,6 +1,6 @@
-//! Naming in a child process: a file that the traced program chose can make the readers of DWARF
-//! recurse until their stack is full, take all memory or never end. That costs its own names then,
-//! and not the trace.
+//! Names frames in a child process. The traced program chose the files, and a file can make the
+//! DWARF readers overflow their stack, exhaust memory or never end. In a child, that only costs the
+//! names of this file and not the trace.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -15,23 +15,24 @@ use crate::sys::{self, Fork};
 /// The frames of each address of a file.
 pub(super) type Named = Vec<Vec<Frame>>;
 
-/// Where so many children have died, the files that are left get no names.
+/// After this many children have died, the remaining files get no names.
 const MOST_CHILDREN: usize = 8;
-/// So long may one file take.
+/// The time limit of one file.
 const SECONDS: u32 = 60;
-/// More memory than this is not for names.
+/// The memory limit of a child.
 const MEMORY: u64 = 4 << 30;
-/// What a child says of one file is shorter.
+/// The maximum length of a child's answer for one file.
 const MAX_ANSWER: u32 = 256 << 20;
 
-/// Runs `name` for each of `files`, in a child; nothing comes of a file that kills it. The files
-/// behind that one are given to another child.
+/// Runs `name` for each of `files`, in a child. A file that kills its child gets no names, and
+/// another child continues with the next file.
 pub(super) fn each<T>(files: &[T], name: impl Fn(&T) -> Named) -> Vec<Named> {
     each_within(SECONDS, files, name)
 }
 
 fn each_within<T>(seconds: u32, files: &[T], name: impl Fn(&T) -> Named) -> Vec<Named> {
-    // A child of ours is to find the hook of panics installed, and not half so by another thread.
+    // Install the panic hook before the fork, because the child could inherit it half-installed by
+    // another thread.
     guarded(|| ());
     let mut all = Vec::with_capacity(files.len());
     for _ in 0..MOST_CHILDREN {
@@ -47,10 +48,10 @@ fn each_within<T>(seconds: u32, files: &[T], name: impl Fn(&T) -> Named) -> Vec<
     all
 }
 
-/// One child; `all` gets what it finds, in order, until its end.
+/// Runs one child. `all` gets the child's answers, in order, until the child ends.
 ///
 /// # Errors
-/// `EAGAIN`, `ENOMEM`, `EMFILE`: there is no child.
+/// `EAGAIN`, `ENOMEM`, `EMFILE`: no child could be made.
 fn run<T>(
     seconds: u32,
     files: &[T],
@@ -62,7 +63,7 @@ fn run<T>(
     let (side, held) = sys::fork()?;
     match side {
         Fork::Child => {
-            // Signals that ask to end stay held: they are the parent's to answer.
+            // Ending signals stay blocked, because the parent handles them.
             guarded(|| {
                 drop(reader);
                 sys::be_expendable(parent, MEMORY);
@@ -81,15 +82,15 @@ fn run<T>(
             let heard = std::iter::from_fn(|| hear(&mut reader));
             all.extend(heard.take(files.len()));
             drop(reader);
-            // Another thread that waits for all children may have been first.
+            // Fails if another thread, which waits for all children, has reaped the child.
             let _ = retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
             Ok(())
         }
     }
 }
 
-/// The length of what follows, then the number of addresses; of each the number of its frames, and
-/// the frames.
+/// Writes the length of the message, the number of addresses, and for each address the number of
+/// its frames and the frames.
 fn tell(writer: &mut BufWriter<File>, named: &Named) -> io::Result<()> {
     let mut out = Vec::new();
     put_number(&mut out, named.len());
@@ -114,7 +115,7 @@ fn put_number(out: &mut Vec<u8>, number: usize) {
     out.extend_from_slice(&u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes());
 }
 
-/// `None` if the child is gone, or its mind is.
+/// Reads an answer; `None` if the child has ended or the answer is malformed.
 fn hear(reader: &mut impl Read) -> Option<Named> {
     let mut length = [0; 4];
     reader.read_exact(&mut length).ok()?;
@@ -135,7 +136,7 @@ fn hear(reader: &mut impl Read) -> Option<Named> {
     named.filter(|_| said.0.is_empty())
 }
 
-/// What is left of a message.
+/// The unread rest of a message.
 struct Said<'a>(&'a [u8]);
 
 impl<'a> Said<'a> {
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_kills_its_child_has_no_names_and_the_rest_has() {
+    fn a_file_that_kills_its_child_has_no_names_and_the_others_have() {
         let named = each(&["a", "dies", "b", "panics", "c"], |file| match *file {
             "dies" => std::process::abort(),
             "panics" => panic!("not shown"),
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_without_an_end_is_given_up() {
+    fn an_endless_file_is_given_up() {
         let named = each_within(1, &["loops"], |_| {
             loop {
                 std::hint::spin_loop();
@@ -193,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_without_an_end_is_refused() {
+    fn unlimited_memory_is_refused() {
         let named = each(&[0_u8, 1], |file| {
             if *file == 0 {
                 std::hint::black_box(vec![1_u8; 5 << 30]);
@@ -210,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_cut_short_says_nothing() {
+    fn a_truncated_message_is_no_answer() {
         let mut out = vec![9, 0, 0, 0, 1, 0, 0, 0];
         out.extend([1, 0, 0, 0, 7]);
         assert_eq!(hear(&mut &out[..]), None);

@@ -1,7 +1,7 @@
-//! Files that the traced program chose: opened without side effects, read within limits.
+//! Opens files that the traced program chose without side effects, and reads them within limits.
 //!
-//! Such a file can be anything: a named pipe whose open waits for ever, a device whose open does
-//! something, a link to somewhere else, a sparse file of a terabyte.
+//! Such a file can be a named pipe whose open blocks for ever, a device whose open has an effect, a
+//! link to another file, or a sparse file of a terabyte.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -21,8 +21,8 @@ pub(super) enum Links {
 
 /// Opens a regular file for reading; `None` for anything else.
 ///
-/// The kind of file is asked of an `O_PATH` descriptor, and then that descriptor is opened instead
-/// of the path, which may name another file by then.
+/// It checks the kind of the file with an `O_PATH` descriptor. Then it opens that descriptor
+/// instead of the path, because the path may name another file by then.
 ///
 /// # Blocking
 /// Does not wait for the writer of a pipe or for the owner of a lease. May wait for a file system.
@@ -46,18 +46,19 @@ pub(super) fn regular(path: &Path, links: Links) -> Option<File> {
         .map(File::from)
 }
 
-/// What an ELF file is read from.
+/// The input of an ELF file.
 pub(super) trait Reader: Read + Seek {}
 impl<T: Read + Seek> Reader for T {}
 
-/// A file as `object` reads it: each part once, and kept.
+/// The input for `object`: reads each part once, and caches it.
 pub(super) struct Source {
     cache: ReadCache<Box<dyn Reader>>,
     /// How many bytes may still be read.
     left: Cell<u64>,
 }
 
-/// So much is read at once, and in all. The largest tables of the largest programs are smaller.
+/// The limit of one read and of all reads together. The largest tables of the largest programs are
+/// smaller.
 const MOST_AT_ONCE: u64 = 512 << 20;
 const MAX_BYTES: u64 = 1 << 30;
 
@@ -69,7 +70,7 @@ impl Source {
         }
     }
 
-    /// `None` if it is no ELF file of this byte order and word size, or a broken one.
+    /// Parses the ELF file; `None` if it is malformed or has another byte order or word size.
     pub(super) fn elf(&self) -> Option<object::File<'_, Bounded<'_>>> {
         object::File::parse(Bounded(self)).ok()
     }
@@ -94,7 +95,7 @@ impl<'a> ReadRef<'a> for Bounded<'a> {
     }
 
     fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'a [u8], ()> {
-        // A string is short: the cache sees to that. There can be many.
+        // The cache limits the length of a string, but there can be many strings.
         let text = self.0.cache.read_bytes_at_until(range, delimiter)?;
         let left = self.0.left.get().checked_sub(text.len() as u64 + 1);
         self.0.left.set(left.ok_or(())?);
@@ -129,7 +130,7 @@ mod tests {
         symlink(&file, &link).unwrap();
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let opens = |path: &Path, links| regular(path, links).is_some();
-        // Were the pipe opened, this would wait for ever.
+        // If the pipe were opened, this would block for ever.
         let found = [&file, &link, &pipe, &socket, &folder].map(|path| opens(path, Links::Follow));
         assert_eq!(found, [true, true, false, false, false]);
         let found = [&file, &link, &pipe].map(|path| opens(path, Links::Refuse));

@@ -1,4 +1,4 @@
-//! Broken files: whatever their bytes are, reading comes to an end, and takes little memory.
+//! Tests with malformed files: for any bytes, reading terminates and takes little memory.
 //!
 //! `tiny.elf` has symbols, unwind tables, lines and an inlined function:
 //!
@@ -29,7 +29,7 @@ use super::{Address, symbols};
 
 const TINY: &[u8] = include_bytes!("corrupt/tiny.elf");
 
-/// `MMUN_ROUNDS` asks for more.
+/// `MMUN_ROUNDS` sets another number.
 const ROUNDS: u64 = 3_000;
 
 /// xorshift64*.
@@ -48,7 +48,7 @@ impl Random {
     }
 }
 
-/// A few bytes are others: at random, or words that are too large or too small.
+/// Corrupts a few bytes: random bytes, or words that are too large or too small.
 fn corrupt(random: &mut Random) -> Vec<u8> {
     let mut bytes = TINY.to_vec();
     if random.below(8) == 0 {
@@ -63,7 +63,7 @@ fn corrupt(random: &mut Random) -> Vec<u8> {
             _ => random.next(),
         };
         let size = 1 << random.below(4);
-        // The tables in front and behind are short, and say where all else is.
+        // Prefer the headers at the begin and the end, which have the offsets of all other parts.
         let at = match random.below(4) {
             0 => random.below(0x270),
             1 => TINY.len() - 1 - random.below(0x680),
@@ -101,7 +101,7 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     read(bytes.to_vec(), &mut Random(0x9e37_79b9_7f4a_7c15));
 }
 
-/// Unwinds with the file's tables, whatever processor the file is for.
+/// Unwinds with the file's tables, for any processor.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn unwind(image: &Image, random: &mut Random) {
     let sections = image.sections.clone();
@@ -154,7 +154,8 @@ fn unwind(image: &Image, random: &mut Random) {
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn unwind(_: &Image, _: &mut Random) {}
 
-/// An ELF file whose function at 0x1000 has so many inlined ones, each in the one before.
+/// An ELF file whose function at 0x1000 has `depth` inlined functions, each nested in the previous
+/// one.
 fn nested(depth: usize) -> Vec<u8> {
     const ABBREV: &[u8] = &[
         // A unit and a function, of an address and a size; an inlined function, of nothing.
@@ -246,7 +247,7 @@ fn a_corrupt_file_is_read_to_an_end() {
     let reader = std::thread::spawn(move || {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         for round in 0..rounds {
-            // The last that is heard of is the one that did it.
+            // The last round that is received is the one that hangs.
             if sender.send(round).is_err() {
                 return;
             }

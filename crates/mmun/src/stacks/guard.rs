@@ -1,5 +1,5 @@
-//! What a broken file makes the readers of ELF, DWARF and unwind tables do is worth neither the
-//! trace nor a word: they overflow here and there, and say so by a panic.
+//! Catches panics of the readers of ELF, DWARF and unwind tables. On a malformed file they can
+//! panic, for example by an overflow. That must neither end the trace nor print a message.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -9,7 +9,8 @@ thread_local! {
     static IS_QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs `read`; `None` if it panicked. What it changed must not be relied on then.
+/// Runs `read`; `None` if it panicked. After a panic, data that `read` has changed may be
+/// inconsistent.
 pub(super) fn guarded<T>(read: impl FnOnce() -> T) -> Option<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -31,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_is_no_answer_and_the_next_one_outside_is_heard() {
+    fn a_panic_inside_is_silent_and_a_later_one_outside_is_printed() {
         assert_eq!(guarded(|| 7), Some(7));
         assert_eq!(guarded(|| -> u32 { panic!("not shown") }), None);
         assert_eq!(

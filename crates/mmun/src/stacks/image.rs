@@ -1,11 +1,11 @@
-//! The files that programs have mapped, kept so that they can be read after the programs, and the
-//! files, are gone.
+//! The files that programs have mapped, kept so that they can be read after the programs have ended
+//! and the files were deleted.
 //!
 //! # Safety
-//! A file is mapped so that it stays; but nothing here ever reads the mapping: another process can
-//! cut the file short, and reading what is beyond its end kills the reader. All reads go through
-//! `/proc/self/mem`, for which that is an error.
-#![expect(unsafe_code, reason = "a file is mapped so that it stays")]
+//! A mapping keeps the file, but this module never reads the mapping directly: another process can
+//! truncate the file, and an access beyond its end kills the reader. All reads go through
+//! `/proc/self/mem`, which returns an error instead.
+#![expect(unsafe_code, reason = "maps files to keep them")]
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -23,7 +23,7 @@ use super::bounded::{Links, Reader, Source, regular};
 use crate::capture::ioctl::Vma;
 use crate::who::shown;
 
-/// All files met so far.
+/// All files so far.
 #[derive(Debug, Default)]
 pub(super) struct Images {
     pub(super) list: Vec<Image>,
@@ -31,16 +31,16 @@ pub(super) struct Images {
     budget: Budget,
 }
 
-/// Something that holds code.
+/// A file, or memory without a file, that has code.
 #[derive(Debug)]
 pub(super) struct Image {
-    /// The path that the process knows it by, or what the kernel calls it.
+    /// The process's path of the file, or the kernel's name of the memory.
     pub(super) path: String,
     pub(super) content: Content,
     /// The segments that are executable.
     segments: Vec<Segment>,
     pub(super) sections: Sections,
-    /// There are unwind tables that are too large to be read.
+    /// Whether its unwind tables are too large to be read.
     pub(super) is_partial: bool,
 }
 
@@ -51,7 +51,7 @@ struct Segment {
     address: u64,
 }
 
-/// What unwinding needs, copied.
+/// The sections for unwinding, copied.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Sections {
     pub(super) text: Option<(u64, u64)>,
@@ -64,24 +64,24 @@ pub(super) enum Content {
     /// A file that is mapped here.
     Mapped(Mapped),
     Memory(Arc<[u8]>),
-    /// Memory of no file, of this process: code that was made at run time. It begins here.
+    /// Memory without a file, with code that the process has generated, and its start.
     Anonymous {
         pid: Pid,
         begin: u64,
-        /// The user of the process; `None` if that is not known.
+        /// The user of the process, if known.
         user: Option<u32>,
     },
 }
 
-/// A larger section is not read, nor more of all files together: the traced programs chose them.
-/// The largest tables of the largest programs have 30 MiB.
+/// The limit of a section, because the traced programs chose the files. The largest tables of the
+/// largest programs have 30 MiB.
 const MAX_SECTION: u64 = 64 << 20;
 const MAX_TOTAL: u64 = 512 << 20;
-/// Larger tables without an index are not read: each address space would search them from their
+/// The limit of tables without an index, because each look-up would search them from their
 /// beginning.
 const MAX_UNINDEXED: u64 = 4 << 20;
 
-/// So many bytes of unwind tables may be copied still.
+/// How many more bytes of unwind tables may be copied.
 #[derive(Debug)]
 pub(super) struct Budget(u64);
 
@@ -92,7 +92,7 @@ impl Default for Budget {
 }
 
 impl Budget {
-    /// `true` if this fits; it is taken off then.
+    /// Subtracts `size` from the budget; `false` if it does not fit.
     fn take(&mut self, size: u64) -> bool {
         let left = self.0.checked_sub(size).filter(|_| size <= MAX_SECTION);
         self.0 = left.unwrap_or(self.0);
@@ -101,8 +101,8 @@ impl Budget {
 }
 
 impl Images {
-    /// The image behind a mapping of the task that stands before a call, and where address 0 of the
-    /// image lies.
+    /// The image behind a mapping of the stopped task, and the process's address of the image's
+    /// address 0.
     pub(super) fn of(&mut self, vma: &Vma, current: &Current) -> Option<(u32, u64)> {
         let key = (vma.device, vma.inode);
         let number = match self.by_file.get(&key).filter(|_| vma.inode != 0) {
@@ -124,7 +124,7 @@ impl Images {
         Some((number, self.list[number as usize].bias(vma)?))
     }
 
-    /// Stands for memory that is of no file.
+    /// Adds an image for memory without a file.
     pub(super) fn anonymous(&mut self, name: &str, pid: Pid, begin: u64) -> u32 {
         let path = if name.is_empty() {
             "[anon]".to_owned()
@@ -150,7 +150,7 @@ impl Images {
 }
 
 impl Image {
-    /// `None` if it is no ELF file.
+    /// `None` if it is not an ELF file.
     pub(super) fn new(path: String, content: Content, budget: &mut Budget) -> Option<Image> {
         let source = Source::new(content.reader()?);
         let elf = source.elf()?;
@@ -200,7 +200,7 @@ impl Image {
         })
     }
 
-    /// Where the image's address 0 lies, if this mapping is of an executable segment.
+    /// The process's address of the image's address 0, if this mapping is of an executable segment.
     fn bias(&self, vma: &Vma) -> Option<u64> {
         const MASK: u64 = !4095;
         if let Content::Memory(_) = self.content {
@@ -237,8 +237,8 @@ fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
     Some(Content::Memory(bytes.into()))
 }
 
-/// The file itself, also if it has been deleted; without the right to that, the file of that name,
-/// if it is the same.
+/// The file itself, even if it was deleted. Without the right to open it, the file of the same
+/// path, if it is the same file.
 fn from_file(vma: &Vma, pid: Pid) -> Option<Content> {
     let link = shown(pid, &format!("map_files/{:x}-{:x}", vma.start, vma.end))?;
     let name = shown(pid, &format!("root{}", vma.name))?;
@@ -252,7 +252,7 @@ fn from_file(vma: &Vma, pid: Pid) -> Option<Content> {
 }
 
 impl Content {
-    /// `None` for what is of no file.
+    /// `None` for memory without a file.
     pub(super) fn reader(&self) -> Option<Box<dyn Reader>> {
         match self {
             Content::Mapped(mapped) => Some(Box::new(mapped.reader().ok()?)),
@@ -262,14 +262,14 @@ impl Content {
     }
 }
 
-/// A file that is mapped here and not read.
+/// A mapping of a file, never accessed directly.
 #[derive(Debug)]
 pub(super) struct Mapped {
     begin: NonNull<std::ffi::c_void>,
     length: u64,
 }
 
-// SAFETY: it is an address that is handed to the kernel; the memory behind it is never accessed.
+// SAFETY: only the kernel uses the address; this program never accesses the memory behind it.
 unsafe impl Send for Mapped {}
 
 impl Mapped {
@@ -347,7 +347,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_cut_short_is_an_error_and_no_death() {
+    fn a_truncated_file_is_an_error_and_kills_no_process() {
         let path = std::env::temp_dir().join(format!("mmun-image-{}", std::process::id()));
         std::fs::write(&path, vec![7; 3 * 4096]).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();

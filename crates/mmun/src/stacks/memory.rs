@@ -1,25 +1,25 @@
-//! The stack of a stopped task, read as far as an unwinding asks for it.
+//! The stack memory of a stopped task, read as far as an unwinding needs it.
 
-/// A stack. The buffer is kept from one stack to the next.
+/// A stack. The buffer is reused for the next stack.
 #[derive(Debug)]
 pub(super) struct Memory {
     buffer: Vec<u8>,
     /// The stack pointer.
     begin: u64,
-    /// So much of the buffer was read.
+    /// How many bytes of the buffer were read.
     have: usize,
-    /// Nothing can be read behind that.
+    /// Whether the memory after these bytes cannot be read.
     ended: bool,
-    /// So much was asked for.
+    /// How many bytes the unwinding has used.
     needed: usize,
 }
 
-/// So much is read at once of the first stack.
+/// How much of the first stack is read at once.
 const FIRST: usize = 16 << 10;
-/// Most stacks are as deep as the one before: a little more than that one needed is read at once,
-/// in steps of this. A page that is read and not needed costs 0.2 us.
+/// Most stacks are as deep as the previous stack, so a little more than that stack needed is read
+/// at once, rounded up to this step. Reading an unneeded page costs 0.2 us.
 const STEP: usize = 1 << 10;
-/// The most that is read of a stack.
+/// The maximum that is read of a stack.
 const MAX_BYTES: usize = 1 << 20;
 
 impl Default for Memory {
@@ -35,8 +35,7 @@ impl Default for Memory {
 }
 
 impl Memory {
-    /// Begins with the stack of another stop. `read` copies memory of the task and returns how much
-    /// it could copy.
+    /// Begins a new stack. `read` copies memory of the task and returns how much it could copy.
     pub(super) fn begin(&mut self, stack: u64, read: impl FnOnce(u64, &mut [u8]) -> usize) {
         let size = (self.needed + STEP / 2)
             .next_multiple_of(STEP)
@@ -45,7 +44,8 @@ impl Memory {
         self.extend(size, read);
     }
 
-    /// The word at `address`; `None` if it does not lie on the stack, or too far up.
+    /// The word at `address`; `None` if the address is below the stack, too far above, or
+    /// unreadable.
     pub(super) fn word(
         &mut self,
         address: u64,

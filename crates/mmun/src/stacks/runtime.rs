@@ -1,4 +1,4 @@
-//! Code that was made at run time, as the program itself tells of it (`/tmp/perf-PID.map`).
+//! Code that a program has generated, from the map that the program writes (`/tmp/perf-PID.map`).
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -22,7 +22,7 @@ pub(super) struct PerfMap {
     symbols: Vec<(u64, u64, Range<usize>)>,
 }
 
-/// More of a map is not read.
+/// The maximum that is read of a map.
 const MAX_BYTES: u64 = 64 << 20;
 
 impl PerfMaps {
@@ -30,8 +30,8 @@ impl PerfMaps {
     pub(super) fn of(&mut self, pid: Pid, user: Option<u32>) -> &PerfMap {
         let read = || {
             let mut text = Vec::new();
-            // Anyone may write there: a pipe would never end, a link may lead to any file, and the
-            // map of another user may give wrong names.
+            // Every user may write to `/tmp`: a pipe would block for ever, a link may lead to any
+            // file, and another user's map may have wrong names.
             let file = regular(Path::new(&format!("/tmp/perf-{pid}.map")), Links::Refuse);
             let file = file.filter(|file| {
                 let owner = file.metadata().map(|about| about.uid());
@@ -46,8 +46,8 @@ impl PerfMaps {
     }
 }
 
-/// As `perf` has it, but for the user of the process in the place of the one who asks: a map is
-/// believed that is the user's own, or root's.
+/// A map is trusted if the user of the process owns it, or root. (`perf` has the same rule for its
+/// own user.)
 fn is_trusted(owner: u32, user: Option<u32>) -> bool {
     let user = user.unwrap_or_else(|| rustix::process::geteuid().as_raw());
     owner == 0 || owner == user
@@ -65,7 +65,7 @@ impl PerfMap {
             .split(|byte| *byte == b'\n')
             .filter_map(symbol)
             .collect();
-        // What is written later is what lies there now.
+        // A later line replaces an earlier one at the same address.
         symbols.sort_by_key(|(start, ..)| *start);
         PerfMap { text, symbols }
     }
@@ -75,7 +75,7 @@ impl PerfMap {
         let end = self
             .symbols
             .partition_point(|(start, ..)| *start <= address);
-        // A compiler may have thrown code away and put other code there: look at several symbols.
+        // A compiler may have replaced code at these addresses, so check several symbols.
         let mut near = self.symbols[..end].iter().rev().take(8);
         let (.., name) = near.find(|(start, size, _)| address - start < (*size).max(1))?;
         Some(String::from_utf8_lossy(&self.text[name.clone()]).into_owned())
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn a_map_is_the_users_own() {
-        // A number that no process has, and the file of this test's only.
+        // A pid that no process has, so that the file belongs to this test only.
         let pid = i32::MAX - std::process::id() as i32;
         let path = format!("/tmp/perf-{pid}.map");
         std::fs::write(&path, "10 10 f\n").unwrap();
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_made_last_lies_there() {
+    fn the_latest_symbol_at_an_address_counts() {
         let map = PerfMap::new(b"10 10 old\nnonsense\n30 8 other\n10 10 new\n".into());
         let names = [0xf, 0x10, 0x1f, 0x20, 0x37].map(|at| map.name(at).unwrap_or_default());
         assert_eq!(names, ["", "new", "new", "", "other"]);

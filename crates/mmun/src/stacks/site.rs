@@ -1,4 +1,4 @@
-//! Stacks with names, and the frame of each that is the place of the call.
+//! Named stacks, and the frame of each stack that is the place of the call.
 
 use std::collections::HashMap;
 
@@ -11,24 +11,24 @@ use crate::kind::LineKind;
 pub(crate) struct Frame {
     /// Its name, or `libc.so.6+0x27249`.
     pub(crate) function: String,
-    /// The file it is in, without directories.
+    /// The name of its file, without directories.
     pub(crate) module: String,
     /// `file.c:12`, or nothing.
     pub(crate) line: String,
     pub(crate) has_name: bool,
 }
 
-/// How the file name of a dynamic loader begins.
+/// The prefixes of a dynamic loader's file name.
 const LOADERS: [&str; 2] = ["ld-linux", "ld-musl"];
 
 impl Frame {
-    /// It is the dynamic loader's, no function of which is a place. Only a stack that is all the
-    /// loader's, before the program begins, has such a frame for its place.
+    /// Whether the frame is in the dynamic loader, whose functions are never places. Only if the
+    /// whole stack is in the loader, before the program begins, is such a frame the place.
     pub(crate) fn is_loader(&self) -> bool {
         LOADERS.iter().any(|name| self.module.starts_with(name))
     }
 
-    /// What stands for all of the loader's functions.
+    /// The common text for all of the loader's functions.
     pub(crate) fn loader_text(&self) -> String {
         format!("the loader, before the program begins ({})", self.module)
     }
@@ -79,8 +79,7 @@ pub(crate) struct Resolved {
     stacks: HashMap<u32, Stack>,
 }
 
-/// Functions that make memory calls on behalf of others, by their names without leading
-/// underscores.
+/// Functions that make memory calls for their callers, by names without leading underscores.
 const ALLOCATORS: &[&str] = &[
     "munmap",
     "mmap",
@@ -158,8 +157,8 @@ const ALLOCATORS: &[&str] = &[
     "clone3",
 ];
 
-/// Libraries in which no function is the place, beside the loader: the C library, and allocators of
-/// their own.
+/// Libraries, besides the loader, whose functions are never the place: the C library and
+/// allocators.
 const LIBRARIES: &[&str] = &[
     "libc.so",
     "libc-2",
@@ -177,7 +176,7 @@ impl Resolved {
     ) -> Resolved {
         let with_place = |frames: Vec<Frame>, is_partial| {
             let at = frames.iter().position(|frame| !is_allocator(frame, skip));
-            // All of it is the loader's or libc's: the outermost that has a name says most.
+            // All frames are in the loader or libc: use the outermost frame with a name.
             let at = at
                 .or_else(|| frames.iter().rposition(|frame| frame.has_name))
                 .unwrap_or(0);
@@ -231,7 +230,7 @@ impl Resolved {
         all
     }
 
-    /// One record a stack.
+    /// Writes one record for each stack.
     pub(crate) fn write_json(&self, out: &mut Vec<u8>, t: u64) {
         for (number, stack) in self.all() {
             json::head(out, t, LineKind::Stack);
@@ -263,7 +262,7 @@ impl Resolved {
         }
     }
 
-    /// As strace does it, a frame a line.
+    /// Writes each frame on a line, as strace does.
     pub(crate) fn write_text(&self, out: &mut Vec<u8>) {
         for (number, stack) in self.all() {
             out.put("stack ");
@@ -348,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_without_a_name_says_where_it_is() {
+    fn a_frame_without_a_name_shows_its_address() {
         assert_eq!(frame("app+0x10", "app").text(), "app+0x10");
         let with_line = Frame {
             line: "a.c:3".into(),

@@ -1,4 +1,4 @@
-//! One address space, as far as its code is known.
+//! The known code of one address space.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub(super) struct Space {
     cache: Cache,
     /// In order of address, not overlapping.
     parts: Vec<Part>,
-    /// The stacks that were met since code last went away.
+    /// The stacks since code was last removed.
     pub(super) known: HashMap<Box<[u64]>, u32>,
 }
 
@@ -31,7 +31,7 @@ struct Part {
     start: u64,
     end: u64,
     image: u32,
-    /// What is taken off an address.
+    /// The value that is subtracted from an address of the process.
     bias: u64,
     has_module: bool,
 }
@@ -40,7 +40,7 @@ struct Part {
 const DEEPEST: usize = 256;
 
 impl Space {
-    /// Leaves the addresses of the frames in `scratch`, the innermost first.
+    /// Writes the addresses of the frames to `scratch`, the innermost first.
     pub(super) fn unwind(
         &mut self,
         images: &mut Images,
@@ -51,11 +51,11 @@ impl Space {
     ) {
         let memory = &mut scratch.memory;
         memory.begin(registers.sp, |at, buffer| current.read_memory(at, buffer));
-        // Each round ends or learns of a part of the code that was not known.
+        // Each iteration ends the unwinding, or adds a part of the code that was unknown.
         for _ in 0..DEEPEST {
             let frames = &mut scratch.frames;
             frames.clear();
-            // What a broken file says about itself could mislead the unwinder.
+            // A malformed file could make the unwinder panic.
             let unknown = guarded(|| self.walk(current, registers, memory, frames)).flatten();
             let Some(unknown) = unknown else { break };
             if !self.learn(images, place, current, unknown) {
@@ -91,7 +91,8 @@ impl Space {
         while let Ok(Some(frame)) = iter.next() {
             // A call stands before the address to which it returns.
             let address = match frame {
-                // Behind the instruction that makes the system call, and still in it.
+                // The address after the system call instruction, which belongs to the same
+                // function.
                 FrameAddress::InstructionPointer(address) => address.saturating_sub(1),
                 FrameAddress::ReturnAddress(address) => u64::from(address) - 1,
             };
@@ -106,11 +107,9 @@ impl Space {
         None
     }
 
-    /// Finds out what lies at `address`. Afterwards a part holds it, be it one of which nothing is
-    /// known.
-    ///
-    /// `false` if nothing is mapped there: the unwinding went astray, and the frames below it are
-    /// all there is.
+    /// Looks up the mapping at `address` and adds it as a part, even if its code is unknown.
+    /// `false` if nothing is mapped there: then the unwinding has gone wrong, and only the frames
+    /// so far are valid.
     fn learn(
         &mut self,
         images: &mut Images,
@@ -167,7 +166,7 @@ impl Space {
         self.parts.insert(at, part);
     }
 
-    /// Nothing is known any more about a range.
+    /// Forgets the code in a range.
     pub(super) fn forget(&mut self, start: u64, end: u128) {
         let first = self.parts.partition_point(|part| part.end <= start);
         let last = self
@@ -182,7 +181,7 @@ impl Space {
         self.known.clear();
     }
 
-    /// The place of an address of a frame.
+    /// The file and offset of a frame's address.
     pub(super) fn address(&self, at: u64) -> Address {
         match part_of(&self.parts, at) {
             Some(part) => Address {

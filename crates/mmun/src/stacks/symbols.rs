@@ -1,4 +1,4 @@
-//! From addresses to names: symbols, lines and inlined functions, once the trace has ended.
+//! Names addresses after the end of the trace: symbols, lines and inlined functions.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -16,7 +16,7 @@ use super::image::{Content, Image, Images};
 use super::runtime::PerfMaps;
 use super::site::Frame;
 
-/// A file whose debug sections are larger together is named by its symbols only.
+/// If a file's debug sections are larger than this together, only its symbols are used.
 const MOST_DEBUG: u64 = 512 << 20;
 
 /// The frames of each address, the innermost first: more than one where functions were inlined.
@@ -61,7 +61,7 @@ pub(super) fn name(images: &Images, wanted: &[Address]) -> HashMap<Address, Vec<
     named
 }
 
-/// Code of no function that is known.
+/// A frame without a known function.
 fn unnamed(module: &str, at: u64) -> Frame {
     Frame {
         function: format!("{module}+{at:#x}"),
@@ -71,7 +71,7 @@ fn unnamed(module: &str, at: u64) -> Frame {
     }
 }
 
-/// The last part of a path, without what the kernel adds to the name of a file that is gone.
+/// The last part of a path, without the suffix that the kernel adds for a deleted file.
 fn short(path: &str) -> &str {
     let path = path.strip_suffix(" (deleted)").unwrap_or(path);
     path.rsplit('/')
@@ -88,7 +88,7 @@ pub(super) fn of_file(image: &Image, group: &[Address]) -> Vec<Vec<Frame>> {
     let Some(elf) = source.elf() else {
         return Vec::new();
     };
-    // A distribution's symbols are in a file of their own, where they are installed.
+    // A distribution installs symbols in a separate file.
     let id = elf.build_id().ok().flatten();
     let apart = id
         .and_then(debug_file)
@@ -169,9 +169,9 @@ fn frames(
 }
 
 fn named(module: &str, symbol: &str) -> Frame {
-    // The version of a symbol is of no interest here: `malloc@@GLIBC_2.2.5`.
+    // Remove the version of a symbol: `malloc@@GLIBC_2.2.5`.
     let symbol = symbol.split_once('@').map_or(symbol, |(name, _)| name);
-    // Without the prefix it is a name of C: `t` is no `unsigned short`.
+    // Without one of these prefixes it is a C name: `t` must not become `unsigned short`.
     let function = match symbol.starts_with("_Z") || symbol.starts_with("_R") {
         true => demangle_auto(symbol.into(), None).into_owned(),
         false => symbol.to_owned(),
@@ -187,14 +187,14 @@ fn named(module: &str, symbol: &str) -> Frame {
 /// The symbol that holds `at`, never one that ends before it.
 fn find<'a>(symbols: &'a [(u64, u64, Cow<'_, str>)], at: u64) -> Option<&'a str> {
     let end = symbols.partition_point(|(start, ..)| *start <= at);
-    // Aliases and nested symbols stand close together.
+    // Aliases and nested symbols are close together.
     let near = symbols[..end].iter().rev().take(8);
     near.filter(|(start, size, _)| at - start < (*size).max(1))
         .map(|(.., name)| &**name)
         .next()
 }
 
-/// The symbols that hold one of the addresses: of all symbols of a file, few are ever named.
+/// The symbols that contain one of the addresses: only few of a file's symbols are ever needed.
 fn collect<'a, R: ReadRef<'a>>(
     elf: &object::File<'a, R>,
     group: &[Address],

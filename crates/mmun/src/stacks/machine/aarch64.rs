@@ -7,7 +7,7 @@ use mmu_source::process::Registers;
 pub(crate) type Machine<D> = UnwinderAarch64<D>;
 pub(crate) type Cache = CacheAarch64;
 
-/// Where the unwinding begins.
+/// The registers with which unwinding begins.
 pub(crate) fn start(registers: &Registers) -> UnwindRegsAarch64 {
     let mask = PtrAuthMask(registers.code_mask);
     let link = registers.link.unwrap_or_default();

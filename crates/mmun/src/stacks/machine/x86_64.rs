@@ -6,7 +6,7 @@ use mmu_source::process::Registers;
 pub(crate) type Machine<D> = UnwinderX86_64<D>;
 pub(crate) type Cache = CacheX86_64;
 
-/// Where the unwinding begins.
+/// The registers with which unwinding begins.
 pub(crate) fn start(registers: &Registers) -> UnwindRegsX86_64 {
     UnwindRegsX86_64::new(registers.ip, registers.sp, registers.bp)
 }
