@@ -1,8 +1,8 @@
-//! What tracing costs, against `strace` and against no tracing at all.
+//! The cost of tracing, compared with `strace` and with no tracing.
 //!
-//! `cargo bench -p mmun --bench trace [-- PAIRS [ROUNDS [WORD]]]`, WORD choosing the rows that
-//! contain it. Each pair runs both sides in turn; printed are the medians, the median of the pairs'
-//! ratios and their spread.
+//! `cargo bench -p mmun --bench trace [-- PAIRS [ROUNDS [WORD]]]`, WORD selects the rows that
+//! contain it. Each pair runs both sides in turn. The bench prints the medians, the median of the
+//! pairs' ratios and their spread.
 
 use std::fs;
 use std::hint::black_box;
@@ -38,7 +38,7 @@ const STRACE_K: &[&str] = &[
     "/dev/null",
 ];
 const MMUN_K: &[&str] = &[env!("CARGO_BIN_EXE_mmun"), "trace", "-k", "-o", "/dev/null"];
-/// All that is found out about a call, its birth apart.
+/// All details of a call, without births.
 const MMUN_ALL: &[&str] = &[
     env!("CARGO_BIN_EXE_mmun"),
     "trace",
@@ -121,8 +121,8 @@ fn compare(pairs: usize, rounds: &str, word: &str) {
             0.8,
         ),
         ("gcc -O2 -c, text / strace", MMUN, STRACE, &compile, 0.9),
-        // What a tracer that costs nothing would reach: a compiler computes, and makes few memory
-        // calls.
+        // The bound for a tracer that costs nothing, because a compiler computes and makes few
+        // memory calls.
         ("gcc -O2 -c, bare / strace", &[], STRACE, &compile, f64::NAN),
         (
             "gcc -O2 -c of a line, text / strace",
@@ -176,7 +176,7 @@ fn compare(pairs: usize, rounds: &str, word: &str) {
     if name.contains(word) {
         added(name, pairs, [MMUN_ALL, MMUN], &rounds, 8.0);
     }
-    // It is in a directory for such files.
+    // If this fails, a temporary file stays.
     let _ = fs::remove_file(source);
     let _ = fs::remove_file(line);
 }
@@ -203,7 +203,8 @@ fn row(name: &str, pairs: usize, ours: &[&str], other: &[&str], program: &[&str]
     );
 }
 
-/// What an event costs more. Starting and ending, which is measured without events, is taken off.
+/// The additional cost of an event. The cost of starting and ending, measured without events, is
+/// subtracted.
 fn added(name: &str, pairs: usize, [ours, other]: [&[&str]; 2], program: &[&str; 3], bar: f64) {
     let none = [program[0], program[1], "0"];
     let events: f64 = program[2].parse().expect("the number of rounds");
@@ -266,7 +267,7 @@ fn rounds(count: u32) {
     }
 }
 
-/// Works, and makes system calls that have nothing to do with memory.
+/// Computes, and makes system calls that are not memory calls.
 fn quiet() {
     let mut hash = 1u64;
     for round in 0..4_000_000u64 {
@@ -282,7 +283,7 @@ fn quiet() {
     black_box(hash);
 }
 
-/// Large enough that the compiler's heap grows and shrinks.
+/// A C file, so large that the compiler's heap grows and shrinks.
 fn c_file() -> String {
     let mut text = String::from("#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>\n");
     for n in 0..300 {

@@ -1,4 +1,4 @@
-//! What cannot be done is said in one line, and told apart by the exit status.
+//! Each failure prints one line, and the exit status identifies the kind of failure.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use testkit::rounds;
 
 use crate::support::{Fifo, scratch, text, trace, within};
 
-/// Runs `mmun trace ARGS`; it must say one line and nothing else.
+/// Runs `mmun trace ARGS`, which must print one line and nothing else.
 fn refused(args: &[&str]) -> (Option<i32>, String) {
     let mut command = trace();
     command.args(args);
@@ -57,7 +57,7 @@ fn a_process_that_traces_mmun_itself_is_refused() {
 }
 
 #[test]
-fn a_tracer_in_a_trace_says_that_it_is_traced_itself() {
+fn a_tracer_in_a_trace_reports_that_it_is_traced_itself() {
     let (code, line) = refused(&[
         "-o",
         "/dev/null",
@@ -78,7 +78,7 @@ fn command_path() -> &'static str {
 }
 
 #[test]
-fn a_script_without_its_interpreter_is_127_as_in_bash_and_said_to_be() {
+fn a_script_without_its_interpreter_is_127_as_in_bash_with_a_hint() {
     let file = scratch("script");
     testkit::write_program("#!/no/such/interpreter\n", &file);
     let (code, line) = refused(&["-o", "/dev/null", file.to_str().unwrap()]);
@@ -151,7 +151,7 @@ fn no_such_process_is_125() {
 
 #[test]
 fn a_process_that_may_not_be_traced_is_125() {
-    // Its first tracer has it.
+    // It has a tracer already.
     let gate = Fifo::new("gate");
     let ready = Fifo::new("ready");
     let script = format!(
@@ -196,11 +196,11 @@ fn a_trace_that_does_not_begin_leaves_the_output_as_it_was() {
     }
     drop(idle.stdin.take());
     assert!(idle.wait().unwrap().success());
-    // A file that was not there is not made.
+    // A file that did not exist is not made.
     let fresh = scratch("fresh");
     refused(&["-o", fresh.to_str().unwrap(), "/no/such/file"]);
     assert!(!fresh.exists());
-    // One that does begin replaces it.
+    // A trace that does begin replaces the file.
     assert!(
         trace()
             .args(["-o", name, "true"])
@@ -247,7 +247,7 @@ fn an_unknown_event_or_option_is_refused_before_anything_starts() {
 }
 
 #[test]
-fn a_full_disk_is_said_once_and_the_program_lives_on() {
+fn a_full_disk_is_reported_once_and_the_program_continues() {
     let done = Fifo::new("done");
     let script = format!(
         "for i in $(seq {}); do ls / > /dev/null; done; echo fine > {}",
@@ -273,7 +273,7 @@ fn a_full_disk_is_said_once_and_the_program_lives_on() {
 }
 
 #[test]
-fn a_limit_of_file_size_is_said_once_and_the_program_lives_on() {
+fn a_limit_of_file_size_is_reported_once_and_the_program_continues() {
     let done = Fifo::new("done");
     let records = scratch("file-size");
     let script = format!(

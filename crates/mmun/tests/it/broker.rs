@@ -103,7 +103,7 @@ fn run(socket: &Path, user: u32, args: &[&str]) -> Output {
     within("a client of the broker", move || command.output().unwrap())
 }
 
-/// What `doctor` says is missing of the kernel source.
+/// What the kernel source lacks, according to `doctor`.
 fn lack(socket: &Path, user: u32) -> Option<String> {
     let output = run(socket, user, &["doctor", "--json"]);
     let rows = parse(text(&output.stdout));
@@ -144,7 +144,7 @@ fn coverage_through_a_broker_misses_nothing_as_nobody() {
 }
 
 #[test]
-fn who_is_not_of_the_group_is_refused() {
+fn a_user_outside_the_group_is_refused() {
     if !can_run() {
         return;
     }
@@ -166,7 +166,7 @@ fn who_is_not_of_the_group_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_served_is_said_in_one_line() {
+fn wrong_arguments_are_refused_in_one_line() {
     if !require(Cap::Root) {
         return;
     }
@@ -184,7 +184,7 @@ fn what_cannot_be_served_is_said_in_one_line() {
     assert!(refused(&["--socket", "/proc/none/x"]).contains("/proc/none/x"));
 }
 
-/// `mmun broker` with this as the one descriptor that a service manager passes.
+/// `mmun broker` with `passed` as the only descriptor from a service manager.
 fn activated(passed: OwnedFd) -> Command {
     let mut command = Command::new("sh");
     let script = "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" broker 3<&0 </dev/null";
@@ -195,7 +195,7 @@ fn activated(passed: OwnedFd) -> Command {
 }
 
 #[test]
-fn a_passed_socket_that_is_none_for_a_broker_is_refused_in_one_line() {
+fn a_passed_descriptor_of_the_wrong_kind_is_refused_in_one_line() {
     let new = |family, kind| socket_with(family, kind, SocketFlags::CLOEXEC, None).unwrap();
     let passed = [
         ("a file", File::open("/dev/null").unwrap().into()),
@@ -237,8 +237,8 @@ fn a_passed_socket_is_served() {
     .unwrap();
     bind(&listener, &SocketAddrUnix::new(&name).unwrap()).unwrap();
     listen(&listener, 8).unwrap();
-    // Root may use the kernel source as it is: what it is told by a broker takes another user, who
-    // is not served here, and is told so.
+    // Root uses the kernel source without a broker. So another user asks, whom this broker does not
+    // serve.
     fs::set_permissions(&name, fs::Permissions::from_mode(0o666)).unwrap();
     let child = activated(listener).spawn().unwrap();
     let broker = Broker {
@@ -254,7 +254,7 @@ fn shipped(unit: &str) -> PathBuf {
     dist.join(unit)
 }
 
-/// The units as they are shipped, but for the place of the program.
+/// The units as shipped, except for the path of the program.
 #[test]
 fn systemd_finds_no_fault_with_the_units() {
     if !require(Cap::Program("systemd-analyze")) {
@@ -287,8 +287,9 @@ fn systemd_finds_no_fault_with_the_units() {
     assert!(verified.status.success(), "{said}");
 }
 
-/// As `mmun-broker.socket` and `mmun-broker.service` start it: by the first client, with the
-/// socket that systemd has opened, for the members of a group, with the capabilities of the unit.
+/// The broker starts as `mmun-broker.socket` and `mmun-broker.service` start it: at the first
+/// client, with the socket that systemd has opened, for the members of a group, with the
+/// capabilities of the unit.
 #[test]
 fn the_first_client_starts_the_broker_at_the_socket_of_systemd() {
     if !can_run() || !require(Cap::Program("systemd-socket-activate")) {
@@ -318,7 +319,7 @@ fn the_first_client_starts_the_broker_at_the_socket_of_systemd() {
     while !broker.socket.exists() {
         assert!(begun.elapsed() < Duration::from_secs(60), "no socket");
     }
-    // What `SocketGroup=` and `SocketMode=` say.
+    // As `SocketGroup=` and `SocketMode=` set them.
     std::os::unix::fs::chown(&broker.socket, None, Some(NOBODY)).unwrap();
     fs::set_permissions(&broker.socket, fs::Permissions::from_mode(0o660)).unwrap();
     let running = format!("/proc/{}/comm", broker.child.id());

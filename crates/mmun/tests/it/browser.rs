@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::scratch;
 
-/// One page of a browser that ends with it.
+/// A browser with one page. The browser ends when this is dropped.
 pub(crate) struct Browser {
     child: Child,
     profile: PathBuf,
@@ -27,7 +27,7 @@ impl Browser {
     /// Opens a page and waits until it has loaded.
     pub(crate) fn open(page: &Path) -> Browser {
         let profile = scratch("profile");
-        // It reads from descriptor 3 and writes to 4.
+        // The browser reads from descriptor 3 and writes to 4.
         let (its_input, to) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         let (from, its_output) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         let (input, output) = (its_input.as_raw_fd(), its_output.as_raw_fd());
@@ -48,7 +48,7 @@ impl Browser {
         let place = move || {
             // SAFETY: the call takes numbers.
             let copy = |file| unsafe { libc::fcntl(file, libc::F_DUPFD, 10) };
-            // SAFETY: the call takes numbers; nothing of this process is at 3 and 4 that it needs.
+            // SAFETY: the call takes numbers, and the new process needs no descriptor at 3 and 4.
             let put = |file, at| unsafe { libc::dup2(file, at) == at };
             // The copies are above 4: neither is overwritten before it is placed.
             let (input, output) = (copy(input), copy(output));
@@ -62,7 +62,7 @@ impl Browser {
         // SAFETY: the closure makes system calls only.
         unsafe { command.pre_exec(place) };
         let child = command.spawn().unwrap();
-        // With the browser's own, the pipes end.
+        // Only the browser keeps its ends, so the pipes end with the browser.
         drop((its_input, its_output));
         let (to, from) = (File::from(to), BufReader::new(File::from(from)));
         let mut browser = Browser {
@@ -141,7 +141,7 @@ impl Browser {
         result["result"]["value"].clone()
     }
 
-    /// What an expression says.
+    /// The text of an expression.
     pub(crate) fn text(&mut self, script: &str) -> String {
         self.eval(&format!("String({script})"))
             .as_str()
@@ -164,7 +164,8 @@ impl Browser {
         self.call("Input.dispatchMouseEvent", event);
     }
 
-    /// The middle of what a selector finds, which is scrolled into view: left, top, width, height.
+    /// The box of the element of a selector, scrolled to the middle of the view: left, top, width,
+    /// height.
     pub(crate) fn place(&mut self, selector: &str) -> [f64; 4] {
         let script = format!(
             "(() => {{ const node = document.querySelector({selector:?}); node.scrollIntoView({{block: 'center'}}); \
@@ -193,8 +194,8 @@ impl Browser {
         );
     }
 
-    /// What the page complained of, and what its policy refused. What else a browser says of a page
-    /// differs from one version to the next.
+    /// The errors of the page's script, and violations of the page's policy. Other messages differ
+    /// between versions of the browser.
     pub(crate) fn complaints(&self) -> Vec<&Value> {
         let is_complaint = |event: &&Value| match event["method"].as_str() {
             Some("Runtime.exceptionThrown" | "Runtime.consoleAPICalled") => true,

@@ -1,5 +1,4 @@
-//! `mmun coverage`: every operation is measured, and no answer is believed without a look at the
-//! page.
+//! `mmun coverage`: every operation is measured, and the state of the page confirms every answer.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
@@ -11,7 +10,7 @@ use testkit::{Cap, require};
 
 use crate::support::{Public, parse, text, within};
 
-/// After this a run hangs. With the machine to itself it takes a few seconds.
+/// A run that takes longer counts as a hang. On an idle machine it takes a few seconds.
 const LIMIT: Duration = Duration::from_secs(240);
 
 /// An ordinary user.
@@ -57,7 +56,7 @@ fn seen<'a>(rows: &'a [Value], operation: &str) -> &'a str {
     row["seen"].as_str().unwrap()
 }
 
-/// Those that changed a translation and were told so.
+/// The operations that changed a translation and were reported at this time.
 fn told<'a>(rows: &'a [Value], when: &str) -> Vec<&'a str> {
     let is_told = |row: &&Value| row["changed"] == true && row["seen"] == when;
     rows.iter()
@@ -67,7 +66,7 @@ fn told<'a>(rows: &'a [Value], when: &str) -> Vec<&'a str> {
 }
 
 #[test]
-fn process_tells_of_every_memory_call_before_it_and_of_no_other_change() {
+fn process_reports_every_memory_call_before_it_and_no_other_change() {
     if !require(Cap::Ptrace) || !require(Cap::SeccompTrace) {
         return;
     }
@@ -117,7 +116,7 @@ fn process_tells_of_every_memory_call_before_it_and_of_no_other_change() {
     any(target_arch = "x86_64", target_arch = "aarch64"),
     target_env = "gnu"
 ))]
-fn hook_tells_of_what_goes_through_libc_before_it_happens() {
+fn hook_reports_calls_through_libc_before_they_happen() {
     let begin = Instant::now();
     let (output, rows) = rows("hook");
     assert!(begin.elapsed() < LIMIT);
@@ -133,7 +132,7 @@ fn hook_tells_of_what_goes_through_libc_before_it_happens() {
     ] {
         assert_eq!(seen(&rows, operation), "before", "{operation}");
     }
-    // What does not go through libc is not told: a matrix that said so would be wrong.
+    // The hook does not see other changes: a matrix that says so would be wrong.
     for operation in [
         "munmap (raw instruction)",
         "ftruncate (own)",
@@ -144,7 +143,7 @@ fn hook_tells_of_what_goes_through_libc_before_it_happens() {
 }
 
 #[test]
-fn uffd_tells_what_the_kernel_tells_it_and_not_before_unless_by_chance() {
+fn uffd_reports_the_events_of_the_kernel_before_the_change_only_by_chance() {
     if !require(Cap::Userfaultfd) || !require(Cap::Root) {
         return;
     }
@@ -172,7 +171,7 @@ fn uffd_tells_what_the_kernel_tells_it_and_not_before_unless_by_chance() {
 }
 
 #[test]
-fn what_is_not_available_has_its_reason_on_standard_error() {
+fn an_unavailable_cell_has_its_reason_on_standard_error() {
     if !require(Cap::Ptrace) {
         return;
     }
@@ -316,7 +315,7 @@ fn the_kernel_misses_nothing() {
     );
     assert!(told(&rows, "before").len() >= 33);
     if testkit::is_guest() {
-        // The machine has everything: only its kernel may be too old.
+        // The guest has everything; only its kernel may be too old.
         let complaints = text(&output.stderr);
         for row in rows.iter().filter(|row| row["seen"] == "n/a") {
             let begin = format!(
@@ -384,7 +383,7 @@ fn sends_stale_data_as_shipped_and_none_with_the_drop_in(library: &str, version:
     }
     let (shipped, all) = stale(&rows, "shipped");
     assert!(all >= 36, "{all} operations: {errors}");
-    // The control: if this fails, the transfer does not show what is stale.
+    // The control: shows that the transfer detects stale registrations.
     assert!(shipped >= 8, "{shipped} of {all}: {errors}");
     let (hook, all) = stale(&rows, "hook");
     assert!(

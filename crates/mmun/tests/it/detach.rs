@@ -1,4 +1,4 @@
-//! The trace ends before the program does: by a signal, by force, or because it was only attached.
+//! The trace ends before the program: by a signal, by SIGKILL, or after an attach.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -15,8 +15,8 @@ use crate::support::{
     Fifo, check, kill, kind, of_kind, parse, scratch, take_records, trace, within,
 };
 
-/// A traced shell that waits at a gate, then starts a program (which maps, protects and unmaps) and
-/// reports.
+/// A traced shell that waits at a gate, then starts a program that maps, protects and unmaps, and
+/// then reports.
 struct Gated {
     ready: Fifo,
     gate: Fifo,
@@ -40,7 +40,7 @@ impl Gated {
         )
     }
 
-    /// The shell is let through the gate and must find all memory calls working.
+    /// Opens the gate, and checks that all memory calls of the shell work.
     fn must_be_alive(&self) {
         self.gate.write("go\n");
         assert_eq!(self.done.read(), "alive\n");
@@ -83,7 +83,7 @@ fn an_ending_signal_ends_the_trace_and_not_the_program() {
 }
 
 #[test]
-fn what_lives_on_does_not_wait_for_the_page() {
+fn a_live_program_does_not_wait_for_the_page() {
     let (gated, page) = (Gated::new(), Fifo::new("page"));
     let mut command = trace();
     command.arg("--report").arg(&page.0);
@@ -93,7 +93,7 @@ fn what_lives_on_does_not_wait_for_the_page() {
     let holds = rustix::pipe::fcntl_setpipe_size(&page, 4096).unwrap();
     assert_eq!(gated.ready.read(), "here\n");
     kill(mmun.id(), libc::SIGINT);
-    // The page is longer than what the pipe holds, so from here on it is being written.
+    // The page is longer than the pipe's buffer, so from here on `mmun` is writing it.
     page.read_exact(&mut [0]).unwrap();
     within("the program", move || gated.must_be_alive());
     let mut rest = String::new();
@@ -111,8 +111,8 @@ fn the_program_survives_the_death_of_mmun() {
         assert_eq!(gated.ready.read(), "here\n");
         kill(mmun.id(), libc::SIGKILL);
         assert_eq!(mmun.wait().unwrap().signal(), Some(libc::SIGKILL));
-        // The tracer writes the summary when it notices; the pipe stays open as long as the shell
-        // has it.
+        // The tracer writes the summary when it notices the death of the front. The pipe stays open
+        // as long as the shell has it.
         let pipe = mmun.stderr.take().unwrap();
         let lines = within("the summary", move || {
             let mut text = String::new();
@@ -132,9 +132,9 @@ fn the_program_survives_the_death_of_mmun() {
 }
 
 #[test]
-fn who_stays_behind_keeps_no_descriptor_of_others() {
+fn a_tracer_that_stays_keeps_no_inherited_descriptor() {
     let (ready, gate) = (Fifo::new("ready"), Fifo::new("gate"));
-    // The program has closed its own.
+    // The program closes its copy.
     let script = format!(
         "exec 9>&-; echo here > {}; read x < {}",
         ready.0.display(),
@@ -165,7 +165,7 @@ fn who_stays_behind_keeps_no_descriptor_of_others() {
         within("mmun trace", move || mmun.wait().unwrap()).signal(),
         Some(libc::SIGINT)
     );
-    // The shell waits still, and with it the one that serves its calls.
+    // The shell still waits, and its tracer still serves it.
     let rest = within("the end of the pipe", move || {
         let mut text = String::new();
         reader.read_to_string(&mut text).map(|_| text).unwrap()
@@ -174,7 +174,7 @@ fn who_stays_behind_keeps_no_descriptor_of_others() {
     gate.write("go\n");
 }
 
-/// A shell without a tracer so far; it runs a program for each line it reads.
+/// An untraced shell, which runs a program for each line that it reads.
 fn bystander() -> Child {
     let script = "echo ready; while read x; do ls / > /dev/null && echo $x; done";
     let mut command = Command::new("sh");
@@ -205,7 +205,7 @@ fn until(what: &str, condition: impl Fn() -> bool + Send + 'static) {
 }
 
 #[test]
-fn a_running_process_is_attached_to_and_let_go() {
+fn a_running_process_is_attached_to_and_detached() {
     for signal in [libc::SIGINT, libc::SIGKILL] {
         let mut shells = [bystander(), bystander()];
         let pids = shells.each_ref().map(|shell| shell.id());
@@ -243,7 +243,7 @@ fn a_running_process_is_attached_to_and_let_go() {
             }
         };
         ask("traced");
-        // As a stop that takes long does by itself.
+        // A stop that takes long causes this signal as well.
         kill(mmun.id(), libc::SIGALRM);
         ask("still traced");
         kill(mmun.id(), signal);
@@ -296,10 +296,10 @@ fn a_trace_of_attached_processes_ends_when_they_do() {
 }
 
 #[test]
-fn a_parent_that_waits_in_vfork_is_let_go_at_the_first_signal() {
+fn a_parent_that_waits_in_vfork_is_detached_at_the_first_signal() {
     let gate = Fifo::new("gate");
-    // A child of `vfork` opens the pipe before it executes its program, and its parent waits for it
-    // without being disturbed.
+    // A child of `vfork` opens the pipe before it executes its program. Its parent waits for it in
+    // an uninterruptible sleep.
     let script = "import os, sys
 print('ready', flush=True)
 os.posix_spawn('/bin/true', ['true'], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 9, sys.argv[1], os.O_RDONLY, 0)])
@@ -333,7 +333,7 @@ print(os.wait()[1], flush=True)";
             .contains("\"kind\":\"get\"")
     });
     kill(mmun.id(), libc::SIGTERM);
-    // The child waits still, for this test.
+    // The child still waits for this test.
     assert_eq!(
         within("mmun trace", move || mmun.wait().unwrap()).signal(),
         Some(libc::SIGTERM)
@@ -349,8 +349,7 @@ print(os.wait()[1], flush=True)";
         0,
         "the address space lives on"
     );
-    // The child opens its end when this end is opened, and may have ended before anything could be
-    // written.
+    // The child opens its end when this end is opened, and may end before this test could write.
     let path = gate.0.clone();
     drop(within("the child's open", move || {
         fs::File::options().write(true).open(path).unwrap()
@@ -361,7 +360,7 @@ print(os.wait()[1], flush=True)";
 
 /// Frozen before `mmun` attaches, and after.
 #[test]
-fn a_frozen_process_is_let_go_at_the_first_signal() {
+fn a_frozen_process_is_detached_at_the_first_signal() {
     for frozen_first in [true, false] {
         let Some(group) = Cgroup::new_or_skip() else {
             return;
@@ -400,7 +399,7 @@ fn a_frozen_process_is_let_go_at_the_first_signal() {
             freeze();
         }
         kill(mmun.id(), libc::SIGTERM);
-        // It is frozen still.
+        // The process is still frozen.
         assert_eq!(
             within("mmun trace", move || mmun.wait().unwrap()).signal(),
             Some(libc::SIGTERM)
@@ -422,7 +421,8 @@ fn a_frozen_process_is_let_go_at_the_first_signal() {
     }
 }
 
-/// A program that `mmun` has started keeps its tracer, for its filter; `mmun` itself ends at once.
+/// A program that `mmun` has started has a filter, so it keeps its tracer. `mmun` itself ends at
+/// once.
 #[test]
 fn an_ending_signal_does_not_wait_for_a_frozen_program() {
     let Some(group) = Cgroup::new_or_skip() else {

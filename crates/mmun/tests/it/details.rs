@@ -1,5 +1,5 @@
-//! What is found out about each call: what lay there, how much of it was in memory, how long, and
-//! where in the code.
+//! The details of each call: the mapping, how much of it was in memory, the time, and the place in
+//! the code.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,8 +9,7 @@ use testkit::{Cap, require};
 
 use crate::support::{check, kind, of_kind, scratch, take_records, text, trace, traced, within};
 
-/// Maps 256 anonymous pages, touches ten, and unmaps them in a function of its own; all of that a
-/// hundred times.
+/// A hundred times: maps 256 anonymous pages, touches ten, and unmaps them in a separate function.
 const GIVES_BACK: &str = "\
 #define _GNU_SOURCE
 #include <sys/mman.h>
@@ -31,7 +30,7 @@ int main(void) {
 }
 ";
 
-/// Compiles [`GIVES_BACK`] and returns the trace of a run of it, and what stood on standard error.
+/// Compiles and traces [`GIVES_BACK`]. Returns the trace and the standard error.
 fn gives_back(options: &[&str], flags: &[&str]) -> (Vec<Value>, String) {
     let (source, program, path) = (scratch("give.c"), scratch("give"), scratch("give.json"));
     fs::write(&source, GIVES_BACK).unwrap();
@@ -67,7 +66,7 @@ fn large<'a>(records: &'a [Value], name: &'a str) -> impl Iterator<Item = &'a Va
 }
 
 #[test]
-fn details_say_what_lay_there_how_much_and_how_long() {
+fn details_have_the_mapping_the_memory_and_the_time() {
     if !require(Cap::Program("gcc")) {
         return;
     }
@@ -97,7 +96,7 @@ fn details_say_what_lay_there_how_much_and_how_long() {
         line.is_some_and(|line| line.ends_with("resident 40 KiB  anonymous")),
         "{lines}"
     );
-    // The loader replaces what it has just mapped and no code has touched.
+    // The loader replaces a mapping that it has just made and that no code has touched.
     let untouched = of_kind(&records, "start")
         .find(|record| record["cause"] == "mmap")
         .unwrap();
@@ -151,7 +150,7 @@ fn a_stack_names_the_function_that_gives_memory_back() {
 }
 
 #[test]
-fn a_function_is_never_the_place_if_so_asked() {
+fn a_function_is_never_the_place_with_not_place() {
     if !require(Cap::Program("gcc")) {
         return;
     }

@@ -62,7 +62,7 @@ fn check(output: &Output) -> Vec<Value> {
 }
 
 #[test]
-fn each_source_has_an_answer_and_the_status_says_whether_all_can_be_used() {
+fn each_source_has_an_answer_and_the_status_is_0_if_all_work() {
     let rows = check(&doctor(&["--json"]));
     if require(Cap::Ptrace) {
         assert_eq!(rows[3]["usable"], true);
@@ -73,7 +73,7 @@ fn each_source_has_an_answer_and_the_status_says_whether_all_can_be_used() {
 }
 
 #[test]
-fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
+fn an_ordinary_user_learns_the_lacks_of_the_kernel_source_and_their_remedies() {
     if !require(Cap::Root) {
         return;
     }
@@ -86,11 +86,11 @@ fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
         .current_dir("/");
     let rows = check(&within("mmun doctor", move || command.output().unwrap()));
     assert_eq!(rows[0]["usable"], false);
-    // Both at once, and what helps with the device is told by whom it belongs to.
+    // Both lacks at once; the remedy for the device depends on its owner.
     let missing = rows[0]["missing"].as_str().unwrap();
     assert!(missing.contains("CAP_BPF"), "{missing}");
     let remedy = rows[0]["remedy"].as_str().unwrap();
-    // Capabilities on the program itself would be everybody's.
+    // Capabilities on the program itself would be lent to every user.
     let broker = format!(
         "sudo -b '{}' broker --group \"$(id -gn)\"",
         copy.mmun().display()
@@ -137,7 +137,7 @@ fn an_ordinary_user_learns_what_the_kernel_source_lacks_and_what_to_type() {
 }
 
 #[test]
-fn people_read_the_same() {
+fn text_and_json_agree() {
     let output = doctor(&[]);
     let (page, rows) = (text(&output.stdout), check(&doctor(&["--json"])));
     for row in rows {
@@ -179,7 +179,7 @@ fn people_read_the_same() {
         }
     }
     assert!(page.contains("linux=") && !page.contains('\x1b'), "{page}");
-    // However long the program's own path is.
+    // Independent of the length of the program's path.
     let page = page.replace(env!("CARGO_BIN_EXE_mmun"), "mmun");
     assert!(page.lines().all(|line| line.len() <= 160), "{page}");
 }

@@ -1,5 +1,5 @@
-//! Programs and machines that do not say everything: `/proc` that hides or is not there, programs
-//! that may not be read.
+//! Incomplete information: a `/proc` that hides processes or is missing, and programs that may not
+//! be read.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -13,7 +13,7 @@ use crate::support::{Public, check, of_kind, parse, text, within};
 
 const NOBODY: &str = "65534";
 
-/// A folder that every user can enter, with a copy of `mmun` and a shell that may be executed and
+/// A folder that every user can enter, with a copy of `mmun` and a shell that may be executed but
 /// not read.
 struct Open(Public);
 
@@ -25,8 +25,7 @@ impl Open {
         Open(copy)
     }
 
-    /// Runs `mmun trace` as the user `nobody` where `setup` has changed the mounts, and the shell
-    /// under it.
+    /// Changes the mounts with `setup`, then runs `mmun trace` of the shell as the user `nobody`.
     fn trace(&self, setup: &str, script: &str) -> (Output, Vec<Value>) {
         let [path, shell] = ["trace.json", "sh"].map(|name| self.0.folder().join(name));
         let mut command = Command::new("unshare");
@@ -64,13 +63,13 @@ fn stopping_all(what: &str, mut command: Command) -> Output {
     })
 }
 
-/// Four shells that each make 40 children, and say how many ended well.
+/// Four shells that each make 40 children, and print how many succeeded.
 const FORKS: &str =
     "w() { n=0; i=0; while [ $i -lt 40 ]; do (exit 3); [ $? = 3 ] && n=$((n+1)); i=$((i+1)); done; echo $n; }
 w & w & w & w & wait";
 
 #[test]
-fn every_child_runs_and_is_told_whatever_proc_says() {
+fn every_child_runs_and_is_recorded_whatever_proc_shows() {
     if !require(Cap::Root)
         || !require(Cap::MountNamespace)
         || !require(Cap::Ptrace)
@@ -97,14 +96,14 @@ fn every_child_runs_and_is_told_whatever_proc_says() {
         );
         // The shell forks for each child, and for the four.
         assert_eq!(of_kind(&records, "fork").count(), 164, "{setup}");
-        // Each is in an address space of its own: as many as the shells, the children, and the
+        // Each process has an address space of its own: the four shells, their children, and the
         // first program.
         assert_eq!(of_kind(&records, "mm_new").count(), 165, "{setup}");
     }
 }
 
 #[test]
-fn without_proc_nothing_is_said_to_be_zero() {
+fn without_proc_unknown_numbers_are_not_shown_as_zero() {
     if !require(Cap::Root)
         || !require(Cap::MountNamespace)
         || !require(Cap::Ptrace)
@@ -144,7 +143,7 @@ fn without_proc_nothing_is_said_to_be_zero() {
 }
 
 #[test]
-fn a_proc_of_another_pid_namespace_is_said_to_be_one() {
+fn a_proc_of_another_pid_namespace_is_reported() {
     if !require(Cap::MountNamespace) {
         return;
     }

@@ -1,4 +1,4 @@
-//! A copy of `mmun` whose file has capabilities (`setcap`): what it lends to an ordinary user.
+//! A copy of `mmun` whose file has capabilities (`setcap`), run by an ordinary user.
 
 use std::ffi::CString;
 use std::fs;
@@ -17,7 +17,8 @@ const CAP_SYS_PTRACE: u32 = 19;
 const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
 
-/// What `setcap CAPABILITIES+ep FILE` does: the attribute of capability.h, revision 2, in words.
+/// Does the same as `setcap CAPABILITIES+ep FILE`: writes the attribute of capability.h, revision
+/// 2.
 fn setcap(file: &Path, capabilities: &[u32]) -> bool {
     const REVISION_2_EFFECTIVE: u32 = 0x0200_0001;
     let permitted = |word: u32| -> u32 {
@@ -40,14 +41,14 @@ fn setcap(file: &Path, capabilities: &[u32]) -> bool {
     result == 0
 }
 
-/// Runs it as a user without rights.
+/// Runs a command as a user without rights.
 fn as_nobody(command: &mut Command) -> Output {
     let command = command.uid(NOBODY).gid(NOBODY).current_dir("/");
     command.output().unwrap()
 }
 
-/// A copy with `capabilities`, unless files have none here: no root, `nosuid`, a smaller bounding
-/// set.
+/// A copy with `capabilities`. `None` if file capabilities have no effect here: not root, a
+/// `nosuid` mount, or a smaller bounding set.
 fn lending(capabilities: &[u32]) -> Option<Public> {
     if !require(Cap::Root) || !require(Cap::Ptrace) {
         return None;
@@ -100,7 +101,7 @@ fn without_effect(folder: &Path, capabilities: &[u32]) -> Option<String> {
     (!is_set).then(|| io::Error::last_os_error().to_string())
 }
 
-/// The lines of `/proc/self/status` that say which rights a process has, less those that say none.
+/// The lines of `/proc/self/status` with the capabilities of a process, without empty sets.
 fn rights(status: &str) -> Vec<&str> {
     let own = ["CapInh", "CapPrm", "CapEff", "CapAmb"];
     let lines = status
@@ -111,7 +112,7 @@ fn rights(status: &str) -> Vec<&str> {
         .collect()
 }
 
-/// How many functions with names the deepest stack has.
+/// The number of named functions in the deepest stack.
 fn deepest(copy: &Public) -> usize {
     let path = copy.folder().join("trace.json");
     let mut command = Command::new(copy.mmun());
@@ -137,14 +138,14 @@ fn deepest(copy: &Public) -> usize {
 }
 
 #[test]
-fn trace_works_as_without_and_reaches_no_further() {
+fn trace_works_as_without_capabilities_and_may_do_no_more() {
     let sets: [&[u32]; 2] = [&[CAP_BPF, CAP_PERFMON], &[CAP_SYS_PTRACE]];
     for capabilities in sets {
         let Some(copy) = lending(capabilities) else {
             return;
         };
         assert_eq!(deepest(&copy), deepest(&Public::new()), "{capabilities:?}");
-        // Of root; should it be traced after all, the end of the trace comes in time.
+        // A process of root. It ends soon, in case `mmun` should trace it after all.
         let mut root = Command::new("sleep").arg("20").spawn().unwrap();
         let mut command = Command::new(copy.mmun());
         command.args(["trace", "-o", "/dev/null", "-p", &root.id().to_string()]);
@@ -161,7 +162,7 @@ fn trace_works_as_without_and_reaches_no_further() {
 }
 
 #[test]
-fn a_program_under_run_gets_none_of_them() {
+fn a_program_under_run_gets_no_capabilities() {
     let Some(copy) = lending(&[CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE]) else {
         return;
     };
@@ -177,7 +178,7 @@ fn a_program_under_run_gets_none_of_them() {
 }
 
 #[test]
-fn doctor_and_coverage_use_them_and_trace_all_the_same() {
+fn doctor_and_coverage_use_the_capabilities_and_can_still_trace() {
     let Some(copy) = lending(&[CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE]) else {
         return;
     };

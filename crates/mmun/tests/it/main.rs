@@ -1,4 +1,4 @@
-//! `mmun`, run as a user runs it.
+//! Runs `mmun` as a user does.
 
 mod bad_input;
 mod broker;

@@ -1,4 +1,4 @@
-//! The traced program runs as if it were alone, and the program that traces it ends as it did.
+//! The traced program runs as if it were untraced, and `mmun` ends with the program's status.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
@@ -22,7 +22,7 @@ fn the_exit_status_is_the_programs() {
 }
 
 #[test]
-fn a_program_killed_by_a_signal_kills_its_tracer_so() {
+fn mmun_dies_of_the_signal_that_killed_the_program() {
     for signal in [
         libc::SIGTERM,
         libc::SIGKILL,
@@ -67,7 +67,7 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
         return;
     }
     let fifo = Fifo::new("stuck");
-    // Open for both, so that neither side waits for the other to open it.
+    // Opened for reading and writing, so that the open does not wait for the other side.
     let reader = std::fs::File::options()
         .read(true)
         .write(true)
@@ -86,8 +86,8 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
         .read_line(&mut program)
         .unwrap();
     within("filling a fifo", move || {
-        // A pipe is full by pages, not by bytes: a write that does not fit into the last page takes
-        // a new one.
+        // A pipe's capacity is counted in pages: a write that does not fit into the last page takes
+        // a new page.
         let mut writable = libc::pollfd {
             fd: reader.as_raw_fd(),
             events: libc::POLLOUT,
@@ -99,7 +99,7 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
         }
         kill(pid, libc::SIGINT);
         let status = mmun.wait().unwrap();
-        // The program was let go of, and still runs.
+        // The program was detached, and still runs.
         kill(program.trim().parse().unwrap(), libc::SIGKILL);
         assert_eq!(status.code(), Some(125), "{status:?}");
         drop(reader);
@@ -142,8 +142,8 @@ fn the_program_sees_no_descriptor_mask_or_disposition_of_ours() {
     assert_eq!(without(ours(&output.stdout)), without(ours(&bare.stdout)));
 }
 
-/// The lines of signals without 32 and 33: they are glibc's own, and its ways of starting a process
-/// treat them differently.
+/// The lines of signals without 32 and 33: glibc reserves them, and its functions for starting a
+/// process treat them differently.
 fn ours(output: &[u8]) -> String {
     let line = |line: &str| match line
         .split_once(":\t")
@@ -198,12 +198,12 @@ fn a_closed_pipe_ends_quietly_and_the_program_lives_on() {
 }
 
 #[test]
-fn a_stopped_program_gives_the_terminal_back_and_goes_on() {
+fn a_stopped_program_returns_the_terminal_and_continues() {
     if !require(Cap::Program("python3")) {
         return;
     }
-    // A terminal with a shell on it, whose part the inner process plays: it starts a job in a group
-    // of its own, waits until the job is stopped, and continues it.
+    // A terminal on which the inner process plays the shell: it starts a job in a new process
+    // group, waits until the job is stopped, and continues the job.
     let script = r#"
 import os, pty, signal, sys
 shell, fd = pty.fork()
@@ -403,7 +403,7 @@ fn manual_pages_are_written_to_a_folder() {
         .lines()
         .skip_while(|line| *line != "Commands:")
         .skip(1);
-    // A long description continues in a line that is indented further.
+    // A long description continues in a line with a deeper indent.
     let commands = commands
         .take_while(|line| !line.is_empty())
         .filter(|line| !line.starts_with("   "));
@@ -495,7 +495,7 @@ fn records_are_written_while_the_program_is_idle() {
     let mut mmun = command.spawn().unwrap();
     let written = path.clone();
     within("the records so far", move || {
-        // The last thing before the shell reads is the end of `ls`.
+        // The last record before the shell reads is the end of `ls`.
         while !std::fs::read_to_string(&written)
             .is_ok_and(|text| text.contains("\"kind\":\"exit\""))
         {

@@ -1,4 +1,4 @@
-//! Programs that are unlike others: the trace of each is whole, and its stacks say what can be
+//! Unusual programs: the trace of each is complete, and its stacks have all names that can be
 //! known.
 
 use std::fs;
@@ -10,7 +10,7 @@ use testkit::{Cap, has_optional_program, require};
 
 use crate::support::{check, of_kind, scratch, take_records, text, trace, within};
 
-/// A program of the test, gone with it.
+/// A program of a test, removed when this is dropped.
 struct Program(PathBuf);
 
 impl Program {
@@ -50,7 +50,7 @@ impl Drop for Program {
     }
 }
 
-/// The records of a run that ends well.
+/// Traces a program that must succeed, and returns its records.
 fn traced(words: &[&str]) -> Vec<Value> {
     let path = scratch("odd.json");
     let mut command = trace();
@@ -67,7 +67,7 @@ fn traced(words: &[&str]) -> Vec<Value> {
     records
 }
 
-/// The calls that unmap so many bytes.
+/// The calls that unmap `bytes` bytes.
 fn unmaps(records: &[Value], bytes: u64) -> Vec<&Value> {
     of_kind(records, "start")
         .filter(|start| start["cause"] == "munmap" && start["bytes"] == bytes)
@@ -151,7 +151,7 @@ fn a_stripped_program_has_offsets_and_a_static_one_names() {
     }
 }
 
-/// Copies a function that unmaps into memory of no file, and calls it there.
+/// Copies a function that unmaps into anonymous memory, and calls it there.
 const JIT: &str = "\
 int main(int argc, char **argv) {
     /* mov eax, 11; syscall; ret */
@@ -191,7 +191,7 @@ fn code_made_at_run_time_is_named_by_a_file_and_by_nothing_else() {
         remove_perf_map(&records);
         assert_eq!(found[0], name, "{kind}: {found:?}");
     }
-    // Were the pipe opened, the trace would wait for a writer.
+    // If the pipe were opened, the trace would wait for a writer.
     let records = program.traced(&["pipe"]);
     remove_perf_map(&records);
     let [start] = unmaps(&records, SIZE)[..] else {
@@ -206,7 +206,7 @@ fn remove_perf_map(records: &[Value]) {
 }
 
 #[test]
-fn a_program_whose_file_is_replaced_or_gone_has_the_names_it_had() {
+fn a_program_whose_file_is_replaced_or_deleted_keeps_its_names() {
     if !require(Cap::Program("gcc")) {
         return;
     }
@@ -395,14 +395,14 @@ int main(void) {
 }
 
 #[test]
-fn ten_thousand_modules_are_told_apart() {
+fn ten_thousand_modules_are_distinguished() {
     if !require(Cap::Program("gcc")) {
         return;
     }
     let module = "\
 long call_from_module(long (*f)(char *), char *at) { long result = f(at); __asm__ volatile(\"\"); return result; }
 ";
-    // Its entry is the function, and all of it lies in one segment.
+    // Its entry is the function, and it has one segment.
     let flags = [
         "-shared",
         "-fPIC",
@@ -517,7 +517,7 @@ fn programs_with_run_times_of_their_own_are_traced() {
     fs::remove_dir_all(&folder).unwrap();
 }
 
-/// Calls have stacks, and most of these go further than the call itself.
+/// Checks that calls have stacks, and that most stacks have more than one frame.
 fn holds(records: &[Value]) {
     let stacks: Vec<&Value> = of_kind(records, "stack").collect();
     assert!(stacks.len() > 3);
@@ -529,8 +529,8 @@ fn holds(records: &[Value]) {
     assert!(Path::new(records[0]["program"].as_str().unwrap()).is_absolute());
 }
 
-/// Looking for leaks, such a program traces itself, and there can be one tracer. What the help
-/// says is the way out.
+/// Such a program traces itself to look for leaks, but it can have only one tracer. The help names
+/// the remedy.
 #[test]
 fn a_program_that_looks_for_leaks_fails_under_a_trace_unless_told_not_to() {
     if !require(Cap::Program("gcc")) {
@@ -563,7 +563,7 @@ fn a_program_that_looks_for_leaks_fails_under_a_trace_unless_told_not_to() {
     assert_eq!(output.status.code(), Some(7), "{}", text(&output.stderr));
 }
 
-/// Where each limit stands.
+/// The documents that must mention each limit.
 #[test]
 fn limits_stand_in_the_help_in_doctor_and_in_the_documents() {
     let run = |args: &[&str]| {
@@ -584,6 +584,6 @@ fn limits_stand_in_the_help_in_doctor_and_in_the_documents() {
             "{limit}"
         );
     }
-    // Of a program's own filter that asks for a tracer (`SECCOMP_RET_TRACE`).
+    // The limit of a program's own filter that asks for a tracer (`SECCOMP_RET_TRACE`).
     assert!(documents.contains("SECCOMP_RET_TRACE"));
 }

@@ -11,8 +11,8 @@ use testkit::{Cap, require};
 use crate::browser::Browser;
 use crate::support::{by_default, scratch, text, trace, within};
 
-/// A trace of two processes. The first unmaps 1 MiB of 16 at each of `count` times, by turns in two
-/// functions, and the other one clears a page.
+/// A trace of two processes. The first unmaps 1 MiB of 16 MiB `count` times, alternately in two
+/// functions. The second clears a page.
 fn recorded(count: u64) -> String {
     const NAME: &str = "</script><script>pwned=1</script>";
     let mut out = String::new();
@@ -141,13 +141,13 @@ fn hostile_names_are_text(browser: &mut Browser) {
     );
 }
 
-/// Where the first change of the picture is. Its left part has the labels, 176 wide.
+/// Finds the first change in the picture, whose left part has the labels, 176 pixels wide.
 fn changes_are_shown(browser: &mut Browser) {
     const NOTE: &str = "document.querySelector('#map-note').textContent";
     assert_eq!(browser.text(NOTE), "9 changes in view.");
     let [x, y, width, height] = browser.place("#map");
     let at = |part: f64| x + 176.0 + part * (width - 184.0);
-    // The address space is there from 1 ns to the end, and its fifth change begins at 5000 ns.
+    // The address space exists from 1 ns to the end, and its fifth change begins at 5000 ns.
     let span = 18_000.0 - 1.0;
     let middle = y + 54.0 + (height - 74.0) * (4.5 / 9.0);
     browser.mouse("mouseMoved", at(4999.0 / span), middle);
@@ -167,7 +167,7 @@ fn changes_are_shown(browser: &mut Browser) {
         browser.text("document.querySelector('#tip').hidden"),
         "true"
     );
-    // Drag over two changes, then all again, then by the keyboard.
+    // Select two changes with the mouse, show all again, then use the keyboard.
     browser.mouse("mousePressed", at(2500.0 / span), middle);
     browser.mouse("dragged", at(3500.0 / span), middle + 3.0);
     browser.mouse("dragged", at(4500.0 / span), middle + 3.0);
@@ -320,7 +320,7 @@ fn dark_and_paper(browser: &mut Browser) {
 }
 
 #[test]
-fn a_large_trace_makes_a_page_that_is_small_and_says_what_it_left_out() {
+fn a_large_trace_makes_a_small_page_that_names_its_omissions() {
     if !require(Cap::Program("chromium")) {
         return;
     }
@@ -418,7 +418,7 @@ fn a_page_that_cannot_be_written_loses_no_record() {
 }
 
 #[test]
-fn a_page_that_cannot_be_made_is_said_before_the_program_starts() {
+fn a_page_that_cannot_be_made_is_reported_before_the_program_starts() {
     let nowhere = scratch("nowhere");
     let page = scratch("never.html");
     for (args, environment) in [
@@ -448,8 +448,8 @@ fn a_page_that_cannot_be_made_is_said_before_the_program_starts() {
 fn a_spool_that_gets_full_ends_the_trace_and_not_the_program() {
     let (page, folder) = (scratch("cut.html"), scratch("cut-spool"));
     fs::create_dir(&folder).unwrap();
-    // Each `exec` of the shell's child makes some forty records; more than 200 KiB may not be
-    // written to one file. The page is smaller.
+    // Each `exec` of the shell's child makes some forty records. The limit is 200 KiB for one file;
+    // the page is smaller.
     let script = "trap '' XFSZ; ulimit -f 400; exec \"$0\" trace --report \"$1\" -- sh -c '\
          i=0; while [ $i -lt 150 ]; do /bin/true; i=$((i+1)); done; echo alive'";
     let mut command = by_default("sh");
@@ -465,11 +465,11 @@ fn a_spool_that_gets_full_ends_the_trace_and_not_the_program() {
         line.contains("cut-spool") && line.ends_with(": File too large; the trace is incomplete\n"),
         "{line}"
     );
-    // What was recorded until then is in the page, and so the file of the records is gone.
+    // The page has the records up to the limit, so the file of the records was removed.
     let html = fs::read_to_string(&page).unwrap();
     assert!(html.starts_with("<!doctype html>") && html.trim_end().ends_with("</html>"));
     assert_eq!(fs::read_dir(&folder).unwrap().count(), 0);
-    // Its standard output ended with the program.
+    // The program has continued to its end.
     assert_eq!(text(&output.stdout), "alive\n");
     fs::remove_file(page).unwrap();
     fs::remove_dir(folder).unwrap();

@@ -1,4 +1,4 @@
-//! What a trace contains. `support::check` asserts the rest on every trace taken.
+//! The content of a trace. `support::check` checks further rules on every trace.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -57,7 +57,7 @@ fn a_family_of_processes_gets_puts_and_frees() {
 }
 
 #[test]
-fn keys_come_in_the_order_the_format_says() {
+fn keys_have_the_order_of_the_format() {
     let (_, records) = traced(&[], "ls / > /dev/null");
     for (name, keys) in [
         (
@@ -286,7 +286,7 @@ fn git_is_traced_with_its_children() {
     }
     let folder = scratch("repository");
     fs::create_dir(&folder).unwrap();
-    // Of a repository whose hook runs these tests, and of the user's settings, nothing.
+    // Ignore the user's settings, and a repository whose hook may run these tests.
     let script = format!(
         "unset $(git rev-parse --local-env-vars); export GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_NOSYSTEM=1; \
          cd '{}' && git init -q . && echo 1 > file && git add file && \

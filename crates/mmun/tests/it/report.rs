@@ -1,4 +1,4 @@
-//! What is made of a recorded trace.
+//! Reports of a recorded trace.
 
 use std::fs;
 use std::path::Path;
@@ -69,7 +69,7 @@ fn a_recorded_trace_has_the_summary_of_the_run() {
 }
 
 #[test]
-fn what_is_no_trace_is_refused_in_one_line() {
+fn a_file_that_is_not_a_trace_is_refused_in_one_line() {
     let path = scratch("bad.jsonl");
     for bytes in [
         &b"\x7fELF\0\0\n"[..],
@@ -117,7 +117,7 @@ fn a_report_that_cannot_be_written_leaves_its_file_as_it_was() {
         "{line}"
     );
     assert_eq!(fs::read_to_string(&page).unwrap(), "what it held");
-    // The trace itself is not written over.
+    // The trace itself is not overwritten.
     let output = mmun(&["report", "-o", path.to_str().unwrap()], &path);
     let line = text(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{line}");
@@ -144,7 +144,7 @@ fn totals_alone_cannot_be_compared() {
     fs::remove_file(path).unwrap();
 }
 
-/// One unmap whose stack may lack frames, and a fork that copies the heap and one page more.
+/// One unmap whose stack may lack frames, and a fork that copies the heap and one further page.
 const CHANGES: &str = r#"{"v":1,"t":1,"kind":"mm_new","pid":7,"tid":7,"mm":1,"comm":"prog","program":"/bin/prog"}
 {"v":1,"t":2,"kind":"start","pid":7,"tid":7,"mm":1,"event":"unmap","cause":"munmap","start":"0x1000","end":"0x2000","blockable":true,"what":"anonymous","resident":4096,"site":0}
 {"v":1,"t":3,"kind":"end","pid":7,"tid":7,"mm":1,"event":"unmap","cause":"munmap","start":"0x1000","end":"0x2000","blockable":true,"result":0,"self":7000}
@@ -156,7 +156,7 @@ const CHANGES: &str = r#"{"v":1,"t":1,"kind":"mm_new","pid":7,"tid":7,"mm":1,"co
 "#;
 
 #[test]
-fn a_fork_took_its_time_where_the_memory_was() {
+fn the_time_of_a_fork_is_divided_by_memory() {
     let path = scratch("fork.jsonl");
     fs::write(&path, CHANGES).unwrap();
     let output = mmun(&["report", "--summary=what"], &path);
@@ -222,7 +222,7 @@ fn a_dash_is_standard_input_and_output() {
 }
 
 #[test]
-fn a_trace_in_which_nothing_happened_says_so() {
+fn a_trace_without_a_change_is_reported() {
     let page = scratch("none.html");
     let mut command = trace();
     command

@@ -1,4 +1,4 @@
-//! `mmun run`: the program runs as if `mmun` were not there, with the drop-in in it.
+//! `mmun run`: the program runs as if `mmun` were not there, with the drop-in preloaded.
 
 use std::fs;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -39,7 +39,8 @@ fn it_runs_where_the_session_is_of_another_pid_namespace() {
     if !require(Cap::MountNamespace) {
         return;
     }
-    // `unshare` stays outside, and it or its caller leads the session and the group.
+    // `unshare` stays outside the new namespace, and it or its caller leads the session and the
+    // group.
     let mut command = by_default("unshare");
     command
         .args(["--pid", "--fork", "--mount-proc"])
@@ -57,7 +58,7 @@ fn it_runs_where_the_session_is_of_another_pid_namespace() {
 }
 
 #[test]
-fn a_program_that_cannot_be_run_is_said_in_one_line() {
+fn a_program_that_cannot_be_run_is_reported_in_one_line() {
     for (program, code) in [("/nonexistent", 127), ("/etc/passwd", 126)] {
         for option in ["--source=auto", "--no-report"] {
             let output = run().args([option, "--", program]).output().unwrap();
@@ -170,7 +171,7 @@ fn without_a_folder_for_reports_the_program_runs_and_has_none() {
 }
 
 #[test]
-fn a_report_goes_where_it_is_asked_to() {
+fn a_report_is_written_to_the_file_of_the_option() {
     let file = scratch("report");
     let output = run()
         .arg("-o")
@@ -195,8 +196,8 @@ fn signals_that_are_sent_to_it_reach_the_program() {
         ("HUP", libc::SIGHUP),
     ] {
         let ready = Fifo::new("ready");
-        // A shell heeds its trap between two commands. One that waits inside a command can have
-        // looked for signals just before, and would then wait for ever.
+        // A shell runs its trap between two commands. If it checked for signals just before a
+        // blocking command, it would then wait for ever.
         let script = format!(
             "trap 'exit 9' {name}; echo > {}; while :; do :; done",
             ready.0.display()
@@ -239,7 +240,7 @@ fn a_signal_before_the_program_is_there_is_not_lost() {
 #[test]
 fn a_signal_after_the_program_has_ended_is_its_own() {
     let (ready, report) = (Fifo::new("ready"), Fifo::new("report"));
-    // The report waits until it is read.
+    // `mmun` blocks in writing the report until this test reads it.
     let script = format!("echo > {}", ready.0.display());
     let mut child = run()
         .arg("-o")
@@ -258,12 +259,12 @@ fn a_signal_after_the_program_has_ended_is_its_own() {
 }
 
 #[test]
-fn a_stopped_program_goes_on_whichever_of_the_two_is_continued() {
+fn a_stopped_program_continues_whichever_of_the_two_is_continued() {
     for continues_mmun in [false, true] {
         let ready = Fifo::new("ready");
         let script = format!("echo $$ > {}; kill -STOP $$; exit 6", ready.0.display());
         let mut command = sh(&script);
-        // No shell waits for a stop here, whatever the tests were started from.
+        // In a new process group, no shell waits for a stop.
         let child = command.process_group(0).stderr(Stdio::null()).spawn();
         let pid = child.unwrap().id();
         let program: u32 = ready.read().trim().parse().unwrap();
@@ -290,7 +291,7 @@ fn a_stopped_program_goes_on_whichever_of_the_two_is_continued() {
     }
 }
 
-/// `T` if it is stopped.
+/// The state of a process: `T` if it is stopped.
 fn state_of(pid: u32) -> String {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     stat.rsplit(") ").next().unwrap().to_owned()
@@ -305,7 +306,7 @@ fn a_shell_with_a_terminal_notices_the_stop_and_continues_both() {
         println!("SKIP: there is no /dev/tty");
         return;
     }
-    // A terminal of its own, whose reader is done when no process has it any more.
+    // A new terminal; reading from it ends when no process has it open any more.
     const TERMINAL: &str =
         "import os, pty, sys\nsys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))";
     let job = format!(
@@ -359,7 +360,7 @@ fn options_win_over_the_environment_and_that_over_the_defaults() {
 }
 
 #[test]
-fn a_report_that_cannot_be_written_is_said_before_the_program_starts() {
+fn a_report_that_cannot_be_written_is_reported_before_the_program_starts() {
     let output = run()
         .args(["-o", "/nonexistent/report", "--", "echo", "it ran"])
         .output()
@@ -372,7 +373,7 @@ fn a_report_that_cannot_be_written_is_said_before_the_program_starts() {
         text(&output.stderr),
         "mmun: open on /nonexistent/report: No such file or directory; the -o file must be writable\n"
     );
-    // What fails only then costs the status of a success.
+    // If writing fails only at the end, a successful run exits with 125.
     let output = run()
         .args(["-o", "/dev/full", "--", "sh", "-c", "exit 0"])
         .output()
@@ -382,7 +383,7 @@ fn a_report_that_cannot_be_written_is_said_before_the_program_starts() {
 }
 
 #[test]
-fn a_file_keeps_what_it_holds_until_there_is_a_report() {
+fn a_file_keeps_its_content_until_there_is_a_report() {
     let file = scratch("report");
     let with = |program: &[&std::ffi::OsStr]| {
         let mut command = run();
@@ -409,7 +410,7 @@ fn a_file_keeps_what_it_holds_until_there_is_a_report() {
 #[test]
 fn the_program_does_not_outlive_it() {
     let (ready, gone) = (Fifo::new("ready"), Fifo::new("gone"));
-    // The program alone holds the second pipe's end for writing.
+    // Only the program has the write end of the second pipe.
     let script = format!(
         "exec 8>{}; echo > {}; exec sleep 1000",
         gone.0.display(),

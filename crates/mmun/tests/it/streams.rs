@@ -1,4 +1,4 @@
-//! A program gets the standard streams that the caller has left, closed ones too.
+//! A program gets the standard streams of the caller; a closed stream stays closed.
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -10,7 +10,8 @@ use crate::support::{dropin, text, within};
 const OPEN: i32 = 3;
 const CLOSED: i32 = 4;
 
-/// Runs a program that says whether it has `stream`, with `before` before it, where that is closed.
+/// Closes `stream` and runs a program, with the arguments `before`, that checks whether the stream
+/// is open.
 fn run(before: &[&str], stream: i32) -> Option<i32> {
     let script = format!("test -e /proc/self/fd/{stream} && exit {OPEN}; exit {CLOSED}");
     let words: Vec<&str> = [before, &["sh", "-c", &script]].concat();
@@ -34,7 +35,7 @@ fn run(before: &[&str], stream: i32) -> Option<i32> {
 }
 
 #[test]
-fn a_closed_stream_is_closed_for_the_program_too() {
+fn a_closed_stream_is_closed_for_the_program_as_well() {
     if !require(Cap::Ptrace) {
         return;
     }
@@ -53,7 +54,7 @@ fn a_closed_stream_is_closed_for_the_program_too() {
 }
 
 #[test]
-fn what_is_asked_of_help_is_the_help() {
+fn help_of_a_command_is_its_help_option() {
     let help = |words: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_mmun"))
             .args(words)

@@ -1,4 +1,4 @@
-//! Running the program, and what every trace must satisfy.
+//! Runs the program, and checks the rules of every trace.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -16,14 +16,14 @@ pub(crate) use testkit::within;
 
 use serde_json::Value;
 
-/// A name in the test's own directory that no other test uses.
+/// A unique path in the directory of the tests.
 pub(crate) fn scratch(name: &str) -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Relaxed);
     Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{number}-{name}", std::process::id()))
 }
 
-/// The drop-in library that Cargo has built for these tests: beside them.
+/// The drop-in library that Cargo has built for these tests, which is beside them.
 pub(crate) fn dropin() -> PathBuf {
     let own = std::env::current_exe().unwrap();
     let library = own.parent().unwrap().join("libmmun_dropin.so");
@@ -35,19 +35,19 @@ pub(crate) fn dropin() -> PathBuf {
     library
 }
 
-/// `mmun trace`, with default signals whatever the tests were started under.
+/// `mmun trace`, with default signal dispositions.
 pub(crate) fn trace() -> Command {
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
     command.arg("trace");
     command
 }
 
-/// A program that is ended by what ends a program, also where the tests run under `nohup`.
+/// A command with default signal dispositions, even if the tests run under `nohup`.
 pub(crate) fn by_default(program: &str) -> Command {
     let mut command = Command::new(program);
     let default_signals = || {
         for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
-            // SAFETY: the default disposition is one for every signal.
+            // SAFETY: every signal has a default disposition.
             unsafe { libc::signal(signal, libc::SIG_DFL) };
         }
         Ok(())
@@ -57,7 +57,8 @@ pub(crate) fn by_default(program: &str) -> Command {
     command
 }
 
-/// A copy of `mmun` in a folder that every user can enter: the tests' own may be root's alone.
+/// A copy of `mmun` in a folder that every user can enter. The folder of the tests may be
+/// accessible to root only.
 pub(crate) struct Public(PathBuf);
 
 impl Public {
@@ -91,7 +92,7 @@ impl Drop for Public {
     }
 }
 
-/// Runs `sh -c script` under `mmun trace --json` with `options` and checks what holds of every
+/// Runs `sh -c script` under `mmun trace --json` with `options`, and checks the rules of every
 /// trace.
 pub(crate) fn traced(options: &[&str], script: &str) -> (Output, Vec<Value>) {
     let path = scratch("trace.json");
@@ -129,7 +130,7 @@ pub(crate) fn of_kind<'a>(records: &'a [Value], name: &'a str) -> impl Iterator<
     records.iter().filter(move |record| kind(record) == name)
 }
 
-/// Asserts what holds of every complete trace.
+/// Checks the rules of every complete trace.
 pub(crate) fn check(records: &[Value]) {
     #[derive(Default)]
     struct Space {
@@ -178,7 +179,7 @@ pub(crate) fn check(records: &[Value]) {
             }
             "start" | "end" => {
                 let mut key = record.clone();
-                // What is found before the call stands in the start, and what after it in the end.
+                // Details from before the call are in the start, those from after it in the end.
                 let only_one = [
                     "result", "comm", "what", "resident", "file", "huge", "swapped", "site", "self",
                 ];
@@ -221,7 +222,7 @@ pub(crate) fn check(records: &[Value]) {
     }
 }
 
-/// A named pipe: reading or writing it waits for the other side.
+/// A named pipe: opening it waits for the other side.
 pub(crate) struct Fifo(pub(crate) PathBuf);
 
 impl Fifo {
@@ -250,8 +251,8 @@ impl Fifo {
 
 impl Drop for Fifo {
     fn drop(&mut self) {
-        // If the test failed, the process on the other side waits no more. Opening both ways
-        // never blocks.
+        // If the test failed, release the process on the other side. Opening for reading and
+        // writing never blocks.
         if thread::panicking() {
             let both = File::options().read(true).write(true).open(&self.0);
             let _ = both.and_then(|mut file| file.write_all(b"the test failed\n"));

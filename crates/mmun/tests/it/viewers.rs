@@ -1,4 +1,4 @@
-//! Recorded traces in the formats of others, and two of them compared.
+//! Recorded traces in the formats of viewers, and comparisons of two traces.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,13 +30,13 @@ fn recorded(script: &str) -> (PathBuf, Vec<Value>) {
     (path, records)
 }
 
-/// Google's own definition of the format, and of what it does not define.
+/// Imports Google's definition of the format.
 const IMPORTS: &str = "\
 from google.protobuf.unknown_fields import UnknownFieldSet
 from perfetto.protos.perfetto.trace import perfetto_trace_pb2 as pb
 ";
 
-/// Says, after those, what a trace holds: an event a line.
+/// Prints the content of a trace, one event a line.
 const READ: &str = "\
 import sys, json
 trace = pb.Trace()
@@ -59,7 +59,7 @@ for packet in trace.packet:
 ";
 
 #[test]
-fn perfetto_reads_what_is_written_for_it() {
+fn perfetto_reads_the_format() {
     let library = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("python");
     let python = || {
         let mut command = Command::new(PYTHON);
@@ -199,7 +199,7 @@ fn a_trace_is_written_for_a_viewer_at_its_end() {
                     > 10
             );
         } else {
-            // A packet, and in it the description of a track.
+            // A packet with the description of a track.
             assert!(
                 bytes.starts_with(&[0x0a]) && bytes.windows(6).any(|window| window == b"munmap")
             );
