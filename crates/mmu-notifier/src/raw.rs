@@ -4,7 +4,7 @@
 //! object, and a table of operations is the key by which the notifier is found. So in this module
 //! the caller provides the memory of a node, passes a closure that selects a node, and gets
 //! pointers. Callbacks, waits and errors are the same as for [`Subsystem`] and
-//! [`Registration`](crate::Registration), because they are the same code.
+//! [`Registration`](crate::Registration), because the code is the same.
 //!
 //! Rust programs do not need this module: the rest of the crate is safe.
 //!
@@ -52,7 +52,7 @@ use std::ptr::NonNull;
 /// // SAFETY: The memory of each node is a box of its own, leaked until here.
 /// unsafe impl Embedded for Counter {
 ///     unsafe fn dispose(node: NonNull<Node<Self>>) {
-///         // SAFETY: It was leaked below, and no thread uses it any more.
+///         // SAFETY: The node was leaked below, and no thread uses it any more.
 ///         drop(unsafe { Box::from_raw(node.as_ptr()) });
 ///     }
 /// }
@@ -68,10 +68,10 @@ use std::ptr::NonNull;
 ///
 /// drop(mm.invalidate(VaRange::ALL, Event::Clear));
 /// let found = COUNTERS.find(&mm, |counter| counter.0 == 7)?.expect("it is registered");
-/// // SAFETY: It is counted.
+/// // SAFETY: The node is counted.
 /// assert_eq!(unsafe { found.as_ref() }.value().1.load(Ordering::Relaxed), 1);
 /// for _found_and_registered in 0..2 {
-///     // SAFETY: It has a user until this is done the second time.
+///     // SAFETY: The node has a user until the second put.
 ///     unsafe { Node::put(found)? };
 /// }
 /// COUNTERS.synchronize()?;
@@ -114,8 +114,8 @@ impl<N: Embedded> Notifiers<N> {
         }
     }
 
-    /// Makes a node of one user at `place`, and registers it. When it returns, every bracket that
-    /// does not call it has ended.
+    /// Makes a node of one user at `place`, and registers the node. When this call returns, every
+    /// bracket that does not call the node has ended.
     ///
     /// # Blocking
     /// Sleeps until the brackets open at that time have ended, and those opened later that it [may

@@ -153,7 +153,7 @@ fn a_threads_first_bracket_allocates_nothing() {
 }
 
 #[test]
-fn get_of_what_exists_and_put_allocate_and_free_nothing() {
+fn get_of_an_existing_notifier_and_put_allocate_and_free_nothing() {
     static SILENT: Subsystem<Silent> = Subsystem::new(|_| Ok(Silent));
     let mm = MmWithUser::new();
     let held = SILENT.get(&mm).unwrap();

@@ -197,7 +197,7 @@ fn s_17_no_caller_subscribes_to_an_inherited_address_space() {
 }
 
 #[test]
-fn s_17_what_the_child_drops_stays_the_parents() {
+fn s_17_a_drop_in_the_child_frees_nothing_of_the_parent() {
     let _alone = alone();
     let mm = MmWithUser::new();
     let subscribed = SUBSYSTEM.get(&mm).unwrap();

@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn want_of_descriptors_or_memory_is_told_from_an_old_kernel() {
+    fn lack_of_descriptors_or_memory_is_not_taken_for_an_old_kernel() {
         let exhausted = |errno| exhausted(&io::Error::from_raw_os_error(errno));
         let (missing, remedy) = exhausted(libc::EMFILE).expect("it is known");
         assert!(

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_page_is_what_the_kernel_says_and_a_multiple_of_the_granule() {
+    fn the_page_size_is_the_kernels_and_a_multiple_of_the_granule() {
         // SAFETY: takes an integer.
         assert_eq!(size(), unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64);
         assert!(size().is_power_of_two() && size() % mmu_notifier::PAGE_SIZE == 0);

@@ -283,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_is_touched_by_what_overlaps_it_and_nothing_else() {
+    fn a_watch_is_touched_only_by_ranges_that_overlap_it() {
         let sizes: Vec<u64> = (0..36)
             .map(|power| 4096 << power)
             .chain([5 << 12, 33 << 12])

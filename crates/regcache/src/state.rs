@@ -447,8 +447,8 @@ impl State {
         if index.take_unasked() {
             self.ask_again();
         }
-        // ORDER(cache-lease, cache-unlease): between the regions' deaths and the scan of the slots.
-        // Partner: the light fences in `Slot::publish` and `Slot::clear`.
+        // ORDER(cache-lease, cache-unlease): heavy fence between the deaths of the regions and the
+        // scan of the slots. Partner: the light fences in `Slot::publish` and `Slot::clear`.
         if self.killed == 0 || (!mutant("no_fence_in_harvest") && !barrier::heavy()) {
             return chain;
         }
@@ -473,7 +473,7 @@ impl State {
         }
     }
 
-    /// Marks each region that a slot names with the number of this scan.
+    /// Stores the number of this scan in the entry of each region that a slot names.
     fn scan_leases(&mut self, index: &Index) {
         self.scan = self.scan.wrapping_add(1).max(1);
         let (scan, entries) = (self.scan, &mut self.entries);

@@ -22,9 +22,9 @@
 //! fn replace_config(new: Config) {
 //!     let old = CONFIG.swap(Box::into_raw(Box::new(new)), Ordering::AcqRel);
 //!     if !old.is_null() {
-//!         // SAFETY: It came from `Box::into_raw` above, and after the swap only this thread owns it.
+//!         // SAFETY: `old` came from `Box::into_raw`, and after the swap only this thread owns it.
 //!         let old = unsafe { Box::from_raw(old) };
-//!         // Readers may still use it. Drop it when they are done:
+//!         // Readers may still use `old`. Drop it when they are done:
 //!         SRCU.call(move || drop(old));
 //!     }
 //! }

@@ -161,7 +161,7 @@ fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
 
 /// Each process is in its own PID namespace, so each has the number 1.
 #[test]
-fn a_child_with_its_parents_number_is_told_from_it() {
+fn a_child_with_its_parents_number_is_distinguished_from_it() {
     if !testkit::require(testkit::Cap::Root) {
         return;
     }

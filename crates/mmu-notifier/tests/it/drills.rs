@@ -292,8 +292,8 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
             change(&mm, &memory, round, owners[0], &held[0]);
             round += 1;
         }
-        // This is exit, or a mirror in the middle of a fault makes it later. The mappings are
-        // removed after exit.
+        // This drop is exit, unless a mirror in the middle of a fault has the last user. Remove the
+        // mappings after exit.
         drop(mm);
         wait_until(|| !handle.has_notifiers());
         (0..PAGES).for_each(|page| memory.unmap(page));

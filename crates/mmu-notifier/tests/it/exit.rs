@@ -33,7 +33,7 @@ fn s_41_exit_does_not_return_before_release_has() {
 }
 
 #[test]
-fn s_42_exit_delists_who_has_no_release_as_well() {
+fn s_42_exit_also_delists_a_subscriber_without_release() {
     struct Plain;
     impl Notifier for Plain {}
     static PLAIN: Subsystem<Plain> = Subsystem::new(|_| Ok(Plain));

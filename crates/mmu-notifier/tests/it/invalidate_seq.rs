@@ -149,7 +149,7 @@ fn b_41_only_faults_within_the_union_of_open_ranges_retry() {
 }
 
 #[test]
-fn b_41_what_is_not_watched_disturbs_no_fault() {
+fn b_41_a_range_that_is_not_watched_disturbs_no_fault() {
     let mm = MmWithUser::new();
     let shadow = shadow(&mm);
     let snapshot = shadow.snapshot(page(7));
@@ -246,7 +246,7 @@ fn b_43_a_wrong_pre_check_does_no_harm() {
 }
 
 #[test]
-fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
+fn b_44_a_change_of_the_watched_ranges_waits_for_open_brackets() {
     let mm = Arc::new(MmWithUser::new());
     let shadow = Arc::new(shadow(&mm));
     fault(&shadow, 7, 1).unwrap();
@@ -293,7 +293,7 @@ fn b_44_a_change_of_what_is_watched_waits_for_open_brackets() {
 /// The ranges come from an iterator of the caller, which may leave a bracket open. `watch` checks
 /// for open brackets only after it has collected the ranges.
 #[test]
-fn b_44_a_change_of_what_is_watched_asks_after_the_ranges_were_made() {
+fn b_44_a_change_of_the_watched_ranges_checks_after_the_ranges_were_made() {
     let mm = MmWithUser::new();
     let shadow = shadow(&mm);
     let mut kept = None;
@@ -309,7 +309,7 @@ fn b_44_a_change_of_what_is_watched_asks_after_the_ranges_were_made() {
 /// Exit delists the shadow while a bracket is open, so the shadow never gets the end. `watch` must
 /// not wait for it.
 #[test]
-fn b_44_a_change_of_what_is_watched_after_exit_does_not_wait_for_an_end_that_never_comes() {
+fn b_44_a_change_of_the_watched_ranges_after_exit_does_not_wait_for_an_end_that_never_comes() {
     let mm = MmWithUser::new();
     let shadow = Arc::new(shadow(&mm));
     let (handle, gate) = ((*mm).clone(), Gate::new());

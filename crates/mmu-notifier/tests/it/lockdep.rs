@@ -246,7 +246,7 @@ fn s_63_an_interval_must_not_wait_under_its_own_state() {
 }
 
 #[test]
-fn s_63_what_cannot_meet_is_not_reported() {
+fn s_63_waits_and_locks_that_cannot_meet_are_not_reported() {
     let (mm, other, table) = (MmWithUser::new(), MmWithUser::new(), Table::new());
     let client = Registration::new(&mm, Client(Arc::clone(&table))).unwrap();
     drop(mm.invalidate(page(1), Event::Unmap));

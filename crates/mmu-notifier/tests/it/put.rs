@@ -321,7 +321,7 @@ fn s_31_a_callback_may_put_its_own_object() {
 /// A callback of an earlier subscriber, of a distant one or of an interval puts the victim. The
 /// rest of the same walk must not call the victim.
 #[test]
-fn s_31_what_a_callback_puts_is_not_called_by_the_same_walk() {
+fn s_31_a_walk_does_not_call_a_notifier_that_its_callback_has_put() {
     for (at, between) in [At::Start, At::TryStart, At::End, At::Release]
         .map(|at| [(at, false), (at, true)])
         .concat()

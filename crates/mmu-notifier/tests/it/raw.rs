@@ -164,7 +164,7 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     };
     // SAFETY: The place is leaked until it is removed.
     unsafe { Interval::insert(me, &mm, page(7), ops) }.unwrap();
-    // SAFETY: It is inserted.
+    // SAFETY: The interval is inserted.
     let interval = unsafe { me.as_ref() };
     let seq = interval.read_begin();
     drop(mm.invalidate(page(8), Event::Clear));
@@ -195,7 +195,7 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     // SAFETY: The place is leaked until it is removed.
     unsafe { Interval::insert_locked(me, &mut locked, page(7), ops) }.unwrap();
     drop(locked);
-    // SAFETY: It is inserted.
+    // SAFETY: The interval is inserted.
     unsafe { Interval::remove(me) }.unwrap();
     // SAFETY: `place` leaked it, and it is ours again.
     drop(unsafe { Box::from_raw(me.as_ptr().cast::<MaybeUninit<Interval<Range>>>()) });

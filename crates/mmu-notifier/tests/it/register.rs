@@ -291,7 +291,7 @@ fn a_release_that_panics_is_counted_and_holds_nothing_up() {
 
 /// A free must not call a function that could wait, because the reclaimer would wait for itself.
 #[test]
-fn s_65_what_registers_or_unregisters_in_a_deferred_free_is_refused() {
+fn s_65_register_and_unregister_in_a_deferred_free_are_refused() {
     struct Frees(Box<dyn FnMut() + Send + Sync>);
     impl Notifier for Frees {}
     impl Drop for Frees {
@@ -342,7 +342,7 @@ fn s_65_what_registers_or_unregisters_in_a_deferred_free_is_refused() {
 /// The reclaimer also drops the state of an interval that was dropped inside a bracket of the same
 /// thread.
 #[test]
-fn s_65_what_registers_in_the_deferred_drop_of_an_interval_is_refused() {
+fn s_65_register_in_the_deferred_drop_of_an_interval_is_refused() {
     struct State(Box<dyn FnMut() + Send>);
     impl IntervalOps for State {
         fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {

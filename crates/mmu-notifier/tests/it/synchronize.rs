@@ -281,7 +281,7 @@ fn s_80_synchronize_waits_for_registrations_that_were_put() {
 /// `get` finds only the notifiers that it has made: a registration has an owner, who may unregister
 /// it.
 #[test]
-fn s_15_get_does_not_find_what_its_subsystem_has_registered() {
+fn s_15_get_does_not_find_a_notifier_that_its_subsystem_registered() {
     let (mm, log) = (MmWithUser::new(), Log::default());
     let subsystem = probes("got", &log, nothing());
     let registered = subsystem
@@ -308,7 +308,7 @@ fn s_15_get_does_not_find_what_its_subsystem_has_registered() {
 }
 
 #[test]
-fn s_88_one_drain_covers_what_a_free_puts() {
+fn s_88_one_drain_covers_the_notifiers_that_a_free_puts() {
     const CHAIN: usize = 20;
     let log = Log::default();
     let slots: Vec<Slot<Probe>> = (0..CHAIN).map(|_| Slot::default()).collect();

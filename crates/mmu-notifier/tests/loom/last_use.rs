@@ -57,7 +57,7 @@ fn s_28_the_free_comes_after_every_putters_last_use() {
 }
 
 #[test]
-fn s_40_release_sees_what_every_user_did() {
+fn s_40_release_sees_the_writes_of_every_user() {
     model(|| {
         let mm = MmWithUser::new();
         let handle = (*mm).clone();

@@ -99,7 +99,7 @@ const MUTANTS: &[(&str, &str, &str)] = &[
     ),
     (
         "exit_relaxed",
-        "last_use::s_40_release_sees_what_every_user_did",
+        "last_use::s_40_release_sees_the_writes_of_every_user",
         "Causality violation",
     ),
     (

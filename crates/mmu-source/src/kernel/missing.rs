@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn what_helps_follows_from_whom_the_device_belongs_to() {
+    fn the_remedy_depends_on_the_owner_of_the_device() {
         let kvm = || Device {
             owner: 0,
             group: 104,

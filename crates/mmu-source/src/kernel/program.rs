@@ -17,7 +17,7 @@
 //! }
 //! for (granule = start >> shift[level]; granule <= last >> shift[level]; granule++)
 //!     if (sum[level][hash(granule)]) goto hit;
-//! for (level = 1; level < LEVELS; level++)            // Coarser ranges. (Finer ones again, harmlessly.)
+//! for (level = 1; level < LEVELS; level++)            // Coarser ranges. (This also tests finer ranges again, which is harmless.)
 //!     if (ranges[level] && (own[level][hash(start >> shift[level])] || own[level][hash(last >> shift[level])])) goto hit;
 //! return;
 //! // A granule is armed if both of its counters are above zero: `hash` stands for two.

@@ -21,7 +21,7 @@ fn hits(kernel: &Kernel, range: VaRange) -> bool {
 }
 
 #[test]
-fn the_filter_finds_what_overlaps_and_little_else() {
+fn the_filter_finds_overlapping_ranges_and_few_others() {
     if !require(Cap::Bpf) {
         return;
     }

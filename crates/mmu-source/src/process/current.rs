@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scope_nests_and_puts_back_what_was_there() {
+    fn a_scope_nests_and_restores_the_previous_value() {
         let task = Task { pid: 1, tid: 2 };
         let outer = Scope::new(task, "exit", None);
         drop(Scope::new(task, "munmap", Some(0)));

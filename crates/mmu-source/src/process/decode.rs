@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn mremap_gives_up_the_tail_or_all_or_nothing() {
+    fn mremap_invalidates_the_tail_or_all_or_nothing() {
         assert_eq!(mremap(0x3000, 0x1000, 0), [(0x11000, 0x13000)]);
         assert_eq!(
             mremap(0x3000, 0x1000, libc::MREMAP_MAYMOVE),
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn mremap_to_a_fixed_place_gives_up_that_place_as_well() {
+    fn mremap_to_a_fixed_address_also_invalidates_the_destination() {
         let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         assert_eq!(
             mremap(0x1000, 0x2000, fixed),
@@ -426,7 +426,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_move_are_told_with_their_folios_and_joined() {
+    fn moved_pages_are_reported_with_their_folios_and_merged() {
         const MIB: u64 = 1 << 20;
         let pages: [u64; 5] = [9 * MIB, 3 * MIB, 3 * MIB + 4096, 5 * MIB, 30 * MIB];
         let (plan, ranges) = ranges_of(
@@ -448,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn where_the_mappings_cannot_be_read_everything_is_told() {
+    fn if_the_mappings_cannot_be_read_everything_is_reported() {
         let ranges_of = |call, args| {
             let entry = Entry {
                 tid: Pid::MAX,
@@ -509,7 +509,7 @@ mod tests {
     }
 
     #[test]
-    fn whom_and_what_a_call_means_that_cannot_be_read_is_not_known() {
+    fn an_unreadable_target_or_argument_counts_as_unknown() {
         let then_of = |call, args| {
             let entry = Entry {
                 tid: Pid::MAX,
@@ -568,7 +568,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copying_clone_protects_what_is_writable() {
+    fn a_copying_clone_protects_writable_memory() {
         let (plan, ranges) = ranges_of(Call::Clone, [libc::SIGCHLD as u64, 0, 0, 0, 0, 0]);
         let plan = plan.expect("a fork is planned");
         assert_eq!(

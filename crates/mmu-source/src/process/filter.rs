@@ -415,14 +415,14 @@ mod tests {
 
     #[cfg(target_arch = "aarch64")]
     #[test]
-    fn calls_of_32_bit_programs_go_by_their_own_numbers() {
+    fn calls_of_32_bit_programs_have_their_own_numbers_in_the_filter() {
         assert_eq!(run(ARCH_COMPAT, 91, [0; 6]), RET_TRACE);
         assert_eq!(run(ARCH_COMPAT, libc::SYS_munmap as u32, [0; 6]), RET_ALLOW);
     }
 
     #[cfg(target_arch = "x86_64")]
     #[test]
-    fn i386_calls_go_by_their_own_numbers_and_every_x32_call_is_traced() {
+    fn i386_calls_have_their_own_numbers_and_every_x32_call_is_traced() {
         assert_eq!(run(ARCH_COMPAT, 91, [0; 6]), RET_TRACE);
         assert_eq!(run(ARCH_COMPAT, libc::SYS_munmap as u32, [0; 6]), RET_ALLOW);
         assert_eq!(run(ARCH_COMPAT, 117, [0x1_0015, 0, 0, 0, 0, 0]), RET_TRACE);

@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_restarts_means_again() {
+    fn only_restart_codes_mean_a_restart() {
         let again: Vec<i64> = (-600..=600).filter(|result| means_again(*result)).collect();
         assert_eq!(again, [-516, -514, -513, -512]);
     }

@@ -58,10 +58,10 @@ fn a_callback_that_allocates_is_named() {
 }
 
 #[test]
-fn who_allocates_under_a_lock_that_a_callback_takes_is_told() {
+fn an_allocation_under_a_lock_that_a_callback_takes_is_reported() {
     let says = "the holder of `the shadow of an InvalidateSeq`";
     must_stop(
-        "callback_heap::who_allocates_under_a_lock_that_a_callback_takes_is_told",
+        "callback_heap::an_allocation_under_a_lock_that_a_callback_takes_is_reported",
         says,
         || {
             let shadow = InvalidateSeq::new([VaRange::ALL], SoftTlb::<u64>::new(1));

@@ -223,7 +223,7 @@ fn mmap_over_live_memory() {
 }
 
 #[test]
-fn mremap_tells_both_places() {
+fn mremap_reports_both_ranges() {
     let watch = Watch::new();
     let pages = map(8, 1);
     watch.listen(pages, 8 * page_size());
@@ -498,7 +498,7 @@ fn the_same_by_number() {
 }
 
 #[test]
-fn remap_file_pages_is_told() {
+fn remap_file_pages_is_reported() {
     let watch = Watch::new();
     let pages = map(2, 1);
     watch.listen(pages, 2 * page_size());
@@ -509,8 +509,8 @@ fn remap_file_pages_is_told() {
 }
 
 #[test]
-fn without_a_hook_nothing_is_told() {
-    alone("calls::without_a_hook_nothing_is_told", || {
+fn without_a_hook_nothing_is_reported() {
+    alone("calls::without_a_hook_nothing_is_reported", || {
         let Watch { log, hook } = Watch::new();
         let second = Hook::install().expect("it worked before");
         let all = |state| {

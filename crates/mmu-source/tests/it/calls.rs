@@ -125,7 +125,7 @@ fn thirty_two_bit_calls_of_a_sixty_four_bit_program() {
 }
 
 #[test]
-fn a_start_is_told_before_the_call_and_its_end_after() {
+fn a_start_is_reported_before_the_call_and_its_end_after() {
     if !require(Cap::Ptrace) {
         return;
     }

@@ -102,7 +102,7 @@ fn children_of_a_program_that_cannot_be_read_are_in_address_spaces_of_their_own(
 }
 
 #[test]
-fn advice_of_a_program_that_cannot_be_read_is_told_as_everything_it_could_be() {
+fn unreadable_advice_is_reported_as_every_possible_change() {
     if !require(Cap::Ptrace) || !require(Cap::Numa) {
         return;
     }

@@ -54,7 +54,7 @@ fn advise(memory: &Scratch, advice: i32) {
 }
 
 #[test]
-fn every_change_by_this_process_is_told() {
+fn every_change_by_this_process_is_reported() {
     let Some(kernel) = start() else { return };
     let private = || Scratch::anonymous(4);
     told(&kernel, "munmap", private(), |memory| {
@@ -134,7 +134,7 @@ fn every_change_by_this_process_is_told() {
 }
 
 #[test]
-fn a_change_by_a_ring_is_told() {
+fn a_change_by_a_ring_is_reported() {
     let Some(kernel) = start() else { return };
     if !require(Cap::IoUring) {
         return;
@@ -164,7 +164,7 @@ fn a_change_by_a_ring_is_told() {
 /// Another process may only page out memory that is not shared. So the memory is mapped after the
 /// fork.
 #[test]
-fn advice_by_another_process_is_told() {
+fn advice_by_another_process_is_reported() {
     let Some(kernel) = start() else { return };
     // SAFETY: takes integers, returns a descriptor.
     let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) } as i32;
@@ -230,7 +230,7 @@ fn advice_by_another_process_is_told() {
 }
 
 #[test]
-fn changes_by_others_and_by_the_kernel_are_told() {
+fn changes_by_others_and_by_the_kernel_are_reported() {
     let Some(kernel) = start() else { return };
     let file = memory_file(4);
     let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
@@ -282,7 +282,7 @@ fn keeps_its_pages() -> libc::pid_t {
 }
 
 #[test]
-fn ten_thousand_ranges_can_be_armed_and_each_is_told() {
+fn ten_thousand_ranges_can_be_armed_and_each_is_reported() {
     let Some(kernel) = rehearse(1 << 18) else {
         return;
     };

@@ -79,7 +79,7 @@ fn s_17_a_forked_child_has_an_address_space_of_its_own_without_subscribers() {
 }
 
 #[test]
-fn fork_protects_what_is_writable_and_private_while_the_child_is_made() {
+fn fork_protects_writable_private_memory_while_the_child_is_made() {
     if !require(Cap::Ptrace) {
         return;
     }
@@ -284,7 +284,7 @@ fn a_vfork_child_shares_its_parents_memory_until_it_execs() {
 }
 
 #[test]
-fn a_call_on_another_process_is_told_in_that_ones_address_space() {
+fn a_call_on_another_process_is_reported_in_its_address_space() {
     if !require(Cap::Ptrace) {
         return;
     }

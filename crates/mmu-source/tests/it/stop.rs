@@ -122,7 +122,7 @@ fn a_task_that_stands_at_a_call_can_be_asked_where_it_is() {
 }
 
 #[test]
-fn births_are_told_when_they_are_mapped() {
+fn births_are_reported_when_they_are_mapped() {
     if !require(Cap::Ptrace) {
         return;
     }

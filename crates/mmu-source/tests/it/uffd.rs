@@ -45,7 +45,7 @@ fn advise(memory: &Scratch, advice: i32) {
 }
 
 #[test]
-fn changes_of_anonymous_memory_are_told() {
+fn changes_of_anonymous_memory_are_reported() {
     let Some(uffd) = start() else { return };
     told(&uffd, "munmap", Scratch::anonymous(4), munmap);
     told(&uffd, "MADV_DONTNEED", Scratch::anonymous(4), |memory| {
@@ -73,7 +73,7 @@ fn changes_of_anonymous_memory_are_told() {
 }
 
 #[test]
-fn changes_of_shared_memory_are_told() {
+fn changes_of_shared_memory_are_reported() {
     let Some(uffd) = start() else { return };
     let file = memory_file(4);
     let shared = || Scratch::map(4, libc::MAP_SHARED, file.as_raw_fd()).expect("mmap");
@@ -84,7 +84,7 @@ fn changes_of_shared_memory_are_told() {
 }
 
 #[test]
-fn changes_of_huge_pages_are_told() {
+fn changes_of_huge_pages_are_reported() {
     let Some(uffd) = start() else { return };
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_NORESERVE;
     let huge = || {
@@ -120,7 +120,7 @@ fn what_cannot_be_armed_is_an_error() {
 }
 
 #[test]
-fn a_range_that_is_armed_twice_is_told_until_both_are_dropped() {
+fn a_range_that_is_armed_twice_is_reported_until_both_are_dropped() {
     let Some(uffd) = start() else { return };
     let memory = Scratch::anonymous(8);
     let log = Log::about(&current(), memory.range());

@@ -79,7 +79,7 @@ fn what_is_asked_for_while_it_changes_is_not_put_into_the_look_up() {
 }
 
 #[test]
-fn what_lies_between_two_changes_is_put_into_the_look_up() {
+fn a_region_between_two_changes_is_put_into_the_look_up() {
     let (mm, _device, cache) = counting(Options::new());
     let brackets = [10, 30].map(|page| mm.invalidate(pages(page, 1), Event::Clear));
     assert!(cache.get(pages(20, 1)).unwrap().is_current());

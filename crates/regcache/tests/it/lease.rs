@@ -170,7 +170,7 @@ fn a_lease_can_end_on_another_thread() {
 }
 
 #[test]
-fn flush_takes_everything_out_but_what_is_leased_stays_registered() {
+fn flush_empties_the_look_up_and_leased_regions_stay_registered() {
     let (_mm, device, cache) = book(Options::new());
     let lease = cache.get(pages(1, 1)).unwrap();
     drop(cache.get(pages(5, 1)).unwrap());

@@ -42,7 +42,7 @@ fn without_merging_regions_overlap() {
 }
 
 #[test]
-fn without_merging_no_more_than_a_crowd_lies_in_one_place() {
+fn without_merging_no_more_than_a_crowd_overlaps() {
     let (_mm, _device, cache) = counting(Options::new().merge(Merge::Never).max_regions(4096));
     for pages_long in 1..2000 {
         drop(cache.get(pages(8, pages_long)).unwrap());
@@ -303,7 +303,7 @@ const MERGES: [Merge; 3] = [Merge::Never, Merge::Overlapping, Merge::Adjacent];
 
 /// The fuzz test must soon detect every fault of the reference model.
 #[test]
-fn the_fuzz_finds_out_who_is_wrong() {
+fn the_fuzz_test_detects_each_wrong_variant() {
     let wrongs = [
         Wrong::KeepsWhatIsReplaced,
         Wrong::KeepsWhatIsInvalidated,

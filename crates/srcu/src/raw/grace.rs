@@ -150,11 +150,11 @@ impl State {
             self.waiting[stale ^ 1].store(0, Ordering::Relaxed);
             self.waiting[stale].store(gp.interest, Ordering::Relaxed);
             gp.announced = announce;
-            // ORDER(srcu-wake): between the announcement and another check of the ends. Partner:
-            // the light fence between the end of a section and the load of `waiting`. If the
-            // announcement comes first, the reader sees it; if the end comes first, the check sees
-            // the end. (The fence in `scan` does not help, because it comes after the scan has read
-            // the ends.) Model: loom `a_wake_up_is_not_lost`.
+            // ORDER(srcu-wake): heavy fence between the announcement and another check of the ends.
+            // Partner: the light fence between the end of a section and the load of `waiting`. If
+            // the announcement comes first, the reader sees it; if the end comes first, the check
+            // sees the end. (The fence in `scan` does not help, because it comes after the scan has
+            // read the ends.) Model: loom `a_wake_up_is_not_lost`.
             if !mutant("no_fence_after_announcement") {
                 barrier::heavy();
             }
@@ -172,12 +172,13 @@ impl State {
         } else {
             self.unlocked()
         };
-        // ORDER(srcu-enter): between the unlinking and the sum of beginnings. Partner: the light
-        // fence of a reader between its count and its first read. If the reader's count comes
-        // first, the sum contains the reader; if the heavy fence comes first, the reader sees the
-        // unlinking. ORDER(srcu-scan): between the two sums. For every end in the first sum, the
-        // second contains the beginning. So equal sums mean that no counted section is open.
-        // Partner: the program order of a section. Model: loom `s_86_a_late_reader_is_not_missed`.
+        // ORDER(srcu-enter): heavy fence between the unlinking and the sum of beginnings. Partner:
+        // the light fence of a reader between its count and its first read. If the reader's count
+        // comes first, the sum contains the reader; if the heavy fence comes first, the reader sees
+        // the unlinking. ORDER(srcu-scan): heavy fence between the two sums. For every end in the
+        // first sum, the second contains the beginning. So equal sums mean that no counted section
+        // is open. Partner: the program order of a section. Model: loom
+        // `s_86_a_late_reader_is_not_missed`.
         if !mutant("no_heavy_fence") {
             barrier::heavy();
         }

@@ -95,7 +95,7 @@ fn a_stuck_reader_of_one_domain_delays_no_callback_of_another() {
 }
 
 #[test]
-fn draining_covers_what_callbacks_queue() {
+fn draining_covers_callbacks_that_callbacks_queue() {
     let srcu = Arc::new(Srcu::new());
     let count = Count::default();
     fn again(srcu: Arc<Srcu>, count: Count, left: usize) {

@@ -25,7 +25,7 @@ fn an_unused_domain_is_small() {
 }
 
 #[test]
-fn s_89_a_drop_runs_what_is_pending() {
+fn s_89_a_drop_runs_the_pending_callbacks() {
     let count = Count::default();
     let srcu = Srcu::new();
     for _ in 0..1000 {
@@ -68,7 +68,7 @@ fn a_domain_dropped_in_its_own_callback_lives_until_the_last_has_returned() {
 }
 
 #[test]
-fn a_domain_dropped_in_a_callback_of_another_runs_what_is_pending() {
+fn a_domain_dropped_in_a_callback_of_another_runs_its_pending_callbacks() {
     let count = Count::default();
     let (outer, inner) = (Srcu::new(), Srcu::new());
     let gate = Gate::new();

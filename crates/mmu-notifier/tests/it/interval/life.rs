@@ -141,7 +141,7 @@ fn b_23_remove_outside_a_full_window_is_immediate() {
 }
 
 #[test]
-fn b_28_exit_tells_every_interval_and_leaves_it_in_place() {
+fn b_28_exit_calls_every_interval_and_keeps_it_in_the_tree() {
     let mm = MmWithUser::new();
     let top = VaRange::covering(Va::new(u64::MAX), 1).unwrap();
     let nodes = [insert(&mm, page(1)), insert(&mm, top)];

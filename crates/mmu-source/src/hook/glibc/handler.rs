@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn the_calls_are_read_as_the_other_source_reads_them() {
+    fn the_hook_and_the_process_source_read_calls_alike() {
         let page = page::size();
         assert_eq!(
             planned(libc::SYS_munmap, [page, 1, 0, 0, 0, 0]),
@@ -297,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn many_vectors_are_joined_and_missing_ones_are_none() {
+    fn many_vectors_are_merged_and_unreadable_ones_are_skipped() {
         let page = page::size();
         let vectors: Vec<u64> = (1..=200).flat_map(|n| [n * page, page]).collect();
         let own = -10001_i64 as u64;

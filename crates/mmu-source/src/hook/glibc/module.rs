@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_in_some_functions_is_what_is_found_in_all_code() {
+    fn a_scan_of_some_functions_finds_the_same_sites_as_a_scan_of_all_code() {
         for segment in segments() {
             let starts = segment.starts();
             assert!(

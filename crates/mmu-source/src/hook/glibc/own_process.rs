@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn an_own_pidfd_is_told_from_others() {
+    fn an_own_pidfd_is_distinguished_from_others() {
         // SAFETY: takes integers.
         let own = unsafe { libc::syscall(libc::SYS_pidfd_open, std::process::id(), 0) } as i32;
         // SAFETY: takes integers.

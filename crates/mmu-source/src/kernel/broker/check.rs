@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_only_named_like_a_map_is_none() {
+    fn a_descriptor_that_is_only_named_like_a_map_is_refused() {
         let text = "pos:\t0\nmap_type:\t2\nvalue_size:\t4096\nmax_entries:\t1\nmap_type_more:\t9\n";
         assert_eq!(number(text, "map_type"), Some(2));
         assert_eq!(number(text, "map"), None);

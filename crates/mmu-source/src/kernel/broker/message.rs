@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_said_is_heard_and_nothing_else_is() {
+    fn each_message_parses_as_itself_and_no_other_packet_parses() {
         for request in Request::ALL {
             assert_eq!(Request::parse(&request.bytes()), Some(request));
         }

@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_user_has_half_of_what_the_others_leave() {
+    fn a_user_gets_half_of_the_places_that_others_leave() {
         let places = Places::new(8);
         let take = |user| places.take(user);
         let first: Vec<_> = (0..4).map(|_| take(1).expect("half")).collect();

@@ -133,7 +133,7 @@ impl Client {
 }
 
 #[test]
-fn who_keeps_what_it_was_given_keeps_its_place() {
+fn a_client_that_keeps_its_maps_keeps_its_place() {
     if !can_run() {
         return;
     }
@@ -163,7 +163,7 @@ fn who_keeps_what_it_was_given_keeps_its_place() {
 }
 
 #[test]
-fn what_is_ready_goes_to_one_client_and_is_replaced() {
+fn the_prepared_set_goes_to_one_client_and_is_replaced() {
     if !can_run() {
         return;
     }
@@ -215,7 +215,7 @@ fn a_client_that_is_killed_leaves_nothing() {
 }
 
 #[test]
-fn nonsense_and_silence_are_the_clients_own_loss() {
+fn a_client_that_sends_nonsense_or_nothing_harms_only_itself() {
     if !can_run() {
         return;
     }
@@ -282,7 +282,7 @@ fn nonsense_and_silence_are_the_clients_own_loss() {
 }
 
 #[test]
-fn a_machine_of_another_address_space_is_none() {
+fn a_machine_of_another_address_space_is_not_used() {
     if !can_run() {
         return;
     }
@@ -297,7 +297,7 @@ fn a_machine_of_another_address_space_is_none() {
 }
 
 #[test]
-fn a_client_is_told_of_its_own_changes_alone() {
+fn a_client_gets_only_events_of_its_own_address_space() {
     if !can_run() {
         return;
     }

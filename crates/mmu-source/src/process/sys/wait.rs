@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_stop_and_a_trap_are_told_apart() {
+    fn a_group_stop_and_a_trap_are_distinguished() {
         let stop = |signal: c_int| decode(1, PTRACE_EVENT_STOP << 16 | signal << 8 | 0x7f);
         assert_eq!(stop(libc::SIGTSTP), Wait::Stopped(1, Stop::Group));
         assert_eq!(stop(libc::SIGTRAP), Wait::Stopped(1, Stop::Trap));

@@ -278,7 +278,7 @@ fn inserts_down_to_a_full_tree_take_no_more_than_each_reserves() {
 }
 
 #[test]
-fn nodes_are_full_after_inserts_in_order_and_go_with_what_they_held() {
+fn nodes_are_full_after_inserts_in_order_and_freed_with_their_intervals() {
     const COUNT: usize = 20_000;
     for down in [false, true] {
         let mut pair = Pair::new();

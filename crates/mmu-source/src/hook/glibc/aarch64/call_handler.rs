@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stub_keeps_all_but_the_result() {
+    fn a_stub_preserves_all_registers_but_the_result() {
         let watch = Registration::new(current_ref(), Destroyer)
             .map_err(|_| "refused")
             .expect("registers");

@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stub_keeps_what_it_says() {
+    fn a_stub_preserves_the_registers_that_it_promises() {
         let watch = Registration::new(current_ref(), Destroyer)
             .map_err(|_| "refused")
             .expect("registers");

@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lies_between_is_moved_if_it_can_be() {
+    fn instructions_of_a_site_are_moved_if_possible() {
         // mov $11, %eax; xor %edx, %edx; syscall; ret
         assert_eq!(sites(b"\xb8\x0b\0\0\0\x31\xd2\x0f\x05\xc3").len(), 1);
         // mov $11, %eax; mov 0(%rip), %rdx; syscall; ret

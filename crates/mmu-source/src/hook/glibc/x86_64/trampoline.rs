@@ -167,7 +167,7 @@ mod tests {
     unsafe extern "C" fn stub() {}
 
     #[test]
-    fn a_trampoline_is_what_its_comments_say() {
+    fn a_trampoline_disassembles_to_its_comments() {
         let here = stub as *const () as u64;
         let at = 0x1000;
         let bytes = of_call(&[0x90], true, stub, here);
