@@ -84,7 +84,9 @@ fn children_of_a_program_that_cannot_be_read_are_in_address_spaces_of_their_own(
             _ => None,
         });
         let forks: Vec<_> = forks.collect();
-        assert_eq!(forks.len(), 4);
+        assert_eq!(forks.len(), trace.said("child").len());
+        // Not every processor has `fork`.
+        assert!(forks.len() >= 3, "each call that forks was made");
         for (words, (_, child, mm, child_mm)) in trace.said("child").into_iter().zip(forks) {
             assert_eq!((words[0], words[1]), (child.tid.to_string().as_str(), "0"));
             assert_ne!(mm, child_mm, "{words:?}: nothing says that it shares");
