@@ -46,8 +46,13 @@ pub(crate) fn folder() -> Option<String> {
     settings().report.clone().filter(|name| name.ends_with('/'))
 }
 
+/// The file of this process. Processes in containers can have the same number, so the number of
+/// their pid namespace is part of the name.
 pub(crate) fn path_in(folder: &str) -> String {
-    format!("{folder}{}", std::process::id())
+    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
+    let digits = |byte: &char| byte.is_ascii_digit();
+    let namespace: String = namespace.to_string_lossy().chars().filter(digits).collect();
+    format!("{folder}{}-{namespace}", std::process::id())
 }
 
 /// The first line of the report, which identifies the process.

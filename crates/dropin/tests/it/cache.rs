@@ -275,30 +275,54 @@ fn the_report_names_the_registration_that_was_refused() {
     );
 }
 
+/// The reports that UCX's and libfabric's program leaves in a folder that it is given.
+fn reports(commands: impl IntoIterator<Item = Command>, name: &str) -> Vec<String> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
+        .join(format!("reports-{name}-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    for mut command in commands {
+        command
+            .env("LD_PRELOAD", library())
+            .env("MMUN", "hook")
+            .env("MMUN_REPORT", format!("{}/", folder.display()));
+        let output = output(command);
+        assert!(output.status.success(), "{name}: {}", text(&output.stderr));
+    }
+    let files = std::fs::read_dir(&folder).unwrap();
+    let reports = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+    let reports = reports.collect();
+    std::fs::remove_dir_all(&folder).unwrap();
+    reports
+}
+
 #[test]
 fn a_child_that_ends_by_exit_or_by_a_signal_is_missed_in_the_report() {
     for cache in ALL {
         let Some(program) = program(cache) else {
             continue;
         };
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
-            .join(format!("reports-{cache:?}-{}", std::process::id()));
-        std::fs::create_dir(&folder).unwrap();
         let mut command = Command::new(&program);
-        command
-            .arg("fork")
-            .env("LD_PRELOAD", library())
-            .env("MMUN", "hook")
-            .env("MMUN_REPORT", format!("{}/", folder.display()));
-        assert!(output(command).status.success(), "{cache:?}");
-        let files = std::fs::read_dir(&folder).unwrap();
-        let reports: Vec<String> = files
-            .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
-            .collect();
-        std::fs::remove_dir_all(&folder).unwrap();
-        // The child, which looked up, ends by `_exit`. The parent's children of other kinds do not.
+        command.arg("fork");
+        let reports = reports([command], &format!("{cache:?}"));
+        // The child, which looked up, ends by `_exit`.
         let silent = |report: &&String| report.contains("\n  no report: ");
         let count = reports.iter().filter(silent).count();
         assert_eq!((reports.len(), count), (2, 1), "{cache:?}: {reports:?}");
     }
+}
+
+#[test]
+fn processes_with_the_same_number_in_two_containers_report_apart() {
+    let Some(program) = program(Cache::Ucx).filter(|_| require(Cap::MountNamespace)) else {
+        return;
+    };
+    // In each namespace the program is process 1, and its child process 2.
+    let contained = || {
+        let mut command = Command::new("unshare");
+        command.args(["--pid", "--fork", "--mount-proc"]);
+        command.arg(&program).arg("fork");
+        command
+    };
+    let reports = reports([contained(), contained()], "containers");
+    assert_eq!(reports.len(), 4, "{reports:?}");
 }
