@@ -27,8 +27,8 @@ fn urcu() {
     println!("cargo::rustc-check-cfg=cfg(has_urcu)");
     let built = cc::Build::new()
         .files(["c/memb.c", "c/bp.c"])
-        // Readers inline, as Rust readers are; the LGPL allows it for code such as ours, which is
-        // not shipped.
+        // Inlines readers, as the Rust readers are. The LGPL allows that, because this code is not
+        // shipped.
         .define("_LGPL_SOURCE", None)
         .opt_level(3)
         .cargo_warnings(false)

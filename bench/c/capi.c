@@ -1,4 +1,4 @@
-/* The loops of C programs over libmmun.so, loaded as they load it. */
+/* Loops over functions of libmmun.so, which is loaded by dlopen(), as C programs may load it. */
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
@@ -123,7 +123,7 @@ void capi_bracket(uint32_t calls)
 	bracket(mm, calls);
 }
 
-/* Beside the subscriber of the watches and of the cache. */
+/* On the process's own address space, with the subscribers of the watch and of the cache. */
 void capi_current(uint32_t calls)
 {
 	bracket(p_mmun_current_mm(), calls);

@@ -60,7 +60,7 @@ struct late {
 
 static void called(struct rcu_head *head) { ((struct late *)head)->at = now_ns(); }
 
-/* From the end of the last section to the callback, with the callback queued well before. */
+/* The time from the end of the last section to the callback, which was queued well before. */
 double peer_memb_latency(void)
 {
 	struct late late = { .at = 0 };

@@ -1,4 +1,4 @@
-//! What the benches of `srcu` share: rounds taken in turn, medians, the table, and liburcu.
+//! Shared by the benches of `srcu`: interleaved rounds, medians, the table, and liburcu.
 
 /// One line of a table: a name and what was measured, in ns, one value a round.
 pub(crate) struct Row {
@@ -18,7 +18,7 @@ impl Row {
         median(self.rounds.clone())
     }
 
-    /// The median of the rounds' ratios: what disturbs a round on a shared machine disturbs both.
+    /// The median of the rounds' ratios: other programs disturb both sides of a round equally.
     pub(crate) fn ratio(&self, to: &Row) -> f64 {
         median(
             self.rounds
@@ -55,7 +55,7 @@ pub(crate) fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
         .expect("every name looked for is in the table")
 }
 
-/// Says whether a ratio is within its bar.
+/// Prints whether a ratio is within its bar.
 pub(crate) fn verdict(what: &str, ratio: f64, bar: f64) {
     println!(
         "{} {what}: {ratio:.2} (bar {bar:.2})",
@@ -76,8 +76,8 @@ pub(crate) mod urcu {
     //! liburcu, with its readers inlined into C loops.
     //!
     //! # Safety
-    //! The functions of `c/*.c` want only that a thread that reads or waits with "memb" is
-    //! registered.
+    //! The functions of `c/*.c` only require that a thread is registered before it reads or waits
+    //! with "memb".
 
     mod c {
         unsafe extern "C" {
@@ -93,17 +93,17 @@ pub(crate) mod urcu {
 
     /// Runs `f` on a registered thread.
     fn registered(f: impl FnOnce() -> f64) -> f64 {
-        // SAFETY: Wants a thread that is not registered: every way in goes through here and out
-        // below.
+        // SAFETY: Requires an unregistered thread: this is the only place that registers, and it
+        // unregisters below.
         unsafe { c::peer_memb_register() };
         let result = f();
-        // SAFETY: Wants a registered thread outside of sections.
+        // SAFETY: Requires a registered thread outside of sections.
         unsafe { c::peer_memb_unregister() };
         result
     }
 
     pub(crate) fn memb_read(rounds: u64) -> f64 {
-        // SAFETY: Wants a registered thread.
+        // SAFETY: Requires a registered thread.
         registered(|| unsafe { c::peer_memb_read(rounds as i64) })
     }
 

@@ -1,5 +1,5 @@
-//! What does a call from C cost beside the same from Rust, and what does it cost to load the
-//! library?
+//! What does a call from C cost compared with the same call from Rust, and what does loading the
+//! library cost?
 //!
 //! `cargo build --release -p mmun-capi && cargo run --release -p bench --bin capi [ROUNDS]`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
@@ -55,7 +55,7 @@ mod measured {
         fn deregister(&self, _: u64) {}
     }
 
-    /// Calls of a burst: short, so that many bursts of a run are not interrupted.
+    /// Calls of a burst: few, so that many bursts run without an interruption.
     const CALLS: u32 = 2_000;
     const OWN: u32 = 4;
     const KERNEL: u32 = 2;
@@ -71,8 +71,8 @@ mod measured {
         start.elapsed().as_nanos() as f64 / f64::from(CALLS)
     }
 
-    /// Times both in turn, and prints the least of each and their difference: what a call costs
-    /// where nothing else disturbs it. The medians behind it say how far they were disturbed.
+    /// Times both alternately. Prints the minimum of each, which is the undisturbed cost of a call,
+    /// and their difference. The medians show how much other programs disturbed the run.
     fn compare(
         name: &str,
         rounds: usize,
@@ -221,8 +221,8 @@ mod measured {
             || assert_ne!(unsafe { capi_regcache(place, length, CALLS) }, 0),
         );
 
-        // Each has the watches' subscriber and the cache. The difference of the two differences is
-        // the subscriber's own.
+        // Both rows include the subscribers of the watch and of the cache. The difference of the
+        // two differences is the cost of the further subscriber.
         let current = mmu_source::current();
         let rust = || {
             (0..CALLS)
@@ -249,7 +249,7 @@ mod measured {
         if let Ok(kernel) = mmu_source::kernel::Kernel::start() {
             let watch = kernel.watch(range).expect("a watch");
             assert_eq!(
-                // SAFETY: The buffer lives; what was prepared before is leaked.
+                // SAFETY: The buffer lives; the objects of the earlier call are leaked.
                 unsafe { capi_prepare(place, length, KERNEL) },
                 0,
                 "the source starts"

@@ -61,7 +61,7 @@ fn main() {
     (0..=2).for_each(|threads| subscribing(&mm, threads));
 }
 
-/// What a fresh process starts.
+/// The sources that a fresh process starts.
 const FIRST: [&str; 4] = [
     "hook",
     "hook beside two threads",
@@ -69,7 +69,7 @@ const FIRST: [&str; 4] = [
     "hook and kernel",
 ];
 
-/// Prints how long the first use of a source takes. The processes take turns.
+/// Prints how long the first use of a source takes. The variants are interleaved.
 fn first(rounds: usize) {
     let program = env::current_exe().expect("this program has a name");
     let mut times: [Vec<f64>; FIRST.len()] = Default::default();
@@ -117,9 +117,9 @@ fn first_use(what: &str) {
     drop((hook, kernel));
 }
 
-/// Prints a call bare, with the hook alone, with one subscriber, with nine. All four take turns,
-/// and every difference and ratio is the median of those within a round: this machine's speed
-/// drifts.
+/// Prints the time of a call without the hook, with the hook alone, with one subscriber, and with
+/// nine. The four are interleaved. Each difference and ratio is a median over the rounds, because
+/// the machine's speed drifts.
 fn compare(name: &str, measure: fn() -> f64, mm: &MmWithUser, rounds: usize) {
     let kinds: Vec<Subsystem<Empty>> = (0..9)
         .map(|_| Subsystem::new((|_| Ok(Empty)) as fn(&_) -> _))
@@ -246,9 +246,9 @@ fn installation(rounds: usize) {
     );
 }
 
-/// A fresh subscription and its last put, while other threads map and unmap. Two of them and this
-/// one are more than this machine has processors: then a bracket that has to be waited for may be
-/// that of a thread which is not running.
+/// Times a fresh subscription and its last put, while other threads map and unmap. With two such
+/// threads there are more threads than processors, so the subscriber may wait for the bracket of a
+/// preempted thread.
 fn subscribing(mm: &MmWithUser, threads: usize) {
     let hook = Hook::install().expect("it worked before");
     let others: [Subsystem<Empty>; 2] = [const { Subsystem::new(|_| Ok(Empty)) }; 2];

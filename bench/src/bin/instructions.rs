@@ -1,8 +1,8 @@
-//! Runs one fast path so many times, for an emulator that counts instructions: no time is the same
-//! on two kinds of processors, a count of instructions can be put beside another.
+//! Runs one fast path a given number of times, under an emulator that counts instructions. Unlike
+//! times, counts of instructions can be compared between two kinds of processors.
 //!
-//! `instructions {nothing | section | bracket | get | hit | watch} TIMES`. The difference of two
-//! runs is what the loop takes: `bench/README.md` has the commands.
+//! `instructions {nothing | section | bracket | get | hit | watch} TIMES`. The difference between
+//! two runs is the count of the loop: `bench/README.md` has the commands.
 #![allow(missing_docs, reason = "a bench")]
 
 use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Subsystem, Va, VaRange};
@@ -21,7 +21,8 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).expect("a page")
 }
 
-/// One round before it is counted: what is made at the first use is there then.
+/// Makes one round before the counted rounds, which initialises everything that is made at first
+/// use.
 #[inline(never)]
 fn repeat(times: u32, mut f: impl FnMut()) {
     f();
@@ -55,7 +56,7 @@ fn main() {
         "hit" => {
             let device = Device::new(Counting::default(), Options::new());
             let cache = device.open(&mm).expect("outside of brackets");
-            // Among others, so that the look-up has something to look up.
+            // Several regions, so that the look-up is realistic.
             let regions: Vec<_> = (0..16).map(|number| page(2 * number)).collect();
             for region in regions {
                 drop(cache.get(region).expect("a free place"));

@@ -1,4 +1,4 @@
-//! The bars of the kernel source, beside a virtual machine that is open for nothing.
+//! The bars of the kernel source, compared with an idle virtual machine.
 //!
 //! `cargo run --release -p bench --bin kernel [ROUNDS [PART]]`, where PART is `fill`, `crowd`,
 //! `watch`, `on`, `start` or `flood`. Wants root: the flood comes from another user.
@@ -27,7 +27,7 @@ fn map(bytes: usize) -> *mut c_void {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: a new mapping where the kernel likes.
+    // SAFETY: a new mapping at an address that the kernel chooses.
     let at = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
     at
@@ -68,7 +68,7 @@ fn timed(f: impl FnOnce()) -> f64 {
     start.elapsed().as_nanos() as f64
 }
 
-/// The value that so many of 1,000 are below.
+/// The quantile of `rank` in 1,000.
 fn of_1000(values: &mut [f64], rank: usize) -> f64 {
     values.sort_by(f64::total_cmp);
     values[(values.len() * rank / 1000).min(values.len() - 1)]
@@ -149,7 +149,7 @@ fn fills(rounds: usize) {
     );
 }
 
-/// The kernel's messages about devices: two for each machine.
+/// The kernel's messages about devices: the kernel sends two for each virtual machine.
 struct Uevents(OwnedFd);
 
 impl Uevents {
@@ -172,7 +172,7 @@ impl Uevents {
         Some(Self(socket))
     }
 
-    /// How many were about machines of this process.
+    /// The number of messages about virtual machines of this process.
     fn count(&self) -> usize {
         let own = format!("PID={}", std::process::id());
         let mut buffer = [0_u8; 8192];
@@ -200,8 +200,8 @@ impl Uevents {
     }
 }
 
-/// 8 threads fill while 8 map and unmap: first with ranges that were armed long before, then with
-/// one that is armed for each fill.
+/// 8 threads fill while 8 map and unmap: first with ranges that were armed before, then with a
+/// range that is armed for each fill.
 fn crowd(rounds: usize) {
     for rearm in [false, true] {
         let kernel = Kernel::start().expect("KVM and BPF");
@@ -224,7 +224,7 @@ fn crowd(rounds: usize) {
                     }
                 });
                 scope.spawn(move || {
-                    // One in four changes memory that is armed.
+                    // One thread in four changes armed memory.
                     let own = map(PAGE);
                     let _armed =
                         (number % 4 == 0).then(|| kernel.arm(range(own, PAGE)).expect("armed"));
@@ -308,8 +308,8 @@ fn watches(rounds: usize) {
     );
 }
 
-/// In turn: nothing, a bare machine, one beside a program that does nothing, the source with
-/// nothing armed, with 10 ranges armed and idle, and just after arming.
+/// Interleaved: nothing, an idle machine, an idle machine with an empty BPF program, the source
+/// with nothing armed, with 10 idle armed ranges, and just after arming.
 fn on(rounds: usize) {
     const NAMES: [&str; 6] = [
         "bare",
@@ -319,7 +319,7 @@ fn on(rounds: usize) {
         "on, 10 others armed",
         "on, 10 just armed",
     ];
-    // The best of several pieces: what others take of the machine is left out.
+    // The best of several batches, which excludes the time of other programs.
     let piece = || timed(|| (0..500).for_each(|_| change())) / 500.0;
     let cycle = || (0..12).map(|_| piece()).fold(f64::MAX, f64::min);
     let pause = || std::thread::sleep(Duration::from_millis(100));
@@ -366,8 +366,8 @@ fn on(rounds: usize) {
     println!("  bars: 1.02 and 1.03 of the bare machine");
 }
 
-/// A virtual machine for nothing.
-struct Machine(#[expect(dead_code, reason = "it is only there")] OwnedFd);
+/// An idle virtual machine.
+struct Machine(#[expect(dead_code, reason = "it is only kept open")] OwnedFd);
 
 impl Machine {
     fn make() -> Self {
@@ -385,7 +385,7 @@ impl Machine {
     }
 }
 
-/// Starts the source, with one's own rights, and as an ordinary user through a broker.
+/// Starts the source with the rights of this process, and as an ordinary user through a broker.
 fn starts(rounds: usize) {
     timed_starts(rounds, "start()");
     let socket = std::env::temp_dir().join(format!("mmun-bench-{}", std::process::id()));
@@ -417,14 +417,14 @@ fn timed_starts(rounds: usize, label: &str) {
         let mut kernel = None;
         taken.push(timed(|| kernel = Some(Kernel::start().expect("KVM and BPF"))) / 1e6);
         drop(kernel);
-        // A program that is attached again at once waits for a grace period of the tracepoint.
+        // Attaching a program again at once would wait for a grace period of the tracepoint.
         std::thread::sleep(Duration::from_millis(150));
     }
     row(label, "ms", &mut taken, "p50 <= 5");
 }
 
-/// Hits a second while another user's process discards 20 TiB in a loop, with a machine of its own
-/// and without.
+/// Hits a second while another user's process discards 20 TiB in a loop, with and without a virtual
+/// machine.
 fn flood(rounds: usize) {
     const REGIONS: u64 = 1000;
     let kernel = Kernel::start().expect("KVM and BPF");
@@ -501,7 +501,7 @@ fn attack(with_machine: bool) {
     // SAFETY: takes an integer; the descriptor stays open until the end.
     assert!(!with_machine || unsafe { libc::ioctl(kvm.as_raw_fd(), 0xae01, 0_usize) } >= 0);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping where the kernel likes.
+    // SAFETY: a new mapping at an address that the kernel chooses.
     let at = unsafe { libc::mmap(ptr::null_mut(), LENGTH, libc::PROT_NONE, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
     loop {

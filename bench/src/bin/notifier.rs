@@ -1,5 +1,5 @@
-//! What do brackets, get, put and intervals cost, next to an empty SRCU section and to the usual
-//! map of `Arc`s?
+//! What do brackets, get, put and intervals cost, compared with an empty SRCU section and with the
+//! usual map of `Arc`s?
 //!
 //! `cargo run --release -p bench --bin notifier [ROUNDS]`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::Instant;
 
-/// Counts what is allocated, for the memory rows and for "allocates nothing".
+/// Counts allocations, for the memory rows and for "allocates nothing".
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
@@ -70,7 +70,7 @@ fn each(times: u32, mut f: impl FnMut()) -> f64 {
     start.elapsed().as_nanos() as f64 / f64::from(times)
 }
 
-/// The same on `threads` threads at once; what one operation takes on each.
+/// The same on `threads` threads at once; returns the time of one operation on each.
 fn on_threads(threads: usize, times: u32, f: impl Fn(usize) + Sync) -> f64 {
     let line = Barrier::new(threads);
     let taken: Vec<f64> = std::thread::scope(|scope| {
@@ -108,8 +108,8 @@ fn bracket(subscribers: usize, threads: usize) -> f64 {
     })
 }
 
-/// The floor of dispatch: as many callbacks through pointers in a list, called twice, and nothing
-/// around them.
+/// The floor of dispatch: the same number of callbacks through pointers in a list, called twice,
+/// without any other work.
 struct Bare {
     next: Option<Box<Bare>>,
     start: fn(&VaRange),
@@ -171,8 +171,8 @@ fn map_of_arcs(threads: usize, shared: bool) -> f64 {
     })
 }
 
-/// Last puts in a burst, while a bracket holds the frees up; returns the cost and what they
-/// allocated.
+/// Last puts in a burst, while a bracket delays the frees. Returns the time and the number of
+/// allocations.
 fn last_puts() -> (f64, usize) {
     const BURST: u32 = 1000;
     let mm = MmWithUser::new();
@@ -189,7 +189,7 @@ fn last_puts() -> (f64, usize) {
     (taken, allocated)
 }
 
-/// Each get makes a notifier and is put outside of the clock, so that the list stays short.
+/// Times gets that make a notifier. The put is not timed, and keeps the list short.
 fn fresh_get() -> f64 {
     const TIMES: u32 = 5000;
     let (mm, subsystem) = (MmWithUser::new(), subsystem());
@@ -243,7 +243,8 @@ fn main() {
         .and_then(|n| n.parse().ok())
         .unwrap_or(7);
     let run = |f: &dyn Fn() -> f64| median((0..rounds).map(|_| f()).collect());
-    // Compared figures are taken in turn, so that drift of the machine meets both.
+    // Figures that are compared are measured alternately, so that a drift of the machine affects
+    // both.
     let mut columns: Vec<Vec<f64>> = vec![Vec::new(); 16];
     for _ in 0..rounds {
         let values = [

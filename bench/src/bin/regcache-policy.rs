@@ -1,5 +1,4 @@
-//! Which regions should go when the cache is full? Hit ratios of eviction policies over made-up
-//! traces.
+//! Which regions should a full cache evict? Hit ratios of eviction policies over synthetic traces.
 //!
 //! `cargo run --release -p bench --bin regcache-policy`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
@@ -11,7 +10,8 @@ use std::num::NonZeroUsize;
 const REQUESTS: usize = 1_000_000;
 const BUFFERS: u32 = 20_000;
 
-/// Asks for a buffer; says whether it was there. It is afterwards.
+/// An eviction policy. A request returns whether the buffer was in the cache, and inserts it if
+/// not.
 trait Policy {
     fn request(&mut self, buffer: u32) -> bool;
 }
@@ -50,7 +50,7 @@ impl Policy for Fifo {
     }
 }
 
-/// Second chance: what was used goes back to the end of the queue.
+/// Second chance: a used buffer goes back to the end of the queue.
 struct Clock {
     queue: VecDeque<u32>,
     used: HashMap<u32, bool>,
@@ -77,7 +77,7 @@ impl Policy for Clock {
     }
 }
 
-/// What was used stays where it is, and the hand moves to the newer ones.
+/// A used buffer stays at its place, and the hand moves towards newer buffers.
 struct Sieve {
     /// Oldest first.
     queue: Vec<u32>,
@@ -108,8 +108,8 @@ impl Policy for Sieve {
     }
 }
 
-/// A small queue for newcomers, a main one for what was used there, and a memory of what left the
-/// small one.
+/// A small queue for new buffers, a main queue for buffers that were used in the small one, and a
+/// list of buffers that were evicted from the small one.
 struct S3Fifo {
     small: VecDeque<u32>,
     main: VecDeque<u32>,
@@ -198,12 +198,12 @@ fn zipf(exponent: f64) -> impl FnMut() -> u32 {
     let mut random = Random(88_172_645_463_325_252);
     move || {
         let at = random.unit() * sum;
-        // Spread over the numbers, so that rank and number have nothing to do with each other.
+        // A hash, so that the rank of a buffer does not correlate with its number.
         (sums.partition_point(|limit| *limit < at) as u32).wrapping_mul(2_654_435_761) % BUFFERS
     }
 }
 
-/// The traces, each with what it stands for.
+/// The traces, each with a description.
 fn traces() -> Vec<(&'static str, Vec<u32>)> {
     let mut popular = zipf(1.0);
     let mut flat = zipf(0.7);

@@ -1,10 +1,10 @@
-//! What does a hit cost whose handle is an RDMA memory region, next to one whose handle is a
-//! number?
+//! What does a hit cost whose handle is an RDMA memory region, compared with a hit whose handle is
+//! a number?
 //!
 //! `cargo run --release -p bench --bin regcache-rdma [ROUNDS]`. No device is needed: the registrar
-//! returns handles that are ready, of the shape that `regcache-rdma` has (both keys, and a counted
-//! pointer to the library's region), and the user reads both keys. The last column is what it took
-//! to read them in the library's own structure, behind two pointers.
+//! returns prepared handles with the layout of `regcache-rdma` (both keys, and a counted pointer to
+//! the library's region), and the user reads both keys. The last column is the cost of reading the
+//! keys from the library's own structure, behind two pointers.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use mmu_notifier::{MmWithUser, Va, VaRange};
@@ -14,7 +14,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// As the registrar has it: the keys, and the library's own structure behind pointers.
+/// The layout of the registrar's handle: the keys, and the library's own structure behind pointers.
 struct Region {
     keys: (u32, u32),
     #[expect(
@@ -81,7 +81,7 @@ fn main() {
         let order: Vec<u32> = (0..4096_u32)
             .map(|number| number.wrapping_mul(2_654_435_761) % regions)
             .collect();
-        // In turn, so that all meet the same disturbances.
+        // Interleaved, so that other programs disturb all variants equally.
         let mut pieces: Vec<[f64; 3]> = (0..rounds)
             .map(|_| {
                 let plain = hit(&plain, &order, |handle| _ = black_box(*handle));

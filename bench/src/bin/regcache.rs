@@ -1,5 +1,5 @@
-//! What do a hit, a miss and an invalidation of the registration cache cost, next to the usual ways
-//! to write one?
+//! What do a hit, a miss and an invalidation of the registration cache cost, compared with the
+//! usual implementations?
 //!
 //! `cargo run --release -p bench --bin regcache [ROUNDS [PART]]`, where PART is `hit`, `threads`,
 //! `kernel`, `miss` or `invalidate`.
@@ -35,7 +35,7 @@ fn order(regions: u32, seed: u64) -> Vec<u32> {
     (0..TIMES).map(next).collect()
 }
 
-/// A cache of some kind, full of regions.
+/// A cache that is full of regions.
 trait Peer: Sync {
     fn hit(&self, range: VaRange);
 }
@@ -66,7 +66,7 @@ impl Peer for Ours {
     }
 }
 
-/// By the first address; the value is the last one and a counted registration.
+/// A tree keyed by the first address; the value is the last address and a counted registration.
 struct Tree(RwLock<BTreeMap<u64, (u64, Arc<u64>)>>);
 
 impl Tree {
@@ -96,7 +96,7 @@ impl Peer for Tree {
     }
 }
 
-/// By exactly the first address: less than a registration cache has to do.
+/// A map of exact first addresses, which is less than a registration cache must support.
 struct Lru(Mutex<LruCache<u64, (u64, Arc<u64>)>>);
 
 impl Lru {
@@ -139,7 +139,7 @@ mod ucx {
     }
 }
 
-// SAFETY: It locks for itself.
+// SAFETY: The cache has its own lock.
 #[cfg(has_ucx)]
 unsafe impl Sync for Ucx {}
 
@@ -158,7 +158,7 @@ impl Peer for Ucx {
     fn hit(&self, range: VaRange) {
         let address = std::ptr::without_provenance_mut(range.start().get() as usize);
         assert_eq!(
-            // SAFETY: The cache lives; its registrations look at no memory.
+            // SAFETY: The cache lives; its registrations access no memory.
             unsafe { ucx::rcache_hit(self.0.as_ptr(), address, 4096) },
             1
         );
@@ -168,12 +168,12 @@ impl Peer for Ucx {
 #[cfg(has_ucx)]
 impl Drop for Ucx {
     fn drop(&mut self) {
-        // SAFETY: It is used no more.
+        // SAFETY: No code uses the cache any more.
         unsafe { ucx::rcache_free(self.0.as_ptr()) };
     }
 }
 
-/// What stands in for it elsewhere.
+/// A placeholder without UCX.
 #[cfg(not(has_ucx))]
 struct Ucx;
 
@@ -189,8 +189,8 @@ impl Peer for Ucx {
     fn hit(&self, _range: VaRange) {}
 }
 
-/// Nanoseconds for a hit and its drop in one thread: the median of short pieces, which leaves out
-/// what others take of the machine.
+/// Nanoseconds for a hit and its drop in one thread: the median of short batches, which excludes
+/// the time of other programs.
 fn hit_alone<P: Peer>(peer: &P, order: &[u32]) -> f64 {
     let piece = |order: &[u32]| {
         let start = Instant::now();
@@ -228,7 +228,7 @@ fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
 const MISSES: u32 = 10_000;
 
 /// Nanoseconds for one of the misses that `fill` an empty cache with regions: the median of short
-/// pieces.
+/// batches.
 fn miss<T>(empty: impl Fn() -> T, fill: impl Fn(&T, VaRange)) -> f64 {
     const PIECE: u32 = 250;
     let mut pieces = Vec::new();
@@ -324,7 +324,7 @@ fn misses(rounds: usize) {
     );
 }
 
-/// One region goes, and comes back outside of the clock.
+/// Invalidates one region. Registering it again is not timed.
 fn invalidate(ours: &Ours, order: &[u32]) -> f64 {
     let mut taken = 0;
     let order = &order[..50_000];
@@ -376,8 +376,7 @@ fn hits(rounds: usize) {
     }
 }
 
-/// A number's way through nothing but registers: what two threads do more than one on this machine,
-/// whatever they run.
+/// Computes in registers only: the maximum speed-up that two threads reach on this machine.
 struct Spin;
 
 impl Peer for Spin {
@@ -393,8 +392,8 @@ impl Peer for Spin {
     }
 }
 
-/// Two threads in the same cache against one, in each round beside two threads that share nothing
-/// at all.
+/// Two threads in the same cache compared with one thread, and in each round with two threads that
+/// share nothing.
 fn threads(rounds: usize) {
     println!(
         "\n{:<44} {:>8} {:>8} {:>8} {:>8}  ns for one",
@@ -469,8 +468,8 @@ fn threads(rounds: usize) {
     }
 }
 
-/// What the check of the kernel source's generation adds. In a rehearsal: the kernel's part of it
-/// is not in the hit.
+/// The additional cost of checking the kernel source's generation. Uses a rehearsal, because the
+/// kernel does no work in a hit.
 fn kernel(rounds: usize) {
     const REGIONS: u32 = 1000;
     let kernel = match Kernel::rehearse(1 << 16) {
@@ -507,7 +506,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// The least and the most.
+/// The minimum and the maximum.
 fn spread(values: &[f64]) -> String {
     let (least, most) = values
         .iter()

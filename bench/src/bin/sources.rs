@@ -1,4 +1,4 @@
-//! What do the kernel and the uffd source cost, next to the bare calls?
+//! What do the kernel and the uffd source cost, compared with the bare calls?
 //!
 //! `cargo run --release -p bench --bin sources [ROUNDS]`
 //!

@@ -1,4 +1,4 @@
-//! What do `synchronize` and `call` cost, and how soon does a callback run, next to liburcu?
+//! What do `synchronize` and `call` cost, and how soon does a callback run, compared with liburcu?
 //!
 //! `cargo run --release -p bench --bin srcu-update [ROUNDS]`
 #![allow(
@@ -81,8 +81,8 @@ fn call() -> f64 {
     taken
 }
 
-/// The same, with all callbacks held up by a section: what the producer pays when nothing runs
-/// beside it.
+/// The same while a section delays all callbacks: the producer's cost without the reclaimer
+/// running.
 fn call_raw_held_up() -> f64 {
     let srcu = Srcu::new();
     srcu.prepare();
@@ -153,7 +153,7 @@ fn idle_latency() -> f64 {
     delays[delays.len() / 2]
 }
 
-/// A domain made, used for a section and a callback's worth of state, and dropped.
+/// Makes a domain, uses it for a section and the state of a callback, and drops it.
 fn domain() -> f64 {
     let start = Instant::now();
     for _ in 0..WAITS {
