@@ -5,6 +5,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use mmu_notifier::{GetError, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem};
 use mmu_source::process::{Observer, Task, TaskEvent, current};
@@ -69,6 +70,10 @@ impl Drop for TraceNotifier {
     }
 }
 
+/// How many last subscriptions wait to be put, and for how long while anything happens.
+const MOST_LAST: usize = 32;
+const LONGEST_LAST: Duration = Duration::from_millis(20);
+
 /// Subscribes every task, and records the life of tasks.
 pub(crate) struct TraceObserver {
     recorder: Arc<Recorder>,
@@ -77,6 +82,12 @@ pub(crate) struct TraceObserver {
     /// chance to end. The kernel has the same order: an exiting task first drops its `mm`, which
     /// runs `release`, and then closes its files, which put.
     leaving: Vec<(Task, Subscription<TraceNotifier>)>,
+    /// The last subscriptions of address spaces that have ended. They are put a few at a time: each
+    /// put wakes the thread that waits for a grace period, and its barriers interrupt this one,
+    /// which costs a program that forks all the time a tenth of its speed.
+    last: Vec<Subscription<TraceNotifier>>,
+    /// When the first of `last` came.
+    since: Instant,
     /// System calls that could not be read.
     missed: u64,
 }
@@ -95,6 +106,8 @@ impl TraceObserver {
             recorder,
             subsystem: Subsystem::new(Box::new(alloc)),
             leaving: Vec::new(),
+            last: Vec::new(),
+            since: Instant::now(),
             missed: 0,
         }
     }
@@ -103,6 +116,7 @@ impl TraceObserver {
     /// recorded.
     pub(crate) fn finish(&mut self) {
         self.put_left();
+        self.put_last();
         if let Err(error) = self.subsystem.synchronize() {
             unreachable!(
                 "no section is open in the tracing thread once everything was put: {error}"
@@ -125,8 +139,24 @@ impl TraceObserver {
                 mm: subscription.mm().id(),
                 kind: Kind::Put { users },
             });
-            subscription.put();
+            if users > 0 {
+                subscription.put();
+                continue;
+            }
+            if self.last.is_empty() {
+                self.since = Instant::now();
+            }
+            self.last.push(subscription);
         }
+        if self.last.len() >= MOST_LAST
+            || !self.last.is_empty() && self.since.elapsed() >= LONGEST_LAST
+        {
+            self.put_last();
+        }
+    }
+
+    fn put_last(&mut self) {
+        self.last.drain(..).for_each(Subscription::put);
     }
 
     fn record(&self, task: Task, mm: &Mm, kind: Kind) {
@@ -150,6 +180,10 @@ impl Observer for TraceObserver {
 
     fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held {
         self.put_left();
+        // Another task may enter after all: then the count must be that of the tasks.
+        if self.last.iter().any(|last| last.mm().id() == mm.id()) {
+            self.put_last();
+        }
         let subscription = match self.subsystem.get(mm) {
             Ok(subscription) => subscription,
             Err(GetError::Overflow) => return None,
