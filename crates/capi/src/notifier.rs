@@ -271,8 +271,9 @@ unsafe fn register(
     // SAFETY: A place for a notifier: the caller's duty.
     let place = unsafe { node(notifier) };
     if let Err(WouldDeadlock) =
-        // INVARIANT: The value of the node in `notifier`, with its table. SAFETY: The place is
-        // valid, large enough (asserted above), and the driver's until it is freed.
+        // INVARIANT: The value of the node in `notifier`, with its table.
+        // SAFETY: The place is valid, large enough (asserted above), and the driver's until it is
+        // freed.
         unsafe { DRIVERS.register(place, Driver { me: notifier, ops }, guard) }
     {
         // SAFETY: As above.

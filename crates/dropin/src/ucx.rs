@@ -142,7 +142,8 @@ extern "C" fn serve_child() {
             );
         }
         counts::LOOKED_UP.store(false, Ordering::Relaxed);
-        // Every registration is of the parent's memory, so drop them all. SAFETY: as in `Feed`.
+        // Every registration is of the parent's memory, so drop them all.
+        // SAFETY: as in `Feed`.
         unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };
     }
 }

@@ -4,8 +4,8 @@
 //! [`current`](crate::current). Start callbacks run in the calling thread before the call, end
 //! callbacks after it. The memory calls are `munmap`, `mmap` over live memory, `mremap`, `madvise`,
 //! `posix_madvise`, `process_madvise` on this process, `brk`, `sbrk`, `shmat` with `SHM_REMAP`,
-//! `shmdt`, `mprotect`, `pkey_mprotect` and `remap_file_pages`, and `syscall(2)` with one of those
-//! numbers.
+//! `shmdt`, `mprotect`, `pkey_mprotect`, `remap_file_pages`, `mbind`, `move_pages` and
+//! `migrate_pages` of this process, and `syscall(2)` with one of those numbers.
 //!
 //! The hook also sees the calls that libc makes for itself: `free` of a large block, `malloc_trim`,
 //! thread stacks, `dlclose` in the dynamic loader. The hook does not see a system call instruction

@@ -5,14 +5,14 @@
 //! process.
 //!
 //! # Which source do I need?
-//! | what is to be known | source | needs |
 //! | you want to know | source | needs |
-//! | every change of memory of this process, whatever makes it: a cache that must never be stale | [`kernel`], and [`hook`] beside it if callbacks are to run before the program's own calls | `/dev/kvm`, CAP_BPF and CAP_PERFMON; or a running `mmun broker` |
+//! | --- | --- | --- |
 //! | every change of this process's memory, whatever its cause: for a cache that must never be stale | [`kernel`]; also [`hook`] if callbacks must run before the program's own calls | `/dev/kvm`, CAP_BPF and CAP_PERFMON; or a running `mmun broker` |
 //! | what this process does through libc, before it happens, without privileges | [`hook`] | x86-64 or aarch64, with glibc |
 //! | what this process does to a few ranges, soon afterwards | [`uffd`] | CAP_SYS_PTRACE, Linux 6.7 |
-//! | whether one range was touched since, under a lock or inside `free` | [`Watch`] | one of the first two sources |
+//! | what other processes do | [`process`] | the right to trace them, x86-64 or aarch64 |
 //! | whether one range has changed since a given moment, even under a lock or inside `free` | [`Watch`] | [`kernel`] or [`hook`] |
+//!
 //! [`SOURCES`] lists for each source what it sees, when it notifies subscribers, and what it
 //! misses.
 //! Each source is a feature of this crate, and all are on by default.
@@ -80,7 +80,6 @@
 //!
 //! `process`: a tracer runs a program and opens a bracket around each of its memory calls. The
 //! example is on the front page of [`process`].
-//! The front page of [`process`] has the example.
 
 #![deny(unsafe_code)]
 #![cfg_attr(

@@ -18,11 +18,13 @@
 //! use regcache_rdma::{Access, Rdma};
 //! use sideway::ibverbs::device::DeviceList;
 //!
-//! let context = DeviceList::new()?.get(0).ok_or("no RDMA device")?.open()?; // Sound, because no
-//! other program learns a key, and this one uses each key only during its lease. let rdma = unsafe
-//! { Rdma::new(context.alloc_pd()?, Access::LocalWrite | Access::RemoteRead)? }; let _hook =
-//! Hook::install()?; let device = Device::new(rdma, Options::new()); let cache =
-//! device.open(&mmu_source::current())?;
+//! let context = DeviceList::new()?.get(0).ok_or("no RDMA device")?.open()?;
+//! // Sound, because no other program learns a key, and this one uses each key only during its
+//! // lease.
+//! let rdma = unsafe { Rdma::new(context.alloc_pd()?, Access::LocalWrite | Access::RemoteRead)? };
+//! let _hook = Hook::install()?;
+//! let device = Device::new(rdma, Options::new());
+//! let cache = device.open(&mmu_source::current())?;
 //!
 //! let buffer = vec![7_u8; 1 << 20];
 //! let lease = cache.get_for(&buffer)?; // A miss: `ibv_reg_mr`.

@@ -106,8 +106,8 @@ impl Registrar for Mlock {
         let (start, len) = (place(pages(range).start), bytes(&pages(range)));
         let mut counts = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
         // `mlock` returns the same errno for a limit and for a hole. `msync` returns it only for a
-        // hole, and has no other effect (since Linux 2.6.19). SAFETY: the call has no
-        // preconditions: see the module docs.
+        // hole, and has no other effect (since Linux 2.6.19).
+        // SAFETY: the call has no preconditions: see the module docs.
         if unsafe { msync(start, len, MsyncFlags::ASYNC) } == Err(Errno::NOMEM) {
             return Err(Errno::FAULT.into());
         }

@@ -145,9 +145,9 @@ impl Subscriptions {
             return;
         };
         let next = node.next.load(Ordering::Relaxed);
-        // ORDER(core-delist): partner of the load in `is_empty`. ORDER(core-publish): orders the
-        // content of `next` before the link to it, for walks that begin at `next`. Partner: the
-        // load in `first`.
+        // ORDER(core-delist): partner of the load in `is_empty`.
+        // ORDER(core-publish): orders the content of `next` before the link to it, for walks that
+        // begin at `next`. Partner: the load in `first`.
         link.store(next, Ordering::Release);
         // SAFETY: A reference needs a live node: the successor of a listed node is listed, and
         // stays so under the lock.
@@ -359,8 +359,8 @@ impl<'a> Walk<'a> {
     #[inline(always)]
     fn pass(&mut self, node: &'a Header) {
         // ORDER: Relaxed is enough. A node's successor was linked earlier, under the same lock, so
-        // the Acquire load in `first` covers its content too. INVARIANT: the successor was reached
-        // from a node of the same section.
+        // the Acquire load in `first` covers its content too.
+        // INVARIANT: the successor was reached from a node of the same section.
         self.at = node.next.load(Ordering::Relaxed);
     }
 }

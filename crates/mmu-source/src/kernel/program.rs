@@ -340,8 +340,9 @@ fn hit(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.store(R0, 8, LAST);
     a.store(R0, 16, R9);
     a.op_reg(Op::Mov, R1, R0);
-    // BPF_RB_NO_WAKEUP is 1. ORDER(source-awake): the generation was counted above, which is a full
-    // barrier. Partner: the fence in `wants_a_call`.
+    // BPF_RB_NO_WAKEUP is 1.
+    // ORDER(source-awake): the generation was counted above, which is a full barrier. Partner: the
+    // fence in `wants_a_call`.
     a.load(R2, HEADER, header::AWAKE as isize);
     a.call(RINGBUF_SUBMIT);
     a.label(Label::Out);

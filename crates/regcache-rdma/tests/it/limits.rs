@@ -52,8 +52,8 @@ fn with_little_locked_memory(test: &str) -> Option<Lab> {
     };
     setrlimit(Resource::Memlock, limit).unwrap();
     let lab = Lab::with(Source::Nothing, ACCESS, Options::new());
-    // The limit does not apply to root. SAFETY: takes integers; nothing else in this process needs
-    // privilege.
+    // The limit does not apply to root.
+    // SAFETY: takes integers; nothing else in this process needs privilege.
     assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0);
     lab
 }

@@ -112,11 +112,11 @@ impl Region {
     }
 
     pub(crate) fn set_dead(&self) {
-        // Relaxed: the heavy fence orders this store, ORDER(cache-lease). ORDER(cache-use): the
-        // store comes before the change, because the system call that makes the change begins
-        // later. Partner: the fence in `Lease::is_current`. This is a swap instead of a store for
-        // the sake of loom: loom would not order an overwritten `mark` before a plain store, and
-        // would still show the mark.
+        // Relaxed: the heavy fence orders this store, ORDER(cache-lease).
+        // ORDER(cache-use): the store comes before the change, because the system call that makes
+        // the change begins later. Partner: the fence in `Lease::is_current`. This is a swap
+        // instead of a store for the sake of loom: loom would not order an overwritten `mark`
+        // before a plain store, and would still show the mark.
         self.state.swap(0, Ordering::Relaxed);
     }
 

@@ -234,7 +234,8 @@ impl Batch {
             head = links.next.get();
         }
         // ORDER(srcu-fork): Release: if the child of a fork finds this store, it also finds the
-        // links. INVARIANT: all heads are linked.
+        // links.
+        // INVARIANT: all heads are linked.
         self.oldest.store(
             newer.map_or(ptr::null_mut(), NonNull::as_ptr),
             Ordering::Release,
@@ -277,9 +278,9 @@ impl Batch {
         if newer.is_none() {
             self.newest.store(ptr::null_mut(), Ordering::Relaxed);
         }
-        // INVARIANT: `newest` was cleared before the last head leaves `oldest`. ORDER(srcu-fork):
-        // Release and the fence preserve this order for the child of a fork. The child must find a
-        // head either here with its function, or not at all.
+        // INVARIANT: `newest` was cleared before the last head leaves `oldest`.
+        // ORDER(srcu-fork): Release and the fence preserve this order for the child of a fork. The
+        // child must find a head either here with its function, or not at all.
         self.oldest.store(
             newer.map_or(ptr::null_mut(), NonNull::as_ptr),
             Ordering::Release,

@@ -48,7 +48,8 @@ pub(super) extern "C" fn register() {
     // Several threads may register at the same time at first. None of them may continue before at
     // least one registration is complete, because no handler would repair the child of a fork
     // before that. But none may wait for another thread's registration either: in the child of a
-    // fork, that registration never completes. ORDER(srcu-fork): Acquire; partner below.
+    // fork, that registration never completes.
+    // ORDER(srcu-fork): Acquire; partner below.
     if !DONE.load(Ordering::Acquire) {
         REGISTERED.fetch_add(1, Ordering::Relaxed);
         // SAFETY: `pthread_atfork` needs functions that stay loaded. glibc has room for 48 handlers

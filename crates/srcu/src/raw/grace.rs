@@ -175,10 +175,10 @@ impl State {
         // ORDER(srcu-enter): heavy fence between the unlinking and the sum of beginnings. Partner:
         // the light fence of a reader between its count and its first read. If the reader's count
         // comes first, the sum contains the reader; if the heavy fence comes first, the reader sees
-        // the unlinking. ORDER(srcu-scan): heavy fence between the two sums. For every end in the
-        // first sum, the second contains the beginning. So equal sums mean that no counted section
-        // is open. Partner: the program order of a section. Model: loom
-        // `s_86_a_late_reader_is_not_missed`.
+        // the unlinking.
+        // ORDER(srcu-scan): heavy fence between the two sums. For every end in the first sum, the
+        // second contains the beginning. So equal sums mean that no counted section is open.
+        // Partner: the program order of a section. Model: loom `s_86_a_late_reader_is_not_missed`.
         if !mutant("no_heavy_fence") {
             barrier::heavy();
         }

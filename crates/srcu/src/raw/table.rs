@@ -74,9 +74,9 @@ impl Table {
 
     fn install(&self, bucket: usize) {
         let new = pages::alloc(bucket - 1);
-        // INVARIANT: class `b - 1` is as large as bucket `b`, and is zeroed. ORDER(srcu-bucket):
-        // Release, for the zeroes. If a grace period reads null after its heavy fence, this thread
-        // has not counted yet either, ORDER(srcu-enter).
+        // INVARIANT: class `b - 1` is as large as bucket `b`, and is zeroed.
+        // ORDER(srcu-bucket): Release, for the zeroes. If a grace period reads null after its heavy
+        // fence, this thread has not counted yet either, ORDER(srcu-enter).
         let installed = self.buckets[bucket].compare_exchange(
             ptr::null_mut(),
             new.as_ptr().cast(),

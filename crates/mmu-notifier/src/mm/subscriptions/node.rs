@@ -414,8 +414,9 @@ pub(super) unsafe fn lookup<N: Notifier>(
 #[cold]
 unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
     // ORDER(core-put): the subtraction that took the count to zero orders all earlier puts before
-    // this point, and the queue orders this point before the free. SAFETY: A reference needs a live
-    // node. The caller promises that, and no other thread queues the free.
+    // this point, and the queue orders this point before the free.
+    // SAFETY: A reference needs a live node. The caller promises that, and no other thread queues
+    // the free.
     let header = unsafe { node.as_ref() };
     if header.is_inherited() {
         // This is the child of a fork, and the parent frees the node.
@@ -440,10 +441,11 @@ unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
     // The free drops the node's handle of the address space. That handle may be the last one, and
     // then the domain is dropped while this call still runs; `call_raw_dropping` allows that.
     // Keeping a second handle here would not help: dropping it could be the last drop, which waits,
-    // and a put must not wait. SAFETY: `head` must stay valid and must not be queued again until
-    // `free` runs, and `free` must be right for it. The node lives until then (deferred), and only
-    // the put of its last user queues it. `Head` is the node's first field, and the caller promises
-    // that `free` is for the node's type.
+    // and a put must not wait.
+    // SAFETY: `head` must stay valid and must not be queued again until `free` runs, and `free`
+    // must be right for it. The node lives until then (deferred), and only the put of its last user
+    // queues it. `Head` is the node's first field, and the caller promises that `free` is for the
+    // node's type.
     unsafe { list.srcu().call_raw_dropping(head, free) };
 }
 

@@ -52,8 +52,8 @@ pub(in crate::raw) fn first_use(handle: &AtomicPtr<State>) {
     if ptr::eq(handle.load(Ordering::Relaxed), &EMPTY) {
         let state = create();
         // ORDER(srcu-state): Release: a thread that loads the pointer sees the complete state.
-        // Partner: the Acquire in `Handle::peek`. INVARIANT: a new state has one count, that of the
-        // handle.
+        // Partner: the Acquire in `Handle::peek`.
+        // INVARIANT: a new state has one count, that of the handle.
         handle.store(state, Ordering::Release);
     }
 }
