@@ -103,10 +103,13 @@ pub(crate) enum Command {
 /// failed, 126 if the program cannot be run, 127 if it does not exist. SIGINT or SIGTERM ends the
 /// trace, not the program; mmun then dies of that signal, which a shell shows as 130 or 143. A
 /// signal that was ignored when mmun started stays ignored: a script that starts mmun with "&"
-/// ignores SIGINT. A fork is recorded with the ranges that it write-protects, which mmun reads from
-/// /proc; without /proc, it is recorded as one range of the whole address space. A program can have
-/// only one tracer: the kernel refuses debuggers and strace meanwhile. Run a program under
-/// AddressSanitizer with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1.
+/// ignores SIGINT.
+///
+/// A fork is recorded with the ranges that it write-protects, which mmun reads from /proc; without
+/// /proc, it is recorded as one range of the whole address space.
+///
+/// A program can have only one tracer: the kernel refuses debuggers and strace meanwhile. Run a
+/// program under AddressSanitizer with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
@@ -127,8 +130,10 @@ pub(crate) struct TraceArgs {
     pub(crate) output: Option<PathBuf>,
 
     /// Records only these events, such as unmap,clear; or all but these, such as '!clear,migrate';
-    /// may be repeated Several options add up; an event that one option excludes is not recorded.
-    /// The life of tasks and address spaces is always recorded. Quote the '!', which shells expand.
+    /// may be repeated
+    ///
+    /// Several options add up; an event that one option excludes is not recorded. The life of tasks
+    /// and address spaces is always recorded. Quote the '!', which shells expand.
     #[arg(short, long, value_name = "[!]EVENTS", value_parser = EventsParser, verbatim_doc_comment)]
     pub(crate) events: Vec<Events>,
 
@@ -143,10 +148,11 @@ pub(crate) struct TraceArgs {
     #[command(flatten)]
     pub(crate) summary: SummaryArgs,
 
-    /// Writes a page with pictures for a browser at the end, instead of the records The page has
-    /// everything that --details, -k and --births record. With --no-births an mmap that replaces
-    /// nothing does not stop the program, which saves some 20 us, but the page does not show when
-    /// mappings begin. With -o, --json or -k the records are written as well.
+    /// Writes a page with pictures for a browser at the end, instead of the records
+    ///
+    /// The page has everything that --details, -k and --births record. With --no-births an mmap
+    /// that replaces nothing does not stop the program, which saves some 20 us, but the page does
+    /// not show when mappings begin. With -o, --json or -k the records are written as well.
     #[arg(long, value_name = "FILE.html", group = "places", verbatim_doc_comment)]
     pub(crate) report: Option<PathBuf>,
 
@@ -165,13 +171,17 @@ pub(crate) struct TraceArgs {
     #[arg(short, long, overrides_with = "no_follow")]
     pub(crate) follow: bool,
 
-    /// Traces the program's first task only If another thread runs execve, the trace ends there.
-    /// mmun detaches from a child made with CLONE_PTRACE at its first stop.
+    /// Traces the program's first task only
+    ///
+    /// If another thread runs execve, the trace ends there. mmun detaches from a child made with
+    /// CLONE_PTRACE at its first stop.
     #[arg(long, overrides_with = "follow")]
     pub(crate) no_follow: bool,
 
-    /// Stops at every system call instead of only those that change memory Slower, but the program
-    /// survives even if the tracer itself is killed. -p and --no-follow always do this.
+    /// Stops at every system call instead of only those that change memory
+    ///
+    /// Slower, but the program survives even if the tracer itself is killed. -p and --no-follow
+    /// always do this.
     #[arg(long, verbatim_doc_comment)]
     pub(crate) no_seccomp: bool,
 
@@ -193,18 +203,20 @@ pub(crate) struct TraceArgs {
 /// The library libmmun_dropin.so is preloaded into the program and everything it starts, mpirun's
 /// ranks on this machine included. It does nothing in processes that use neither UCX nor libfabric.
 /// When the program has ended, a table on standard error lists the processes that use one of them,
-/// their event sources, and the stale registrations that were refused. The environment variables
-/// MMUN, MMUN_STRICT and MMUN_REPORT keep their values unless an option overrides them. If
-/// MMUN_REPORT is set and -o is not given, the processes write their reports there, and mmun
-/// executes the program in its own place.
+/// their event sources, and the stale registrations that were refused.
+///
+/// The environment variables MMUN, MMUN_STRICT and MMUN_REPORT keep their values unless an option
+/// overrides them. If MMUN_REPORT is set and -o is not given, the processes write their reports
+/// there, and mmun executes the program in its own place.
 ///
 /// A signal that is sent to mmun is handed on to the program. One that is sent to their process
 /// group (kill %1, kill -- -PGID) therefore reaches the program twice: once by itself, once through
-/// mmun, which cannot tell it from one for mmun alone. The keys of a terminal reach it once. If the
-/// program stops in the foreground of a terminal, mmun stops as well, because a shell waits for
-/// that; elsewhere it does not stop. SIGCONT to either of them continues the program. Exits as the
-/// program did; 125 if mmun itself failed or cannot write the report of a program that exits with
-/// 0, 126 if the program cannot be run, 127 if it does not exist.
+/// mmun, which cannot tell it from one for mmun alone. The keys of a terminal reach it once.
+///
+/// If the program stops in the foreground of a terminal, mmun stops as well, because a shell waits
+/// for that; elsewhere it does not stop. SIGCONT to either of them continues the program. Exits as
+/// the program did; 125 if mmun itself failed or cannot write the report of a program that exits
+/// with 0, 126 if the program cannot be run, 127 if it does not exist.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
@@ -216,9 +228,10 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME", value_enum)]
     pub(crate) source: Option<Watch>,
 
-    /// Refuses to start a process whose sources could miss a change (it exits with 125) A program
-    /// that is statically linked, set-user-ID, or has file capabilities never loads the library, so
-    /// it starts all the same.
+    /// Refuses to start a process whose sources could miss a change (it exits with 125)
+    ///
+    /// A program that is statically linked, set-user-ID, or has file capabilities never loads the
+    /// library, so it starts all the same.
     #[arg(long)]
     pub(crate) strict: bool,
 
@@ -250,10 +263,13 @@ pub(crate) enum Watch {
     Off,
 }
 
-/// Says which event sources work here, and what the others lack. For each source: everything that
-/// is missing, each with a command that grants it, and the kernel features that were found. The
-/// answer is for the current user: a source that only root may use is not usable for others. Exits
-/// 0 if all sources are usable, 1 if one is not, 2 if mmun could not find out.
+/// Says which event sources work here, and what the others lack.
+///
+/// For each source: everything that is missing, each with a command that grants it, and the kernel
+/// features that were found. The answer is for the current user: a source that only root may use is
+/// not usable for others.
+///
+/// Exits 0 if all sources are usable, 1 if one is not, 2 if mmun could not find out.
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct DoctorArgs {

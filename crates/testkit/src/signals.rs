@@ -34,8 +34,9 @@ pub fn has_timers() -> bool {
     }
 }
 
-/// Sends this process `signal` periodically, until the process ends. Do not use SIGALRM: it kills a
-/// child of [`in_child`](crate::in_child) that hangs.
+/// Sends this process `signal` periodically, until the process ends.
+///
+/// Do not use SIGALRM: it kills a child of [`in_child`](crate::in_child) that hangs.
 ///
 /// In the machine of `cargo xtask guest` the period is twenty times as long: there, a handler may
 /// take longer than a short period, and the code that it interrupts would make no progress.

@@ -5,12 +5,15 @@ use std::path::PathBuf;
 use clap::Args;
 use mmu_source::kernel::broker::SOCKET;
 
-/// Lends the kernel source to processes that may not load BPF programs. Run it as root, or with
-/// CAP_BPF, CAP_PERFMON and the right to open /dev/kvm. Processes of the group then start the
-/// source without any capability: if the library lacks the rights, it connects to the socket. Each
-/// client sees changes of its own address space only. It gets a descriptor of /dev/kvm, so members
-/// of the group can make virtual machines: serve only users who may do that. Each client makes
-/// changes of memory a little slower for every process with a virtual machine (see SECURITY.md).
+/// Lends the kernel source to processes that may not load BPF programs.
+///
+/// Run it as root, or with CAP_BPF, CAP_PERFMON and the right to open /dev/kvm. Processes of the
+/// group then start the source without any capability: if the library lacks the rights, it connects
+/// to the socket. Each client sees changes of its own address space only. It gets a descriptor of
+/// /dev/kvm, so members of the group can make virtual machines: serve only users who may do that.
+/// Each client makes changes of memory a little slower for every process with a virtual machine
+/// (see SECURITY.md).
+///
 /// After the broker has ended, its clients still see changes; only their waits become slower.
 ///
 /// Exits 2 if it cannot serve; otherwise it runs until a signal ends it.

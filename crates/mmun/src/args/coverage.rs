@@ -6,13 +6,17 @@ use crate::library::Library;
 use crate::source::Source;
 
 /// Runs every operation that changes an address translation under every event source, and says
-/// which source saw it. Each operation runs in a new process: the process makes memory, arms the
-/// source, and makes the change. 'before' means that the subscriber was called before the
-/// translation changed, 'after' that it was called later, 'missed' that it was not called, 'n/a'
-/// that the operation or the source does not work here; standard error says why. /proc/self/pagemap
-/// shows whether a translation changed; for mprotect, a write shows it, and for MADV_FREE,
-/// /proc/kpageflags. Some operations can be checked as root only. Exits 0 if every source saw all
-/// changes that it claims to see, 1 if one missed a change, 2 if mmun could not find out.
+/// which source saw it.
+///
+/// Each operation runs in a new process: the process makes memory, arms the source, and makes the
+/// change. 'before' means that the subscriber was called before the translation changed, 'after'
+/// that it was called later, 'missed' that it was not called, 'n/a' that the operation or the
+/// source does not work here; standard error says why. /proc/self/pagemap shows whether a
+/// translation changed; for mprotect, a write shows it, and for MADV_FREE, /proc/kpageflags. Some
+/// operations can be checked as root only.
+///
+/// Exits 0 if every source saw all changes that it claims to see, 1 if one missed a change, 2 if
+/// mmun could not find out.
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct CoverageArgs {
@@ -24,14 +28,15 @@ pub(crate) struct CoverageArgs {
     #[arg(long = "source", value_name = "NAME")]
     pub(crate) sources: Vec<Source>,
 
-    /// Measures a registration cache instead, as shipped and with the drop-in Each operation
-    /// changes a page that the library's own cache has registered. Then mmun looks the registration
-    /// up again and sends data through it. 'right' means that the data arrived in the page, 'stale'
-    /// that it went elsewhere. 'shipped' is the library alone; 'hook' and 'both' are with
-    /// libmmun_dropin.so and these sources. The device is an io_uring. UCX's cache is the one that
-    /// libucs exports. libfabric's is the cache of its verbs provider (1.13 or later), over a verbs
-    /// device that this program plays: no network card is needed. Exits 1 if a registration was
-    /// stale with both.
+    /// Measures a registration cache instead, as shipped and with the drop-in
+    ///
+    /// Each operation changes a page that the library's own cache has registered. Then mmun looks
+    /// the registration up again and sends data through it. 'right' means that the data arrived in
+    /// the page, 'stale' that it went elsewhere. 'shipped' is the library alone; 'hook' and 'both'
+    /// are with libmmun_dropin.so and these sources. The device is an io_uring. UCX's cache is the
+    /// one that libucs exports. libfabric's is the cache of its verbs provider (1.13 or later),
+    /// over a verbs device that this program plays: no network card is needed. Exits 1 if a
+    /// registration was stale with both.
     #[arg(
         long,
         value_name = "NAME",
@@ -40,8 +45,10 @@ pub(crate) struct CoverageArgs {
     )]
     pub(crate) library: Option<Library>,
 
-    /// Waits so long between the change and the look-up To a UCX with an inlined look-up (from 1.14
-    /// on) a thread reports the change, some microseconds after it.
+    /// Waits so long between the change and the look-up
+    ///
+    /// To a UCX with an inlined look-up (from 1.14 on) a thread reports the change, some
+    /// microseconds after it.
     #[arg(
         long,
         value_name = "MICROSECONDS",

@@ -70,8 +70,10 @@ pub(crate) struct DetailArgs {
     #[arg(short = 'k', long, group = "places")]
     pub(crate) stacks: bool,
 
-    /// Records new mappings as well, not only their removals and changes Every mmap then stops the
-    /// program, not only one that replaces a mapping: some 10 us a call, and 20 us with --details.
+    /// Records new mappings as well, not only their removals and changes
+    ///
+    /// Every mmap then stops the program, not only one that replaces a mapping: some 10 us a call,
+    /// and 20 us with --details.
     #[arg(long, overrides_with = "no_births", verbatim_doc_comment)]
     pub(crate) births: bool,
 

@@ -13,11 +13,12 @@ Examples:
   mmun diff a.jsonl b.jsonl                             the places whose time changed most
   mmun diff --sort resident --top 3 a.jsonl b.jsonl     the three that give more or less memory back";
 
-/// Says what changed between two recorded traces, by place in the code. For each place it shows the
-/// totals of the second run, and how much more or less they are than in the first run. A place is a
-/// function and its file; the program's own file may have another name in the second run. Without
-/// stacks (-k) the place is the system call. A change of time below the error of the measurement,
-/// half a microsecond a call, is shown as "~".
+/// Says what changed between two recorded traces, by place in the code.
+///
+/// For each place it shows the totals of the second run, and how much more or less they are than in
+/// the first run. A place is a function and its file; the program's own file may have another name
+/// in the second run. Without stacks (-k) the place is the system call. A change of time below the
+/// error of the measurement, half a microsecond a call, is shown as "~".
 ///
 /// Exits 0 if both traces could be read, 2 if not.
 #[derive(Args, Debug)]

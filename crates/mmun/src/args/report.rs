@@ -16,9 +16,10 @@ Examples:
   mmun report --summary=where --sort resident app.jsonl
                                                         the places that give most memory back";
 
-/// Makes a report from a recorded trace. 'mmun trace --json -o FILE' writes such a trace. The
-/// report shows how much memory was removed if the trace was made with --details, and by which code
-/// if it was made with -k.
+/// Makes a report from a recorded trace.
+///
+/// 'mmun trace --json -o FILE' writes such a trace. The report shows how much memory was removed if
+/// the trace was made with --details, and by which code if it was made with -k.
 ///
 /// Exits 0 if the report was made, 2 if not.
 #[derive(Args, Debug)]

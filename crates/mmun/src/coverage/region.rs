@@ -322,8 +322,10 @@ impl Region {
 }
 
 /// `process_madvise` of libc, or by number where libc has none, on memory of the process behind
-/// `pidfd`. Only for regions, in this process or the other one, because the content of the pages
-/// may be lost.
+/// `pidfd`.
+///
+/// Only for regions, in this process or the other one, because the content of the pages may be
+/// lost.
 pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -> io::Result<()> {
     type ProcessMadvise =
         unsafe extern "C" fn(c_int, *const libc::iovec, usize, c_int, u32) -> isize;
