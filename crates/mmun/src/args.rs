@@ -99,11 +99,12 @@ pub(crate) enum Command {
 ///
 /// Each traced task holds a counted reference (get, put) to the notifier of its address space; the
 /// notifier is freed once, after the last put. Each system call that removes or changes
-/// translations is recorded with a start and an end. Exits as the program did; 125 if mmun itself
-/// failed, 126 if the program cannot be run, 127 if it does not exist. SIGINT or SIGTERM ends the
-/// trace, not the program; mmun then dies of that signal, which a shell shows as 130 or 143. A
-/// signal that was ignored when mmun started stays ignored: a script that starts mmun with "&"
-/// ignores SIGINT.
+/// translations is recorded with a start and an end.
+///
+/// Exits as the program did; 125 if mmun itself failed, 126 if the program cannot be run, 127 if it
+/// does not exist. SIGINT or SIGTERM ends the trace, not the program; mmun then dies of that
+/// signal, which a shell shows as 130 or 143. A signal that was ignored when mmun started stays
+/// ignored: a script that starts mmun with "&" ignores SIGINT.
 ///
 /// A fork is recorded with the ranges that it write-protects, which mmun reads from /proc; without
 /// /proc, it is recorded as one range of the whole address space.

@@ -12,7 +12,7 @@ use crate::style::{Mark, Style};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Form {
     Text(Style),
-    /// One object a line.
+    /// One JSON object a line.
     Json,
 }
 
@@ -22,13 +22,13 @@ pub(crate) enum Form {
 pub(crate) struct Matrix {
     operations: Vec<&'static Operation>,
     sources: Vec<Source>,
-    /// One for each operation and source.
+    /// One report for each operation and source.
     reports: Vec<Vec<Option<Report>>>,
     /// The places of the reports of cells that are run, by index. The reports of unusable sources
     /// are entered at the start.
     places: Vec<(usize, usize)>,
     form: Form,
-    /// How many rows are written.
+    /// The number of rows that are written already.
     written: usize,
 }
 

@@ -108,6 +108,7 @@ impl Space {
     }
 
     /// Looks up the mapping at `address` and adds it as a part, even if its code is unknown.
+    ///
     /// `false` if nothing is mapped there: then the unwinding has gone wrong, and only the frames
     /// so far are valid.
     fn learn(

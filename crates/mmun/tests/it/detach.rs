@@ -134,7 +134,7 @@ fn the_program_survives_the_death_of_mmun() {
 #[test]
 fn a_tracer_that_stays_keeps_no_inherited_descriptor() {
     let (ready, gate) = (Fifo::new("ready"), Fifo::new("gate"));
-    // The program closes its copy.
+    // The program closes its copy of the inherited descriptor.
     let script = format!(
         "exec 9>&-; echo here > {}; read x < {}",
         ready.0.display(),
@@ -358,7 +358,7 @@ print(os.wait()[1], flush=True)";
     assert!(parent.wait().unwrap().success());
 }
 
-/// Frozen before `mmun` attaches, and after.
+/// The process is frozen before `mmun` attaches in one case, and after it in the other.
 #[test]
 fn a_frozen_process_is_detached_at_the_first_signal() {
     for frozen_first in [true, false] {

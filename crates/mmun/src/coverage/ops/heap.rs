@@ -79,7 +79,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             let block = Block::new(LARGE)?;
-            // Blocks growing in place.
+            // Map a page after the block, so that the block cannot grow in place.
             Region::untouched(1)?;
             Ok(Prepared::at(block.middle(), move || block.grow(2 * LARGE)))
         },
@@ -181,7 +181,7 @@ impl Block {
     }
 
     fn free(self) {
-        // SAFETY: it came from `malloc` or `realloc`, and goes with `self`.
+        // SAFETY: the block came from `malloc` or `realloc`, and `self` is its only owner.
         unsafe { libc::free(self.start) };
     }
 

@@ -57,7 +57,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC,
         prepare: || {
             if !is_guest()? {
-                return Err("it would cost this machine a page until it boots anew; `cargo xtask guest` has one".into());
+                return Err("it would cost this machine a page until its next boot; run it in `cargo xtask guest`".into());
             }
             known(MADV_HWPOISON, "2.6.32")?;
             // The page is clean, so the kernel can discard it: its file still has the bytes.
