@@ -13,10 +13,7 @@ use crate::source::Source;
 /// A running source, which reports to the subscribers of [`Armed::mm`].
 #[derive(Debug)]
 pub(crate) enum Armed {
-    Kernel(
-        Arc<Kernel>,
-        #[expect(dead_code, reason = "its drop disarms")] kernel::Armed,
-    ),
+    Kernel(Arc<Kernel>, kernel::Armed),
     Hook(#[expect(dead_code, reason = "it only has to live")] Hook),
     Uffd(
         Arc<Uffd>,
@@ -60,6 +57,20 @@ impl Armed {
             Armed::Hook(_) => Ok(()),
         };
         settled.map_err(|error| Unavailable(crate::explain(&error)))
+    }
+
+    /// Waits until no change of an armed range is under way, if the source knows that.
+    ///
+    /// # Errors
+    /// The error of the source.
+    pub(crate) fn quiesce(&self) -> Result<(), Unavailable> {
+        match self {
+            Armed::Kernel(_, armed) => armed
+                .read_begin()
+                .map(drop)
+                .map_err(|error| Unavailable(crate::explain(&error))),
+            Armed::Hook(_) | Armed::Uffd(..) => Ok(()),
+        }
     }
 
     /// The counter that moves before a translation changes, if the source has one.

@@ -1,6 +1,5 @@
 //! One operation under one source of this process, in a separate process.
 
-use std::io;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
@@ -32,7 +31,7 @@ fn try_run(operation: &Operation, source: Source) -> Result<Report, Unavailable>
         .map_err(|error| Unavailable(format!("subscribing: {error}")))?;
     // Callbacks for the preparation do not count.
     armed.settle()?;
-    let (at_first, before) = at_rest(|| armed.generation(), witness.page())?;
+    let (at_first, before) = at_rest(|| armed.generation(), || armed.quiesce(), witness.page())?;
     witness.begin(before);
     let mut changed = Ok(false);
     let ahead = watch_beside(
@@ -70,14 +69,20 @@ pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavai
     Page::open(pid, watched, operation.judge).map_err(Unavailable)
 }
 
-/// The source's counter and the state of the page at one moment.
+/// The source's counter and the state of the page at one moment, with no change under way.
 ///
-/// The counter is read before and after the state. The kernel may move the page by itself in
-/// between: then the state would be older than the counter, and look like a change that was not
+/// The counter is read before and after the state. The kernel may move the page by itself: if it
+/// begins in between, the state is older than the counter. If it has begun before (`quiesce` waits
+/// for that), the state is that of a page on its way. Either would look like a change that was not
 /// counted.
-fn at_rest(generation: impl Fn() -> Option<u64>, page: &Page) -> io::Result<(Option<u64>, State)> {
+fn at_rest(
+    generation: impl Fn() -> Option<u64>,
+    quiesce: impl Fn() -> Result<(), Unavailable>,
+    page: &Page,
+) -> Result<(Option<u64>, State), Unavailable> {
     loop {
         let counted = generation();
+        quiesce()?;
         let state = page.state()?;
         if generation() == counted {
             return Ok((counted, state));
@@ -148,7 +153,7 @@ mod tests {
         watch_beside(
             generation,
             &page,
-            at_rest(|| Some(7), &page).unwrap(),
+            at_rest(|| Some(7), || Ok(()), &page).unwrap(),
             || {
                 if moves_first {
                     counter.fetch_add(1, Relaxed);
@@ -178,8 +183,23 @@ mod tests {
             }
             Some(counter.load(Relaxed))
         };
-        let begin = at_rest(generation, &page).unwrap();
+        let begin = at_rest(generation, || Ok(()), &page).unwrap();
         assert!(!watch_beside(generation, &page, begin, || ()));
+    }
+
+    #[test]
+    fn a_page_on_its_way_is_waited_for() {
+        let region = Region::anonymous(1).unwrap();
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        let page = Page::open(pid, region.page(0), Judge::Frame).unwrap();
+        // The kernel has taken the page away, and counted that; it ends the move here.
+        region.advise(libc::MADV_DONTNEED).unwrap();
+        let arrive = || {
+            region.touch();
+            Ok(())
+        };
+        let begin = at_rest(|| Some(7), arrive, &page).unwrap();
+        assert!(!watch_beside(|| Some(7), &page, begin, || ()));
     }
 
     #[test]

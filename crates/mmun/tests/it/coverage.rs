@@ -3,15 +3,11 @@
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use testkit::{Cap, require};
 
 use crate::support::{Public, parse, text, within};
-
-/// A run that takes longer counts as a hang. On an idle machine it takes a few seconds.
-const LIMIT: Duration = Duration::from_secs(240);
 
 /// An ordinary user.
 const NOBODY: u32 = 65534;
@@ -70,9 +66,7 @@ fn process_reports_every_memory_call_before_it_and_no_other_change() {
     if !require(Cap::Ptrace) || !require(Cap::SeccompTrace) {
         return;
     }
-    let begin = Instant::now();
     let (output, rows) = rows("process");
-    assert!(begin.elapsed() < LIMIT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(rows.len() >= 40, "{} operations", rows.len());
     assert_eq!(told(&rows, "after"), [""; 0]);
@@ -117,9 +111,7 @@ fn process_reports_every_memory_call_before_it_and_no_other_change() {
     target_env = "gnu"
 ))]
 fn hook_reports_calls_through_libc_before_they_happen() {
-    let begin = Instant::now();
     let (output, rows) = rows("hook");
-    assert!(begin.elapsed() < LIMIT);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(told(&rows, "before").len() >= 22, "{rows:?}");
     assert_eq!(told(&rows, "after"), [""; 0]);
