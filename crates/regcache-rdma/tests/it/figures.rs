@@ -8,6 +8,7 @@
 
 use crate::endpoint::open;
 use crate::memory::{Lab, PAGE, Source, advise, child, is_child, map, poke, range};
+use mmu_source::kernel::Kernel;
 use regcache::{Options, Registrar};
 use regcache_rdma::{Access, OnDemand, Region};
 use std::hint::black_box;
@@ -17,6 +18,8 @@ use testkit::{Cap, require};
 
 const REQUESTS: usize = 1000;
 const BUFFERS: usize = 16;
+/// How many rounds may meet a change that is not the test's: one in some hundreds does.
+const ROUNDS: usize = 100;
 const ACCESS: Access = Access::LocalWrite.or(Access::RemoteRead);
 
 /// Separates the parts of a child's run, by a system call that no other code makes.
@@ -132,26 +135,45 @@ fn a_thousand_requests_are_sixteen_registrations_and_no_system_call() {
     let pages = 16;
     let counts = calls_between_marks(|| {
         let lab = Lab::new(Source::Kernel).unwrap();
+        let kernel = Kernel::start().unwrap();
         let buffers = buffers(pages);
         hits(&lab, &buffers, pages);
         let stats = lab.cache.stats();
-        assert_eq!(stats.registered, BUFFERS as u64, "{stats}");
-        mark();
-        hits(&lab, &buffers, pages);
-        mark();
-        assert_eq!(lab.cache.stats().registered, BUFFERS as u64);
+        let again = stats.registered - BUFFERS as u64;
+        assert!(again <= stats.invalidated + stats.collisions, "{stats}");
+        // The kernel may move a page of this process meanwhile, to another node or into a huge
+        // page: such a round does not count.
+        let is_quiet = || {
+            let generation = kernel.generation();
+            hits(&lab, &buffers, pages);
+            let registered = lab.cache.stats().registered;
+            mark();
+            hits(&lab, &buffers, pages);
+            mark();
+            let is_quiet = kernel.generation() == generation;
+            if is_quiet {
+                assert_eq!(lab.cache.stats().registered, registered);
+            }
+            is_quiet
+        };
+        assert!(
+            (0..ROUNDS).any(|_| is_quiet()),
+            "the kernel moves pages all the time"
+        );
         mark();
         registrations(&lab, &buffers, pages);
         mark();
     });
+    let [.., of_cache, _, of_verbs, _] = counts[..] else {
+        panic!("{counts:?}");
+    };
     println!(
         "| {REQUESTS} requests | registrations | system calls |\n| --- | --- | --- |\n\
-         | through the cache | {BUFFERS}, then none | {} |\n\
-         | `ibv_reg_mr` each time | {REQUESTS} | {} |",
-        counts[1], counts[3]
+         | through the cache | {BUFFERS}, then none | {of_cache} |\n\
+         | `ibv_reg_mr` each time | {REQUESTS} | {of_verbs} |"
     );
-    assert_eq!(counts[1], 0, "{counts:?}");
-    assert!(counts[3] >= 2 * REQUESTS as u64, "{counts:?}");
+    assert_eq!(of_cache, 0, "{counts:?}");
+    assert!(of_verbs >= 2 * REQUESTS as u64, "{counts:?}");
 }
 
 /// The fastest of nine runs, in microseconds.
@@ -171,12 +193,18 @@ fn how_long_hits_registrations_and_reads_take() {
     let Some(lab) = Lab::new(Source::Kernel) else {
         return;
     };
-    println!("| region | hit | `ibv_reg_mr` each time | of it |\n| --- | --- | --- | --- |");
+    let kernel = Kernel::start().unwrap();
+    println!(
+        "| region | hit | `ibv_reg_mr` each time | of it | changes meanwhile |\n\
+         | --- | --- | --- | --- | --- |"
+    );
     for kibibytes in [4, 64, 1024] {
         let pages = kibibytes * 1024 / PAGE;
         let buffers = buffers(pages);
         let each = 1.0 / REQUESTS as f64;
+        let generation = kernel.generation();
         let hit = best(|| timed(|| hits(&lab, &buffers, pages))) * each;
+        let changes = kernel.generation() - generation;
         let registrar = lab.device.registrar();
         let registered = best(|| {
             timed(|| {
@@ -186,7 +214,7 @@ fn how_long_hits_registrations_and_reads_take() {
             })
         }) / BUFFERS as f64;
         println!(
-            "| {kibibytes} KiB | {hit:.2} us | {registered:.1} us | 1/{:.0} |",
+            "| {kibibytes} KiB | {hit:.2} us | {registered:.1} us | 1/{:.0} | {changes} |",
             registered / hit
         );
     }

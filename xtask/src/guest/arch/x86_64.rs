@@ -59,6 +59,10 @@ pub(super) const ARCH: Arch = Arch {
             "test -p mmun --test it -- coverage::the_kernel_misses_nothing",
         ),
         ("RDMA", "test -p regcache-rdma --features verbs --test it"),
+        (
+            "RDMA",
+            "run -p regcache-rdma --features verbs --example rdma_read",
+        ),
         ("stress kernel", "run -p stress -- kernel --seconds 5"),
         (
             "trace",
