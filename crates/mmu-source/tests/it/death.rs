@@ -8,7 +8,7 @@ use mmu_notifier::{InvalidateRange, Mm, MmWithUser, Notifier, Registration};
 use mmu_source::process::{ExitStatus, Observer, Options, Task, TaskEvent, Tracer, current};
 use testkit::{Cap, require, rounds};
 
-use crate::log::{Record, Recorder, trace, trace_with, tracee, with_stdout};
+use crate::log::{Record, Recorder, page_size, trace, trace_with, tracee, with_stdout};
 
 /// Kills a process.
 fn kill(pid: i32) {
@@ -25,7 +25,7 @@ fn a_task_killed_in_its_call_closes_its_bracket_and_leaves() {
     let recorder = Recorder::with(Box::new(move |part| {
         // Only calls of the threads count: the loader may unmap a range of the same size while
         // there is one task.
-        let is_threads = part.task.tid != part.task.pid && part.end - part.start == 8192;
+        let is_threads = part.task.tid != part.task.pid && part.end - part.start == 2 * page_size();
         if part.cause == "munmap" && is_threads && !killed.swap(true, Ordering::Relaxed) {
             kill(part.task.pid);
         }

@@ -385,7 +385,7 @@ fn a_full_ring_is_a_loss_and_a_loss_is_everything() {
         return;
     }
     const AT: u64 = 0x5200_0000_0000;
-    let kernel = Kernel::rehearse(4096).expect("BPF is there");
+    let kernel = Kernel::rehearse(page_size()).expect("BPF is there");
     let whole = VaRange::covering(Va::new(AT), 1 << 20).expect("a range");
     let _armed = kernel.arm(whole).expect("armed");
     let log = Log::about(&current(), whole);
@@ -416,7 +416,7 @@ fn a_watch_that_is_renewed_after_a_loss_is_touched_by_the_next_change() {
     }
     const AT: u64 = 0x5500_0000_0000;
     const ELSEWHERE: u64 = AT + (1 << 19);
-    let kernel = Kernel::rehearse(4096).expect("BPF is there");
+    let kernel = Kernel::rehearse(page_size()).expect("BPF is there");
     let whole = VaRange::covering(Va::new(AT), 1 << 20).expect("a range");
     let _armed = kernel.arm(whole).expect("armed");
     let page = VaRange::covering(Va::new(AT), 4096).expect("a page");
@@ -468,7 +468,7 @@ fn a_forked_child_does_not_trust_its_parents_source() {
         drop(armed);
         drop(kernel);
         // The child can start a source of its own.
-        let own = Kernel::rehearse(4096).expect("BPF is there");
+        let own = Kernel::rehearse(page_size()).expect("BPF is there");
         let _armed = own.arm(range).expect("armed");
         own.inject(AT, AT + 4096).expect("it runs");
         blind
@@ -515,7 +515,7 @@ fn a_callback_may_not_wait_for_itself() {
             }
         }
     }
-    let kernel = Kernel::rehearse(4096).expect("BPF is there");
+    let kernel = Kernel::rehearse(page_size()).expect("BPF is there");
     let asks = Asks(Arc::downgrade(&kernel), std::sync::Mutex::default());
     let asks = mmu_notifier::Registration::new(&current(), asks).expect("outside of brackets");
     let _armed = kernel

@@ -225,7 +225,7 @@ fn the_last_handle_can_be_dropped_under_a_lock_that_callbacks_take() {
     if !require(Cap::Bpf) {
         return;
     }
-    let kernel = Kernel::rehearse(4096).expect("BPF is there");
+    let kernel = Kernel::rehearse(page_size()).expect("BPF is there");
     let memory = Scratch::anonymous(1);
     let (sender, entered) = mpsc::channel();
     let lock = Arc::new(Mutex::new(()));

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use mmu_source::process::{ExitStatus, Options, Task};
 use testkit::{Cap, require, rounds};
 
-use crate::log::{Record, Recorder, Trace, hex, trace, trace_with};
+use crate::log::{Record, Recorder, Trace, hex, page_size, trace, trace_with};
 
 fn mm_of(trace: &Trace, task: Task) -> u64 {
     let first = trace.records.iter().find_map(|record| match record {
@@ -142,7 +142,9 @@ fn threads_share_one_address_space_and_no_call_of_theirs_is_lost() {
     for (_, child, mm, child_mm) in &forks {
         assert_eq!((child.pid, mm), (trace.pid, child_mm));
         let unmaps = |part: &&crate::log::Part| {
-            part.task == *child && part.cause == "munmap" && part.end - part.start == 8192
+            part.task == *child
+                && part.cause == "munmap"
+                && part.end - part.start == 2 * page_size()
         };
         assert_eq!(
             trace.ends().map(|(part, _)| part).filter(unmaps).count(),

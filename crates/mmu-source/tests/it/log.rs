@@ -11,6 +11,12 @@ use mmu_source::process::{
     Command, Done, ExitStatus, Observer, Options, Pid, Task, TaskEvent, Tracer, current,
 };
 
+/// The size of a page, also of the programs that are traced.
+pub(crate) fn page_size() -> u64 {
+    // SAFETY: takes an integer.
+    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as u64 }
+}
+
 /// One callback.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Record {
