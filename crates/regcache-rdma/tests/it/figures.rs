@@ -81,10 +81,8 @@ fn calls_between_marks(act: impl FnOnce()) -> Vec<u64> {
     loop {
         let handed = without_provenance_mut::<libc::c_void>(signal as usize);
         // SAFETY: integers.
-        assert_eq!(
-            unsafe { libc::ptrace(libc::PTRACE_SYSCALL, child, none, handed) },
-            0
-        );
+        let continued = unsafe { libc::ptrace(libc::PTRACE_SYSCALL, child, none, handed) };
+        assert_eq!(continued, 0);
         // SAFETY: as above.
         assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
         if libc::WIFEXITED(status) {
