@@ -137,6 +137,12 @@ const STEPS: &[Step] = &[
     step("the kernel source", "cargo test -p mmu-source --test it kernel").needs(KVM),
     step("other surroundings", "cargo xtask surroundings").needs("cargo xtask surroundings --probe"),
     step("a rush at the kernel source", "cargo run --release -p stress -- rush --seconds 10").needs(KVM),
+    step(
+        "clippy, with a device's features",
+        "cargo clippy -p regcache -p regcache-rdma --features regcache/vfio,regcache-rdma/verbs --all-targets \
+         -- -D warnings",
+    )
+    .needs(GUESTS),
     // A machine that is too slow for all of it skips the rest.
     step("guests", "cargo xtask guest --kernel 6.1 --kernel 6.12 --limit 480 --within 480").needs(GUESTS),
     step("fuzz targets compile", "cargo check --manifest-path fuzz/Cargo.toml --target-dir target/fuzz")
