@@ -59,7 +59,8 @@ impl Pending {
     /// Counts a free as done.
     pub(crate) fn freed(&self, bank: u8) {
         if self.forks != forks() {
-            // The drop of the value has forked, and this is the child, where no thread waits.
+            // The drop of the value has forked, and this is the child. Its only thread may wait,
+            // if it runs the frees itself: `is_empty`.
             return;
         }
         // ORDER(core-freed): orders the free before the count. Partner: the load in `wait_for`.
@@ -98,7 +99,7 @@ impl Pending {
     fn wait_for(&self, bank: usize) {
         // Outside the lock: without a reclaimer, `reclaim_here` runs the frees, and `freed` takes
         // the lock.
-        while !self.is_empty(bank) && !srcu::reclaim_here() {
+        while !self.is_empty(bank) && !srcu::reclaim_here(|| self.is_empty(bank)) {
             std::thread::sleep(WITHOUT_RECLAIMER);
         }
         let mut emptied = lock(&self.emptied.0);
@@ -112,8 +113,9 @@ impl Pending {
     }
 
     fn is_empty(&self, bank: usize) -> bool {
+        // In the child of a fork no free is counted any more.
         // ORDER(core-freed): partner of the subtraction in `freed`.
-        count(self.banks.load(Ordering::Acquire), bank) == 0
+        count(self.banks.load(Ordering::Acquire), bank) == 0 || self.forks != forks()
     }
 }
 

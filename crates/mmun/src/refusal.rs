@@ -4,11 +4,16 @@ use std::fs;
 
 use mmu_source::process::Pid;
 
+use crate::who::shown;
+
 /// Returns the reason, or a remedy that usually helps; `None` if `/proc` shows no reason.
 pub(crate) fn why(pid: Pid) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let status = fs::read_to_string(shown(pid, "status")?).ok()?;
     let scope = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope").unwrap_or_default();
-    let name = |pid: Pid| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    let name = |pid: Pid| {
+        let name = shown(pid, "comm").and_then(|file| fs::read_to_string(file).ok());
+        name.unwrap_or_default()
+    };
     found(
         &status,
         rustix::process::geteuid().as_raw(),

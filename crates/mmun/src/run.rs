@@ -19,6 +19,7 @@ use crate::dropin::library;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::source::Source;
 use crate::sys::{self, Relay};
+use crate::who::shown;
 use crate::{complain, coverage, reason};
 
 pub(crate) fn main(args: &RunArgs) -> Outcome {
@@ -157,7 +158,8 @@ fn ended(status: WaitStatus) -> Option<Outcome> {
 
 /// Whether the process is stopped, by `/proc`.
 fn is_stopped(pid: i32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let stat = shown(pid, "stat").and_then(|file| fs::read_to_string(file).ok());
+    let stat = stat.unwrap_or_default();
     stat.rsplit(") ")
         .next()
         .is_some_and(|rest| rest.starts_with(['T', 't']))

@@ -243,7 +243,8 @@ impl Srcu {
         // ORDER(srcu-polled): Relaxed: `schedule` publishes it, ORDER(srcu-scheduled).
         state.pending.polled.fetch_max(want, Ordering::Relaxed);
         inbox::schedule(state);
-        reclaimer::start();
+        // Without a reclaimer, `poll` drives the grace period.
+        reclaimer::start_unless_forked();
         Cookie {
             want,
             domain: address(state),

@@ -90,7 +90,8 @@ impl Report {
             ..Report::default()
         };
         let (head, lines) = text.split_once('\n').unwrap_or((text, ""));
-        report.is_silent = lines.is_empty() || lines.starts_with(SILENT);
+        // Without the last end of a line it was cut: there was no more room.
+        report.is_silent = lines.is_empty() || !text.ends_with('\n') || lines.starts_with(SILENT);
         let head = head.strip_prefix("mmun: process ").unwrap_or(head);
         let (who, program) = head.split_once(": ").unwrap_or((number, "?"));
         let (process, rank) = who.split_once(" rank ").unwrap_or((who, "-"));

@@ -165,12 +165,24 @@ mod thread {
         }
     }
 
+    /// A thread wanted the reclaimer while another thread held the status. The holder then tries
+    /// again to start it.
+    static WANTED: AtomicBool = AtomicBool::new(false);
+
     /// Starts the reclaimer if it is not running. Allocates only then.
     ///
     /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), the work
-    /// stays queued. Later calls try again, and `barrier` does the work of its own domain.
+    /// stays queued. Later calls try again, and `barrier` does the work of its own domain. Until
+    /// then, a domain that has queued work keeps its page, also if the domain is dropped.
     pub(crate) fn start() {
-        if is_absent() {
+        if STATUS.load(Ordering::Relaxed) != RUNNING {
+            start_if_absent();
+        }
+    }
+
+    #[cold]
+    fn start_if_absent() {
+        if !want() {
             start_or(|| ());
         }
     }
@@ -179,9 +191,24 @@ mod thread {
     /// of `start` starts the reclaimer there. The caller may be inside an allocator, and its
     /// earlier call of `prepare` promised it that nothing allocates.
     pub(crate) fn start_unless_forked() {
-        if STATUS.load(Ordering::Relaxed) == NEVER {
-            start_or(|| ());
+        match STATUS.load(Ordering::Relaxed) {
+            NEVER => start_or(|| ()),
+            HELD => drop(want()),
+            _ => {}
         }
+    }
+
+    /// If another thread holds the status, asks that thread to start the reclaimer. Returns whether
+    /// it will see that.
+    fn want() -> bool {
+        if STATUS.load(Ordering::Relaxed) != HELD {
+            return false;
+        }
+        // ORDER(srcu-wanted): SeqCst on both, so one of two threads sees the other: this one sees
+        // that the holder has given the status up, or the holder sees that it is wanted. Partner:
+        // the store and the swap in `holding`.
+        WANTED.store(true, Ordering::SeqCst);
+        STATUS.load(Ordering::SeqCst) == HELD
     }
 
     /// Starts the reclaimer in the child of a fork that has inherited work.
@@ -193,27 +220,29 @@ mod thread {
 
     /// Advances the grace period of `start_poll` if there is no reclaimer. Never waits.
     pub(crate) fn drive_polled(state: &State) {
-        if is_absent() {
-            let polled = state.pending.polled.load(Ordering::Relaxed);
-            holding(|| {
-                state.drive(polled);
-                GONE
-            });
+        // A grace period has a lock of its own: this thread need not act for the reclaimer. If the
+        // grace period is over, callbacks may have waited for it, too.
+        if is_absent() && state.drive(state.pending.polled.load(Ordering::Relaxed)) {
+            schedule(state);
         }
     }
 
     /// For a thread that waits for a callback without `barrier`: starts the reclaimer. If the
-    /// system gives no thread, this call runs the callbacks that can run now, of all domains.
+    /// system gives no thread, this call runs the callbacks that can run now, of all domains, until
+    /// `done` says that the caller's callback has run.
     /// Returns whether there is a reclaimer. If so, the caller can sleep until the callback wakes
     /// it. If not, the caller must repeat this call until the callback has run.
     ///
     /// The caller must hold no lock that a callback takes.
     #[doc(hidden)]
-    pub fn reclaim_here() -> bool {
+    pub fn reclaim_here(done: impl Fn() -> bool) -> bool {
         if is_absent() {
             start_or(|| {
                 let before = current::set_reclaimer(true);
-                while let Some(state) = INBOX.take() {
+                // The inbox is first in, first out: a callback that always queues another one does
+                // not keep the caller's domain from its turn.
+                while !done() {
+                    let Some(state) = INBOX.take() else { break };
                     // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its
                     // caller. This thread acts in its place.
                     unsafe { turn(state) };
@@ -233,35 +262,49 @@ mod thread {
     /// Starts the reclaimer. If the system gives no thread, calls `instead`.
     #[cold]
     fn start_or(instead: impl FnOnce()) {
-        holding(|| match Thread::spawn(c"srcu-reclaimer", || run()) {
+        holding(|| {
+            let status = try_start();
+            if status == GONE {
+                instead();
+            }
+            status
+        });
+        // ORDER(srcu-wanted): partner of `want`.
+        while WANTED.swap(false, Ordering::SeqCst) && holding(try_start) {}
+    }
+
+    /// Returns the status that follows.
+    fn try_start() -> u8 {
+        match Thread::spawn(c"srcu-reclaimer", || run()) {
             Ok(thread) => {
                 thread.detach();
                 RUNNING
             }
-            Err(_) => {
-                instead();
-                GONE
-            }
-        });
+            Err(_) => GONE,
+        }
     }
 
-    /// Sets the status to `HELD`, runs `f`, and sets the status that `f` returns. Does nothing if
-    /// the status is `HELD` already, or if the reclaimer is running.
+    /// Sets the status to `HELD`, runs `f`, and sets the status that `f` returns. Does nothing and
+    /// returns false if the status is `HELD` already, or if the reclaimer is running.
     ///
     /// A status and not a lock, because starting a thread allocates, and code that the allocation
     /// triggers may call this function again.
-    fn holding(f: impl FnOnce() -> u8) {
-        for status in [NEVER, GONE] {
-            // ORDER(srcu-stand-in): Acquire, to see the batch as the last holder left it. Partner:
-            // the store below.
-            let taken = STATUS.compare_exchange(status, HELD, Ordering::Acquire, Ordering::Relaxed);
-            if taken.is_ok() {
-                // ORDER(srcu-stand-in): Release; partner above. If `f` started the reclaimer,
-                // the start itself lets the reclaimer see the batch.
-                STATUS.store(f(), Ordering::Release);
-                return;
-            }
+    fn holding(f: impl FnOnce() -> u8) -> bool {
+        // ORDER(srcu-stand-in): Acquire, to see the batch as the last holder left it. Partner: the
+        // store below.
+        let take = |status| {
+            STATUS
+                .compare_exchange(status, HELD, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok()
+        };
+        if !take(NEVER) && !take(GONE) {
+            return false;
         }
+        // ORDER(srcu-stand-in): Release; partner above. If `f` started the reclaimer, the start
+        // itself lets the reclaimer see the batch.
+        // ORDER(srcu-wanted): SeqCst; partner in `want`.
+        STATUS.store(f(), Ordering::SeqCst);
+        true
     }
 
     /// The object that `barrier` waits on. The object is not on the waiter's stack: in the child of
@@ -307,7 +350,7 @@ mod thread {
             if waiter.done.load(Ordering::Acquire) {
                 return waiter.last.load(Ordering::Relaxed);
             }
-            let mut stood_in = false;
+            let (mut stood_in, mut has_more) = (false, false);
             if is_absent() {
                 start_or(|| {
                     // A turn of this domain only: a callback of another domain may take a lock that
@@ -318,10 +361,15 @@ mod thread {
                     work(state);
                     current::set_reclaimer(before);
                     stood_in = true;
+                    let batch = &state.updater.batch;
+                    has_more = batch.is_empty() || state.passed(batch.want());
                 });
             }
             // If another thread acts as the reclaimer, it may stop at any time. So this thread
             // checks again after a while.
+            if stood_in && has_more {
+                continue;
+            }
             let nanoseconds = match stood_in {
                 true => STAND_IN_NANOSECONDS,
                 false => ASK_AGAIN_NANOSECONDS,
@@ -408,7 +456,7 @@ mod model {
 
     /// Always true: the threads of a model take the turns themselves.
     #[doc(hidden)]
-    pub fn reclaim_here() -> bool {
+    pub fn reclaim_here(_: impl Fn() -> bool) -> bool {
         true
     }
 

@@ -240,6 +240,9 @@ fn build(
 
 /// Explains why a function that must be watched cannot be.
 fn lack(segments: &[Segment], missing: &[&str], sites: &[Site]) -> Lack {
+    let mut missing = missing.to_vec();
+    missing.sort_unstable();
+    missing.dedup();
     let missing = missing.join(", ");
     let modules: Vec<&str> = segments
         .iter()
