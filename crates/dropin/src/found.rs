@@ -4,7 +4,7 @@
 //! a plug-in has loaded with `RTLD_LOCAL` is not: then every mapped file is asked whose name fits.
 //! The files are those of `/proc/self/maps`. `dl_iterate_phdr` would take a lock that stays locked
 //! in the child of a fork if another thread of the parent is loading a library. (The one that
-//! `dlsym` and `dlopen` take is made anew there.)
+//! `dlsym`, `dlopen` and `dladdr` take is made anew there.)
 //!
 //! # Safety
 //! This module looks functions up by name in loaded objects. It pins an object (`RTLD_NODELETE`)
@@ -16,10 +16,7 @@
     reason = "dlsym, dlopen and dladdr; see the Safety section"
 )]
 
-use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::{self, NonNull};
 
 /// The prefix of a library's file name.
@@ -57,8 +54,8 @@ pub(crate) fn is_loaded(library: &CStr) -> bool {
 }
 
 fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
-    loaded(library).iter().find_map(|file| {
-        let handle = open(file, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
+    loaded(library).iter().find_map(|name| {
+        let handle = open(name, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
         // SAFETY: the handle is open, the name a live string.
         let found = NonNull::new(unsafe { libc::dlsym(handle.as_ptr(), symbol.as_ptr()) });
         // SAFETY: the handle comes from `dlopen` and is closed once. The object stays loaded,
@@ -66,34 +63,43 @@ fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
         unsafe { libc::dlclose(handle.as_ptr()) };
         // A look-up in a handle also searches the library's dependencies, which may include this
         // library.
-        found.filter(|found| object(*found).is_some_and(|name| is_same(&name, file)))
+        found.filter(|found| object(*found).as_ref() == Some(name))
     })
 }
 
-/// The paths of mapped files whose name begins with `library`.
+/// The loader's names of the objects whose file name begins with `library`.
+///
+/// `/proc/self/maps` says where each lies. The path there is not the name to ask the loader for: it
+/// ends in ` (deleted)` if the file was replaced, and escapes some characters.
 fn loaded(library: &CStr) -> Vec<CString> {
     let maps = std::fs::read("/proc/self/maps").unwrap_or_default();
     let mut found: Vec<CString> = Vec::new();
-    for path in maps.split(|byte| *byte == b'\n').filter_map(path) {
+    let mut last: &[u8] = b"";
+    for (start, path) in maps.split(|byte| *byte == b'\n').filter_map(mapping) {
+        // A file has several mappings, one after the other.
+        if path == last {
+            continue;
+        }
+        last = path;
         let file = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
         // libfabric.so.1, or a name from a Python wheel: libfabric-0a1b2c3d.so.1.
         let rest = file.strip_prefix(library.to_bytes());
-        let fits = rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-"));
-        // A file has several mappings, one after the other.
-        if fits && found.last().is_none_or(|last| last.as_bytes() != path) {
-            found.extend(CString::new(path));
+        if rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-")) {
+            // `None` if the file is mapped, and not loaded.
+            found.extend(object(start));
         }
     }
     found
 }
 
-/// The path in a line of `/proc/self/maps`, the sixth column.
-fn path(line: &[u8]) -> Option<&[u8]> {
-    let path = line
-        .splitn(6, |byte| *byte == b' ')
-        .nth(5)?
-        .trim_ascii_start();
-    path.starts_with(b"/").then_some(path)
+/// The start and the path in a line of `/proc/self/maps`, the first and the sixth column.
+fn mapping(line: &[u8]) -> Option<(NonNull<c_void>, &[u8])> {
+    let mut columns = line.splitn(6, |byte| *byte == b' ');
+    let start = columns.next()?.split(|byte| *byte == b'-').next()?;
+    let start = usize::from_str_radix(std::str::from_utf8(start).ok()?, 16).ok()?;
+    let path = columns.nth(4)?.trim_ascii_start();
+    let start = NonNull::new(ptr::without_provenance_mut(start))?;
+    path.starts_with(b"/").then_some((start, path))
 }
 
 /// Keeps the object around `address` loaded.
@@ -124,17 +130,6 @@ fn object(address: NonNull<c_void>) -> Option<CString> {
     Some(unsafe { CStr::from_ptr(info.dli_fname) }.to_owned())
 }
 
-/// Whether the loader's name of an object and a path are of one file. They differ where the loader
-/// was given a link or a relative name.
-fn is_same(name: &CStr, path: &CStr) -> bool {
-    let id = |name: &CStr| {
-        let name = Path::new(OsStr::from_bytes(name.to_bytes()));
-        let file = std::fs::metadata(name).ok()?;
-        Some((file.dev(), file.ino()))
-    };
-    name == path || id(name).is_some_and(|own| id(path) == Some(own))
-}
-
 fn open(file: &CStr, flags: c_int) -> Option<NonNull<c_void>> {
     let file: *const c_char = file.as_ptr();
     // SAFETY: a live string; with `RTLD_NOLOAD` nothing is loaded and no code of the object runs.
@@ -144,6 +139,26 @@ fn open(file: &CStr, flags: c_int) -> Option<NonNull<c_void>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_library_whose_file_was_replaced_is_still_found() {
+        let math = open(c"libm.so.6", libc::RTLD_LAZY).expect("glibc has it");
+        // SAFETY: the handle is open, the name a live string.
+        let cos = unsafe { libc::dlsym(math.as_ptr(), c"cos".as_ptr()) };
+        let file = object(NonNull::new(cos).expect("it is there")).expect("it is loaded");
+        let folder = std::env::temp_dir();
+        let copy = format!(
+            "{}/libmmunprobe-{}.so.1",
+            folder.display(),
+            std::process::id()
+        );
+        std::fs::copy(file.to_str().expect("a plain name"), &copy).expect("room in TMPDIR");
+        let name = CString::new(copy.clone()).expect("no NUL");
+        assert!(open(&name, libc::RTLD_LAZY | libc::RTLD_LOCAL).is_some());
+        assert!(in_loaded(c"libmmunprobe", c"cos").is_some());
+        std::fs::remove_file(&copy).expect("it was made above");
+        assert!(in_loaded(c"libmmunprobe", c"cos").is_some());
+    }
 
     #[test]
     fn a_function_of_a_loaded_library_is_found_by_the_beginning_of_its_name() {

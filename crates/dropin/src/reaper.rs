@@ -11,6 +11,7 @@ use crate::ranges::Ranges;
 use srcu::Thread;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
 
 /// Wakes the thread of one address space.
 #[derive(Debug)]
@@ -55,8 +56,17 @@ impl Reaper {
             Thread::spawn(c"mmun-dropin", move || self.serve(ranges, notify)).map(Thread::detach);
         if made.is_err() {
             self.is_started.store(false, Ordering::Relaxed);
+            return false;
         }
-        made.is_ok()
+        // A new thread maps and unmaps memory, and Open MPI may patch the functions for that as
+        // soon as this returns. So wait until it sleeps, for a second at most.
+        for _ in 0..10_000 {
+            if self.word.load(Ordering::Relaxed) != IDLE {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        true
     }
 
     /// Makes the thread look for stale ranges. Callbacks may call this.

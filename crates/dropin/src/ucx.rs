@@ -128,6 +128,7 @@ fn feed(space: &'static Space, served: Served) -> bool {
     if fed.is_none() && space.arm_everything() {
         let made = Registration::new(mmu_source::current_ref(), Feed(served)).ok();
         *fed = made.map(|made| Box::new(made) as Feeding);
+        space.wait_for_threads();
     }
     fed.is_some()
 }

@@ -139,6 +139,9 @@ pub use raw::fork::forks;
 pub use raw::ids::{thread_number, thread_numbers};
 #[doc(hidden)]
 pub use raw::reclaimer::reclaim_here;
+#[cfg(not(mmun_loom))]
+#[doc(hidden)]
+pub use raw::reclaimer::wait_until_reclaimer_sleeps;
 pub use raw::run::set_callback_panic_hook;
 #[doc(hidden)]
 pub use raw::thread::{Thread, without_signals};

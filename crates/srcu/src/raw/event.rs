@@ -63,6 +63,12 @@ impl Event {
         }
     }
 
+    /// Whether a thread sleeps, or is about to.
+    #[cfg(not(mmun_loom))]
+    pub(super) fn has_sleepers(&self) -> bool {
+        self.sleepers.load(Ordering::Relaxed) != 0
+    }
+
     /// Clears the count of sleepers, which exist only in the parent of a fork.
     #[cfg(not(mmun_loom))]
     pub(super) fn after_fork(&self) {

@@ -114,11 +114,11 @@ pub(crate) fn is_idle(state: &State) -> bool {
 #[cfg(not(mmun_loom))]
 use thread::pause;
 #[cfg(not(mmun_loom))]
-pub use thread::reclaim_here;
-#[cfg(not(mmun_loom))]
 pub(crate) use thread::{
     adopt, after_fork, barrier, drive_polled, start, start_if_inherited, start_unless_forked,
 };
+#[cfg(not(mmun_loom))]
+pub use thread::{reclaim_here, wait_until_reclaimer_sleeps};
 
 #[cfg(not(mmun_loom))]
 mod thread {
@@ -251,6 +251,19 @@ mod thread {
             });
         }
         STATUS.load(Ordering::Relaxed) == RUNNING
+    }
+
+    /// Waits until the reclaimer, if there is one, has no work and sleeps, so that it is in no
+    /// function of libc but `syscall`. Returns after a second in any case.
+    #[doc(hidden)]
+    pub fn wait_until_reclaimer_sleeps() {
+        for _ in 0..10_000 {
+            let is_starting_or_running = matches!(STATUS.load(Ordering::Relaxed), HELD | RUNNING);
+            if !is_starting_or_running || (INBOX.is_empty() && INBOX.event.has_sleepers()) {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_micros(100));
+        }
     }
 
     /// Relaxed: before a thread starts the reclaimer or acts in its place, `holding` checks the
