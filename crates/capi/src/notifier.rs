@@ -47,11 +47,11 @@ type Young =
     unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int;
 type TestYoung = unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong) -> c_int;
 
-/// A driver's notifier, as the core calls it.
+/// The core's subscriber for a driver's notifier; it forwards each callback to `ops`.
 ///
 /// # Invariants
-/// `me` is the notifier whose node holds this value. `ops` is its table, which lives as long as the
-/// notifier is registered.
+/// `me` is the notifier whose node holds this value. `ops` is its table, which lives until the
+/// notifier is freed.
 struct Driver {
     me: NonNull<MmuNotifier>,
     ops: NonNull<Ops>,
@@ -172,7 +172,8 @@ impl SecondaryTlb for Driver {
     }
 }
 
-// SAFETY: The header tells the driver to keep a notifier as long as it is registered.
+// SAFETY: The header tells the driver to keep a notifier until `free_notifier` is called or
+// `mmu_notifier_unregister` returns.
 unsafe impl Embedded for Driver {
     unsafe fn dispose(node: NonNull<Node<Self>>) {
         // SAFETY: The node is live and holds its value: the caller's duty.
@@ -191,7 +192,7 @@ unsafe impl Embedded for Driver {
 /// Returns the node of a notifier.
 ///
 /// # Safety
-/// `notifier` must be a place for one.
+/// `notifier` must point to memory for an `MmuNotifier`.
 #[inline(always)]
 unsafe fn node(notifier: NonNull<MmuNotifier>) -> NonNull<Node<Driver>> {
     // SAFETY: The place must be within one allocation: the caller's duty.

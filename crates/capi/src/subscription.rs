@@ -33,7 +33,8 @@ pub struct Ops {
     end: Callback,
 }
 
-// SAFETY: Pointers to functions: the header demands that.
+// SAFETY: `repr(C)`, and `size` comes first. Any bytes are a `usize`; those of a callback come from
+// C, whose header demands a function or null (0: none).
 unsafe impl Growing for Ops {
     const FIRST: usize = 24;
 }
@@ -46,11 +47,11 @@ struct Callbacks {
     context: *mut c_void,
     start: Callback,
     end: Callback,
-    /// Whether the kernel source is used, which calls back after the start of a change.
+    /// Whether the kernel source is open. It calls `start` after the change has begun.
     by_kernel: bool,
 }
 
-// SAFETY: C code promises callbacks that may run on any thread, in parallel; the header says so.
+// SAFETY: The header requires callbacks that are safe on any thread, in parallel.
 unsafe impl Send for Callbacks {}
 // SAFETY: As above.
 unsafe impl Sync for Callbacks {}
@@ -95,8 +96,7 @@ impl Notifier for Callbacks {
     }
 }
 
-/// `struct mmun_subscription`. Its fields are dropped in order: `armed` is disarmed before the
-/// source can end.
+/// `struct mmun_subscription`.
 pub struct Subscription {
     registration: Registration<Callbacks>,
     armed: Option<Armed>,
@@ -179,7 +179,7 @@ export! {
     ) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            // SAFETY: Valid: the header demands that.
+            // SAFETY: Null, or begins with its size: the header demands that.
             let ops = unsafe { args::read(ops) }?;
             // SAFETY: Null or valid: the header demands that.
             let place = unsafe { args::result(subscription) }?;
@@ -199,7 +199,7 @@ export! {
         if subscription.is_null() {
             return fail(-libc::EINVAL, INVALID);
         }
-        // SAFETY: It came from `Box::into_raw`, and the caller does not use it after this call: the
+        // SAFETY: It came from `Box::into_raw`, and no other call uses it during this one: the
         // header demands that.
         let taken = unsafe { subscription.read() };
         match unsubscribe(taken) {

@@ -4,14 +4,14 @@ use crate::counts;
 use crate::settings::settings;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The address space that has used one of the libraries: the number of its `Mm`. 0 if none has.
+/// The id of the `Mm` that has used one of the libraries; 0 if none has.
 static BEGUN: AtomicU64 = AtomicU64::new(0);
 
-/// The first use of either library in this address space. The child of a fork has a first use of
-/// its own.
+/// Called at each use of UCX or libfabric. Only the first call in an address space does anything;
+/// the child of a fork has a first use of its own.
 pub(crate) fn begin() {
     let own = mmu_source::current_ref().id();
-    // Relaxed: it hands nothing over.
+    // Relaxed: no other data is published through `BEGUN`.
     if BEGUN.load(Ordering::Relaxed) == own {
         return;
     }
@@ -22,7 +22,8 @@ pub(crate) fn begin() {
     if before != 0 {
         counts::forget();
     }
-    // A process that ends without a report is to be told from one that never used a library.
+    // A placeholder, so that a process that ends without a report differs from one that never used
+    // a library.
     if let Some(folder) = folder() {
         let _ = std::fs::write(
             path_in(&folder),

@@ -104,7 +104,7 @@ fn text() -> String {
             "kernel",
             format!(
                 "in use, {} changes seen, {} losses",
-                kernel.generation(),
+                kernel.generation() - 1,
                 kernel.lost()
             ),
         ),

@@ -33,9 +33,6 @@ pub(crate) struct Space {
     id: u64,
     hook: Result<Hook, String>,
     kernel: Result<Arc<Kernel>, String>,
-    /// Open MPI is loaded. It overwrites the beginnings of `munmap` and others, perhaps as soon as
-    /// a first use returns. No thread of ours may be inside of one then.
-    is_patched_over: bool,
     /// The whole address space, armed for UCX, because UCX does not say which ranges it registers.
     everything: Mutex<Option<Armed>>,
     /// The ranges that libfabric's caches have registered.
@@ -101,8 +98,9 @@ impl Space {
             true => Kernel::start().map_err(|error| explain(&error)),
             false => Err(off()),
         };
-        let is_patched_over = found::is_loaded(OPAL);
-        if let Some(kernel) = kernel.as_ref().ok().filter(|_| is_patched_over) {
+        // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as a first use
+        // returns. No thread of ours may be inside of one then.
+        if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
             kernel.wait_for_threads();
         }
         counts::START_NS.set(begin.elapsed().as_nanos() as u64);
@@ -110,7 +108,6 @@ impl Space {
             id: mmu_source::current_ref().id(),
             hook,
             kernel,
-            is_patched_over,
             everything: Mutex::new(None),
             ranges: Ranges::new(),
             reaper: Reaper::new(),
@@ -121,13 +118,6 @@ impl Space {
             refuse(&space);
         }
         space
-    }
-
-    /// Waits until the threads that the core has started sleep, if Open MPI may patch libc.
-    pub(crate) fn wait_for_threads(&self) {
-        if self.is_patched_over {
-            srcu::wait_until_reclaimer_sleeps();
-        }
     }
 
     /// Whether a source that the settings ask for is in use.
@@ -201,10 +191,16 @@ impl Space {
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         if marks.is_none() {
             *marks = Registration::new(mmu_source::current_ref(), Marks(self)).ok();
-            self.wait_for_threads();
+            wait_for_threads();
         }
         marks.is_some()
     }
+}
+
+/// Waits until the reclaimer sleeps. A new thread maps and unmaps memory as it starts, and Open MPI
+/// may patch `munmap` as soon as a first use returns.
+pub(crate) fn wait_for_threads() {
+    srcu::wait_until_reclaimer_sleeps();
 }
 
 /// Ends the process, for `MMUN_STRICT=1` without a complete source.

@@ -25,7 +25,7 @@ use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
 
 /// `UCM_EVENT_VM_UNMAPPED`.
 const VM_UNMAPPED: c_int = 1 << 17;
@@ -64,11 +64,33 @@ impl Notifier for Feed {
             .range()
             .end()
             .map_or(usize::MAX, |end| end.get() as usize);
+        // Relaxed: the count only shortens the moment in which a fork is unlucky.
+        FEEDING.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside
         // `free` as well: it takes a recursive read lock, and calls handlers that only try their
         // locks.
         unsafe { (self.0.vm_munmap)(ptr::without_provenance_mut(start), end - start) };
+        FEEDING.fetch_sub(1, Ordering::Relaxed);
         std::mem::forget(no_unwinding);
+    }
+}
+
+/// How many threads are inside of UCX's handlers.
+static FEEDING: AtomicU32 = AtomicU32::new(0);
+
+/// Runs in the parent, before a fork: waits until no thread is inside of UCX's handlers, for a
+/// tenth of a second at most.
+///
+/// The handlers take a spin lock of UCX's cache. If the program forks meanwhile, the child gets the
+/// lock taken, and waits for it for ever. Handlers cannot be kept out until the fork is over: one
+/// can run in `free`, with a lock of the allocator that `fork` takes.
+extern "C" fn before_fork() {
+    space::wait_for_threads();
+    for _ in 0..1_000 {
+        if FEEDING.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_micros(100));
     }
 }
 
@@ -82,7 +104,7 @@ fn serve() {
     let served = SERVED.get_or_make(|| {
         // SAFETY: the handler is a function of this object; glibc removes it when the object is
         // unloaded.
-        unsafe { libc::pthread_atfork(None, None, Some(serve_child)) };
+        unsafe { libc::pthread_atfork(Some(before_fork), None, Some(serve_child)) };
         try_serve()
     });
     if let Ok(served) = served {
@@ -128,13 +150,14 @@ fn feed(space: &'static Space, served: Served) -> bool {
     if fed.is_none() && space.arm_everything() {
         let made = Registration::new(mmu_source::current_ref(), Feed(served)).ok();
         *fed = made.map(|made| Box::new(made) as Feeding);
-        space.wait_for_threads();
+        space::wait_for_threads();
     }
     fed.is_some()
 }
 
 /// Runs in the child of a fork, where UCX's caches still hold the parent's registrations.
 extern "C" fn serve_child() {
+    FEEDING.store(0, Ordering::Relaxed);
     if let Some(Ok(served)) = SERVED.get() {
         let space = space::current_or_made();
         if !feed(space, *served) || !space.is_watched() {

@@ -1,4 +1,5 @@
-//! A Java program whose native part has a registration cache, in a library that is loaded locally.
+//! A Java program whose native part has a registration cache, in a library that the JVM loads with
+//! `RTLD_LOCAL`.
 
 use crate::cache::{Cache, has_kernel, program};
 use crate::support::{build, library, output, text};

@@ -1,5 +1,5 @@
-//! Ranks exchange buffers that are freed and mapped anew, over each transport of Open MPI and MPICH
-//! that is installed.
+//! Ranks exchange buffers that are freed and mapped anew. Open MPI runs over ob1, UCX and
+//! libfabric, MPICH over its default transport; a test is skipped if its `mpicc` is missing.
 
 use crate::support::{build, output, preloaded, text};
 use std::path::Path;

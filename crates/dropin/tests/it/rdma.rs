@@ -1,5 +1,5 @@
-//! Two ranks of Open MPI over verbs, with libfabric as shipped and with the drop-in: are their data
-//! right?
+//! Counts the wrong bytes that two ranks of Open MPI exchange over verbs, without the drop-in and
+//! with it.
 //!
 //! The ranks change their buffers in two ways that libfabric does not see: bare system calls that
 //! unmap or discard. As shipped, the card then reads and writes pages that the program no longer

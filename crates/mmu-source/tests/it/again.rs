@@ -78,8 +78,8 @@ fn number(word: &str) -> i64 {
     word.parse().expect("a number")
 }
 
-/// Tells whether a bracket is that of the handler's own `munmap`. The loader may have unmapped
-/// memory at the same address before.
+/// Tells whether a bracket is a `munmap` at the page's address. The loader may have unmapped memory
+/// at the same address before the handler does.
 fn unmaps_the_page(trace: &Trace, part: &Part) -> bool {
     part.cause == "munmap" && part.start == hex(trace.said("page")[0][0])
 }

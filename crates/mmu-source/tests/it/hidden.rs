@@ -27,12 +27,12 @@ fn without_privilege<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static
 fn give_up_ptrace() {
     const CAP_SYS_PTRACE: u32 = 19;
     const VERSION_3: u32 = 0x2008_0522;
-    // The version and the thread (0 is this thread). Then the effective, permitted and inheritable
-    // sets, first their low and then their high 32 bits.
+    // `header`: the version, and the thread (0: this one). `sets`: the low 32 bits of the
+    // effective, permitted and inheritable sets, then their high 32 bits.
     let header = [VERSION_3, 0];
     let mut sets = [[0_u32; 3]; 2];
-    // SAFETY: this option takes integers. It fails for an ordinary user, who has no such capability
-    // to drop.
+    // SAFETY: this option takes integers. It fails without `CAP_SETPCAP`; an ordinary user does not
+    // hold `CAP_SYS_PTRACE` anyway.
     unsafe {
         libc::prctl(
             libc::PR_CAPBSET_DROP,

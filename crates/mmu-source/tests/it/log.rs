@@ -273,7 +273,8 @@ pub(crate) fn trace_with(options: Options, recorder: Recorder, args: &[&str]) ->
     }
 }
 
-/// Connects the output of a command to a pipe. The whole output must fit into the pipe.
+/// Connects standard output to a pipe, and discards standard error. The whole output must fit into
+/// the pipe.
 pub(crate) fn with_stdout(command: Command) -> (PipeReader, Command) {
     let (read, write) = pipe().expect("a pipe");
     let stderr = File::options()

@@ -5,11 +5,12 @@ use super::{Answer, Callback, Kind, Model, Notifier, meet};
 /// The state of a shadow with a sequence.
 #[derive(Debug, Default)]
 pub(super) struct Shadow {
-    /// The open invalidations that overlap a watched range, and the smallest range around all of
-    /// them since the count was last zero.
+    /// The number of open invalidations that overlap the watched range.
     in_progress: u32,
+    /// The smallest range that covers every such invalidation since `in_progress` was last 0.
     hull: (u64, u64),
-    /// How many such invalidations have ended, plus how often the watched range was changed.
+    /// The number of ended invalidations that overlapped the watched range, plus the number of
+    /// changes of the watched range.
     seq: u64,
     pub(super) released: bool,
 }
@@ -63,8 +64,8 @@ impl Model {
         }
     }
 
-    /// Whether a shadow's address space has ended: the ends of open brackets may not be called
-    /// then.
+    /// Whether a shadow's address space has ended. After that the core may skip the end callbacks
+    /// of brackets that are still open.
     #[must_use]
     pub fn is_released(&self, notifier: usize) -> bool {
         self.notifiers[notifier].shadow.released

@@ -1,13 +1,15 @@
-//! Trampolines: the code between a patched `svc` and the instruction after it.
+//! Trampolines for patched `svc` instructions, and for function entries that another library has
+//! patched already.
 //!
-//! A site may expect that every register except `x0` is preserved, so a trampoline saves the
-//! registers it uses below the stack pointer. That is safe, because on aarch64 Linux has no red
-//! zone. Patched code reaches a trampoline by a direct branch, which needs no landing pad. The
-//! functions that a trampoline calls indirectly begin with a landing pad.
+//! A site may expect that every register except `x0` is preserved, so the trampoline of a site
+//! pushes the registers that it changes; aarch64 Linux has no red zone. The trampoline of a
+//! function entry saves nothing, because a function may change `x9` to `x17`. Patched code reaches
+//! a trampoline by a direct branch, which needs no landing pad. The functions that a trampoline
+//! calls indirectly begin with a landing pad.
 
 use super::scan::{BTI_C, SVC};
 
-/// The size of a trampoline.
+/// The bytes that are reserved for each trampoline.
 pub(in crate::hook::glibc) const SLOT: u64 = 80;
 
 /// Returns a branch from `from` to `to`, or `None` if `to` is out of reach.
@@ -68,8 +70,8 @@ pub(super) fn of_function(number: u32, stub: u64, foreign: Foreign) -> Vec<u8> {
     code
 }
 
-/// A jump that another program has written at the entry of a function. The hook replaces only its
-/// first instruction, because a thread may be about to execute the second.
+/// A jump that another library has written at the entry of a function. The hook replaces only the
+/// first instruction of the jump, because a thread may be about to execute the second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::hook::glibc) struct Foreign {
     /// The address of the jump's first instruction.
