@@ -47,13 +47,18 @@ pub(crate) fn folder() -> Option<String> {
     settings().report.clone().filter(|name| name.ends_with('/'))
 }
 
-/// The file of this process. Processes in containers can have the same number, so the number of
-/// their pid namespace is part of the name.
+/// The file of this process. Processes in different containers can have the same pid, so the inode
+/// number of the pid namespace is part of the name. The kernel uses the number of a namespace that
+/// has ended again, so the time at which the process started is part of the name, too.
 pub(crate) fn path_in(folder: &str) -> String {
     let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     let digits = |byte: &char| byte.is_ascii_digit();
     let namespace: String = namespace.to_string_lossy().chars().filter(digits).collect();
-    format!("{folder}{}-{namespace}", std::process::id())
+    // Column 22 of proc_pid_stat(5), in clock ticks; the second column is a name in parentheses.
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let columns = stat.rsplit_once(") ").map_or("", |(_, columns)| columns);
+    let start = columns.split(' ').nth(22 - 3).unwrap_or_default();
+    format!("{folder}{}-{namespace}-{start}", std::process::id())
 }
 
 /// The first line of the report, which identifies the process.

@@ -32,7 +32,12 @@ pub(super) fn merged(folder: &Path) -> String {
     let mut reports: Vec<Report> = files
         .filter_map(|file| {
             let text = fs::read_to_string(file.path()).ok()?;
-            Some(Report::read(&file.file_name().to_string_lossy(), &text))
+            // The name begins with the pid.
+            let name = file.file_name().to_string_lossy().into_owned();
+            Some(Report::read(
+                name.split('-').next().unwrap_or_default(),
+                &text,
+            ))
         })
         .collect();
     let number = |word: &str| word.parse::<u64>().unwrap_or(u64::MAX);
