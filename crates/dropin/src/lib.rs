@@ -44,3 +44,4 @@ mod say;
 mod settings;
 mod space;
 mod ucx;
+mod wait;

@@ -38,7 +38,8 @@ pub(crate) fn begin() {
 /// Whether this address space, not only that of a parent, has used one of the libraries.
 pub(crate) fn has_begun() -> bool {
     let begun = BEGUN.load(Ordering::Relaxed);
-    // Asked only where one was used: the number is made on first use.
+    // `current_ref` makes the `Mm` on first use, so a process that used neither library does not
+    // call it.
     begun != 0 && begun == mmu_source::current_ref().id()
 }
 

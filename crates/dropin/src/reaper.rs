@@ -8,6 +8,7 @@
 
 use crate::counts;
 use crate::ranges::Ranges;
+use crate::wait::wait_until;
 use srcu::Thread;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -60,12 +61,9 @@ impl Reaper {
         }
         // A new thread maps and unmaps memory, and Open MPI may patch the functions for that as
         // soon as this returns. So wait until it sleeps, for a second at most.
-        for _ in 0..10_000 {
-            if self.word.load(Ordering::Relaxed) != IDLE {
-                break;
-            }
-            std::thread::sleep(Duration::from_micros(100));
-        }
+        wait_until(Duration::from_secs(1), || {
+            self.word.load(Ordering::Relaxed) != IDLE
+        });
         true
     }
 

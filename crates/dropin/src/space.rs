@@ -17,6 +17,7 @@ use crate::ranges::Ranges;
 use crate::reaper::Reaper;
 use crate::say::{complain, explain};
 use crate::settings::settings;
+use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::Watch;
 use mmu_source::hook::Hook;
@@ -24,7 +25,7 @@ use mmu_source::kernel::{Armed, Kernel};
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The sources and subscriptions of one address space.
 #[derive(Debug)]
@@ -200,7 +201,7 @@ impl Space {
 /// Waits until the reclaimer sleeps. A new thread maps and unmaps memory as it starts, and Open MPI
 /// may patch `munmap` as soon as a first use returns.
 pub(crate) fn wait_for_threads() {
-    srcu::wait_until_reclaimer_sleeps();
+    wait_until(Duration::from_secs(1), srcu::reclaimer_sleeps);
 }
 
 /// Ends the process, for `MMUN_STRICT=1` without a complete source.

@@ -21,11 +21,13 @@ use crate::place;
 use crate::say::complain;
 use crate::settings::{Choice, settings};
 use crate::space::{self, Aborts, Feeding, Space};
+use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::time::Duration;
 
 /// `UCM_EVENT_VM_UNMAPPED`.
 const VM_UNMAPPED: c_int = 1 << 17;
@@ -86,12 +88,8 @@ static FEEDING: AtomicU32 = AtomicU32::new(0);
 /// can run in `free`, with a lock of the allocator that `fork` takes.
 extern "C" fn before_fork() {
     space::wait_for_threads();
-    for _ in 0..1_000 {
-        if FEEDING.load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        std::thread::sleep(std::time::Duration::from_micros(100));
-    }
+    let is_free = || FEEDING.load(Ordering::Relaxed) == 0;
+    wait_until(Duration::from_millis(100), is_free);
 }
 
 /// Connects UCX to the sources of this address space, if that was not done before.

@@ -141,7 +141,7 @@ pub use raw::ids::{thread_number, thread_numbers};
 pub use raw::reclaimer::reclaim_here;
 #[cfg(not(mmun_loom))]
 #[doc(hidden)]
-pub use raw::reclaimer::wait_until_reclaimer_sleeps;
+pub use raw::reclaimer::reclaimer_sleeps;
 pub use raw::run::set_callback_panic_hook;
 #[doc(hidden)]
 pub use raw::thread::{Thread, without_signals};

@@ -17,6 +17,13 @@ pub(crate) fn set_reclaimer(is: bool) -> bool {
     before
 }
 
+/// Runs `f` with this thread marked as the one that runs callbacks. `f` must not unwind.
+pub(crate) fn as_reclaimer(f: impl FnOnce()) {
+    let before = set_reclaimer(true);
+    f();
+    set_reclaimer(before);
+}
+
 /// Tells whether this thread runs the callbacks of all domains. If so, a wait for any callback on
 /// this thread would never end.
 pub fn is_reclaimer() -> bool {

@@ -118,7 +118,7 @@ pub(crate) use thread::{
     adopt, after_fork, barrier, drive_polled, start, start_if_inherited, start_unless_forked,
 };
 #[cfg(not(mmun_loom))]
-pub use thread::{reclaim_here, wait_until_reclaimer_sleeps};
+pub use thread::{reclaim_here, reclaimer_sleeps};
 
 #[cfg(not(mmun_loom))]
 mod thread {
@@ -238,32 +238,27 @@ mod thread {
     pub fn reclaim_here(done: impl Fn() -> bool) -> bool {
         if is_absent() {
             start_or(|| {
-                let before = current::set_reclaimer(true);
-                // The inbox is first in, first out: a callback that always queues another one does
-                // not keep the caller's domain from its turn.
-                while !done() {
-                    let Some(state) = INBOX.take() else { break };
-                    // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its
-                    // caller. This thread acts in its place.
-                    unsafe { turn(state) };
-                }
-                current::set_reclaimer(before);
+                current::as_reclaimer(|| {
+                    // The inbox is first in, first out: a callback that always queues another one
+                    // does not keep the caller's domain from its turn.
+                    while !done() {
+                        let Some(state) = INBOX.take() else { break };
+                        // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its
+                        // caller. This thread acts in its place.
+                        unsafe { turn(state) };
+                    }
+                });
             });
         }
         STATUS.load(Ordering::Relaxed) == RUNNING
     }
 
-    /// Waits until the reclaimer, if there is one, has no work and sleeps, so that it is in no
-    /// function of libc but `syscall`. Returns after a second in any case.
+    /// Whether the reclaimer, if there is one, has no work and sleeps: it is in no function of libc
+    /// but `syscall`. True in the reclaimer itself, which cannot wait for that.
     #[doc(hidden)]
-    pub fn wait_until_reclaimer_sleeps() {
-        for _ in 0..10_000 {
-            let is_starting_or_running = matches!(STATUS.load(Ordering::Relaxed), HELD | RUNNING);
-            if !is_starting_or_running || (INBOX.is_empty() && INBOX.event.has_sleepers()) {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_micros(100));
-        }
+    pub fn reclaimer_sleeps() -> bool {
+        let is_there = matches!(STATUS.load(Ordering::Relaxed), HELD | RUNNING);
+        !is_there || current::is_reclaimer() || (INBOX.is_empty() && INBOX.event.has_sleepers())
     }
 
     /// Relaxed: before a thread starts the reclaimer or acts in its place, `holding` checks the
@@ -370,9 +365,7 @@ mod thread {
                     // this thread holds. And one turn only, then the status is free again: the
                     // readers that this domain waits for may themselves wait in `barrier`, and must
                     // then be able to act as the reclaimer.
-                    let before = current::set_reclaimer(true);
-                    work(state);
-                    current::set_reclaimer(before);
+                    current::as_reclaimer(|| work(state));
                     stood_in = true;
                     let batch = &state.updater.batch;
                     has_more = batch.is_empty() || state.passed(batch.want());
@@ -476,12 +469,12 @@ mod model {
     /// Runs one turn if the domain is in the inbox.
     pub(crate) fn take_turn(state: &State) {
         let _acting = state.inbox.acting.lock();
-        let before = current::set_reclaimer(true);
-        if let Some(state) = state.inbox.take() {
-            // SAFETY: as in `barrier`.
-            unsafe { turn(state) };
-        }
-        current::set_reclaimer(before);
+        current::as_reclaimer(|| {
+            if let Some(state) = state.inbox.take() {
+                // SAFETY: as in `barrier`.
+                unsafe { turn(state) };
+            }
+        });
     }
 
     pub(crate) fn barrier(state: &State) -> bool {
@@ -489,20 +482,20 @@ mod model {
             return true;
         }
         let _acting = state.inbox.acting.lock();
-        let before = current::set_reclaimer(true);
-        loop {
-            let seen = state.inbox.event.now();
-            if is_idle(state) {
-                break;
+        current::as_reclaimer(|| {
+            loop {
+                let seen = state.inbox.event.now();
+                if is_idle(state) {
+                    return;
+                }
+                match state.inbox.take() {
+                    // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its caller.
+                    // The holder of `acting` is the reclaimer.
+                    Some(state) => unsafe { turn(state) },
+                    None => state.inbox.event.wait(seen),
+                }
             }
-            match state.inbox.take() {
-                // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its caller. The
-                // holder of `acting` is the reclaimer.
-                Some(state) => unsafe { turn(state) },
-                None => state.inbox.event.wait(seen),
-            }
-        }
-        current::set_reclaimer(before);
+        });
         true
     }
 }

@@ -363,7 +363,7 @@ impl<N: Notifier> Drop for NodeRef<N> {
             Ordering::AcqRel
         };
         if self.as_header().users.fetch_sub(1, order) == 1 {
-            // SAFETY: The node must be alive, without users, and of the type of `free`. Nobody but
+            // SAFETY: The node must be alive, without users, and of the type of `free`. Only
             // `retire` queues its free, the subtraction found the last user, and the node is a
             // `Node<N>`.
             unsafe { retire(self.header(), free::<N>) };
