@@ -1,20 +1,17 @@
 //! A line of `/proc/PID/maps`: the parser returns the mapping that the line describes, or none.
 #![no_main]
-#![allow(dead_code, reason = "the parser's file has more than the parser")]
+#![allow(dead_code, reason = "fields that this target does not read")]
 
-#[path = "../../crates/mmu-source/src/maps.rs"]
-mod maps;
-
-#[path = "../../crates/mmu-source/src/page.rs"]
-mod page;
+#[path = "../../crates/mmu-source/src/maps/line.rs"]
+mod line;
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|line: &[u8]| {
-    let Some(mapping) = maps::parse(line) else {
+fuzz_target!(|text: &[u8]| {
+    let Some(mapping) = line::parse(text) else {
         return;
     };
-    let range = String::from_utf8_lossy(line)
+    let range = String::from_utf8_lossy(text)
         .split(' ')
         .next()
         .map(str::to_lowercase)

@@ -73,6 +73,10 @@ const STEPS: &[Step] = &[
     step("format", "cargo fmt --all --check"),
     step("tidy", "cargo xtask tidy"),
     step("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
+    // With the condition that `cargo fuzz` sets.
+    step("fuzz targets compile", "cargo check --manifest-path fuzz/Cargo.toml --target-dir target/fuzz")
+        .env(&[("RUSTFLAGS", "--cfg fuzzing")])
+        .needs("c++ --version"),
     step("packages", "cargo xtask packages"),
     step(
         "the oldest compiler",
@@ -145,8 +149,6 @@ const STEPS: &[Step] = &[
     .needs(GUESTS),
     // A machine that is too slow for all of it skips the rest.
     step("guests", "cargo xtask guest --kernel 6.1 --kernel 6.12 --limit 480 --within 480").needs(GUESTS),
-    step("fuzz targets compile", "cargo check --manifest-path fuzz/Cargo.toml --target-dir target/fuzz")
-        .needs("c++ --version"),
     // Ten minutes more the first time, for the packages, which stay in target/guest, and for a
     // build of everything.
     step("a guest of another kind", "cargo xtask guest --arch aarch64")
