@@ -2,6 +2,7 @@
 //! threads that the source delays.
 
 mod hunt;
+mod pages;
 mod rush;
 mod slow;
 
@@ -110,8 +111,8 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 /// Changes unarmed memory without a pause, so that a change is under way at almost every moment.
 fn crowd(stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        let memory = rush::map();
+        let memory = pages::map(rush::PAGES);
         rush::change(memory);
-        rush::unmap(memory);
+        pages::unmap(memory, rush::PAGES);
     }
 }

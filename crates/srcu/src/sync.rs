@@ -33,6 +33,7 @@ pub const fn mutant(_name: &str) -> bool {
     false
 }
 
+/// As above, where the run may select one.
 #[cfg(any(mmun_loom, mmun_mutant = "env"))]
 pub fn mutant(name: &str) -> bool {
     use std::sync::OnceLock;

@@ -6,6 +6,7 @@
 //! asks the source again. If the source reports no change and the entry is older than the note, the
 //! read was stale. One reader uses a watch for each page instead.
 
+use super::pages;
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::Watch;
 use mmu_source::kernel::{Armed, Kernel};
@@ -18,12 +19,6 @@ use std::{ptr, thread};
 
 const PAGES: usize = 16;
 const THREADS: usize = 2;
-
-/// The size of a page.
-fn page_size() -> usize {
-    // SAFETY: takes an integer.
-    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
-}
 
 /// The step that is omitted on purpose, so that the hunt must find a stale read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +54,7 @@ impl Notifier for Cache {
         for (number, entry) in entries.iter_mut().enumerate() {
             if range
                 .range()
-                .contains(Va::new(self.base + (number * page_size()) as u64))
+                .contains(Va::new(self.base + (number * pages::size()) as u64))
             {
                 *entry = None;
             }
@@ -112,29 +107,14 @@ pub(crate) fn hunt<R: FnMut(usize) -> usize + Send, G>(
         world.stop.store(true, Ordering::Relaxed);
     });
     assert!(cache.unregister().is_ok(), "outside of brackets");
-    world.unmap();
+    pages::unmap(world.base, PAGES);
     world.tally
 }
 
 impl World {
     /// Even pages are private memory, odd ones are files of their own.
     fn new() -> Self {
-        let (protection, flags) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        );
-        // SAFETY: a new mapping at an address that the kernel chooses.
-        let base = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                PAGES * page_size(),
-                protection,
-                flags,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(base, libc::MAP_FAILED);
+        let base = pages::map(PAGES);
         let file = || {
             // SAFETY: takes a string and an integer, returns a new descriptor.
             let file = unsafe { libc::memfd_create(c"hunt".as_ptr(), libc::MFD_CLOEXEC) };
@@ -143,7 +123,7 @@ impl World {
             unsafe { OwnedFd::from_raw_fd(file) }
         };
         let world = Self {
-            base: base.addr(),
+            base,
             files: (0..PAGES).map(|_| file()).collect(),
             over: [const { AtomicU64::new(0) }; PAGES],
             stop: AtomicBool::new(false),
@@ -151,7 +131,7 @@ impl World {
         };
         for page in 0..PAGES {
             if page % 2 == 1 {
-                world.resize(page, page_size());
+                world.resize(page, pages::size());
                 world.map_file(page);
             }
             world.write(page, 1);
@@ -160,13 +140,13 @@ impl World {
     }
 
     fn address(&self, page: usize) -> *mut c_void {
-        ptr::with_exposed_provenance_mut(self.base + page * page_size())
+        pages::at(self.base + page * pages::size())
     }
 
     fn range(&self, page: usize) -> VaRange {
         VaRange::covering(
-            Va::new((self.base + page * page_size()) as u64),
-            page_size() as u64,
+            Va::new((self.base + page * pages::size()) as u64),
+            pages::size() as u64,
         )
         .expect("a page")
     }
@@ -181,7 +161,7 @@ impl World {
         let at = unsafe {
             libc::mmap(
                 self.address(page),
-                page_size(),
+                pages::size(),
                 protection,
                 flags,
                 self.files[page].as_raw_fd(),
@@ -251,40 +231,22 @@ impl World {
     }
 
     fn change_private(&self, page: usize, random: &mut impl FnMut(usize) -> usize) {
-        let (protection, flags) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        );
-        let result = match random(3) {
-            // SAFETY: a page of ours.
-            0 => unsafe {
-                libc::madvise(self.address(page), page_size(), libc::MADV_DONTNEED) as isize
-            },
-            // SAFETY: over a page of ours.
-            1 => unsafe {
-                libc::mmap(
-                    self.address(page),
-                    page_size(),
-                    protection,
-                    flags | libc::MAP_FIXED,
-                    -1,
-                    0,
-                )
-                .addr() as isize
-            },
-            _ => {
-                // SAFETY: a new mapping at an address that the kernel chooses.
-                let other =
-                    unsafe { libc::mmap(ptr::null_mut(), page_size(), protection, flags, -1, 0) };
-                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-                // SAFETY: moves the new page over a page of ours.
-                unsafe {
-                    libc::mremap(other, page_size(), page_size(), flags, self.address(page)).addr()
-                        as isize
-                }
+        let (address, size) = (self.address(page), pages::size());
+        match random(3) {
+            0 => {
+                // SAFETY: a page of ours, to which no reference points.
+                let result = unsafe { libc::madvise(address, size, libc::MADV_DONTNEED) };
+                assert_eq!(result, 0);
             }
-        };
-        assert_ne!(result, -1);
+            1 => pages::map_over(address.addr(), 1),
+            _ => {
+                let other = pages::at(pages::map(1));
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                // SAFETY: moves the new page over a page of ours, to which no reference points.
+                let moved = unsafe { libc::mremap(other, size, size, flags, address) };
+                assert_eq!(moved, address);
+            }
+        }
     }
 
     fn change_file(&self, page: usize, random: &mut impl FnMut(usize) -> usize) {
@@ -292,7 +254,7 @@ impl World {
             0 => {
                 // SAFETY: a page of ours.
                 let result =
-                    unsafe { libc::madvise(self.address(page), page_size(), libc::MADV_REMOVE) };
+                    unsafe { libc::madvise(self.address(page), pages::size(), libc::MADV_REMOVE) };
                 assert_eq!(result, 0);
             }
             1 => {
@@ -303,19 +265,19 @@ impl World {
                         self.files[page].as_raw_fd(),
                         mode,
                         0,
-                        page_size() as libc::off_t,
+                        pages::size() as libc::off_t,
                     )
                 };
                 assert_eq!(result, 0);
             }
             2 => {
                 self.resize(page, 0);
-                self.resize(page, page_size());
+                self.resize(page, pages::size());
             }
             _ => {
                 self.resize(page, 0);
                 self.map_file(page);
-                self.resize(page, page_size());
+                self.resize(page, pages::size());
             }
         }
     }
@@ -405,11 +367,6 @@ impl World {
                 }
             }
         }
-    }
-
-    fn unmap(&self) {
-        // SAFETY: the mapping is ours, and all threads that used it have ended.
-        unsafe { libc::munmap(self.address(0), PAGES * page_size()) };
     }
 }
 

@@ -3,17 +3,16 @@
 //!
 //! A watchdog reads when each thread began its current operation.
 
+use super::pages;
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::kernel::Kernel;
-use std::ffi::c_void;
-use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// The number of pages of each of the two changing threads.
-const PAGES: usize = 8;
+pub(super) const PAGES: usize = 8;
 
 /// The operations of the threads.
 pub(crate) const DEEDS: [&str; 7] = [
@@ -25,12 +24,6 @@ pub(crate) const DEEDS: [&str; 7] = [
     "change",
     "change",
 ];
-
-/// The size of a page.
-fn page_size() -> usize {
-    // SAFETY: takes an integer.
-    unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
-}
 
 /// How often an operation was done, and its maximum duration in microseconds.
 #[derive(Debug, Default)]
@@ -58,7 +51,7 @@ pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -
         .expect("outside of brackets");
     let (start, stop) = (Instant::now(), AtomicBool::new(false));
     let now = || start.elapsed().as_micros() as u64 + 1;
-    let memory = [map(), map()];
+    let memory = [PAGES; 2].map(pages::map);
     let _armed = memory.map(|at| kernel.arm(range(at)).expect("armed"));
     thread::scope(|scope| {
         let repeat = |deed: usize, mut f: Box<dyn FnMut() + Send>| {
@@ -112,67 +105,25 @@ pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -
         stop.store(true, Ordering::Relaxed);
     });
     assert!(listens.unregister().is_ok(), "outside of brackets");
-    memory.into_iter().for_each(unmap);
+    memory
+        .into_iter()
+        .for_each(|base| pages::unmap(base, PAGES));
     paces
 }
 
 fn range(at: usize) -> VaRange {
-    VaRange::covering(Va::new(at as u64), (PAGES * page_size()) as u64).expect("a range")
-}
-
-fn at(address: usize) -> *mut c_void {
-    ptr::with_exposed_provenance_mut(address)
-}
-
-pub(super) fn map() -> usize {
-    let (protection, flags) = (
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-    );
-    // SAFETY: a new mapping where the kernel likes.
-    let base = unsafe {
-        libc::mmap(
-            ptr::null_mut(),
-            PAGES * page_size(),
-            protection,
-            flags,
-            -1,
-            0,
-        )
-    };
-    assert_ne!(base, libc::MAP_FAILED);
-    base.expose_provenance()
-}
-
-pub(super) fn unmap(base: usize) {
-    // SAFETY: the mapping is of `map`, and all threads that used it have ended.
-    unsafe { libc::munmap(at(base), PAGES * page_size()) };
+    VaRange::covering(Va::new(at as u64), (PAGES * pages::size()) as u64).expect("a range")
 }
 
 /// Maps new pages over the existing ones, and touches each.
 pub(super) fn change(base: usize) {
-    let (protection, flags) = (
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-    );
-    // SAFETY: over a mapping of `map`, whose pages no other code touches.
-    let again = unsafe {
-        libc::mmap(
-            at(base),
-            PAGES * page_size(),
-            protection,
-            flags | libc::MAP_FIXED,
-            -1,
-            0,
-        )
-    };
-    assert_eq!(again, at(base));
+    pages::map_over(base, PAGES);
     for page in 0..PAGES {
-        let page = at(base + page * page_size());
+        let page = pages::at(base + page * pages::size());
         // SAFETY: the page was mapped above, and stays until this thread maps over it.
         unsafe { page.cast::<u64>().write_volatile(1) };
         // SAFETY: as above.
-        let discarded = unsafe { libc::madvise(page, page_size(), libc::MADV_DONTNEED) };
+        let discarded = unsafe { libc::madvise(page, pages::size(), libc::MADV_DONTNEED) };
         assert_eq!(discarded, 0);
     }
 }

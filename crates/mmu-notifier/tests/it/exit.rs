@@ -148,21 +148,23 @@ fn s_48_exit_and_unregister_may_both_release_and_exit_waits_for_both() {
     assert_eq!(unregister.join(), "a");
 }
 
+/// A hook whose first release ends when the gate opens. Later releases end at once.
+fn stays_in_first_release(gate: &Arc<Gate>) -> Hook {
+    let (gate, calls) = (Arc::clone(gate), Counter::default());
+    Arc::new(move |at| {
+        if at == At::Release && calls.add() == 1 {
+            gate.pass();
+        }
+        true
+    })
+}
+
 /// The release that exit called has ended, and the release that `unregister` called still runs.
 /// Exit waits for it.
 #[test]
 fn s_48_exit_waits_for_a_release_that_only_unregister_runs() {
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
-    let calls = Counter::default();
-    let hook: Hook = {
-        let gate = Arc::clone(&gate);
-        Arc::new(move |at| {
-            if at == At::Release && calls.add() == 1 {
-                gate.pass();
-            }
-            true
-        })
-    };
+    let hook = stays_in_first_release(&gate);
     let registration = Registration::new(&mm, Probe::new("a", &log, hook)).unwrap();
     let unregister = spawn(move || drop(registration.unregister().unwrap()));
     gate.wait_for(1);
@@ -177,16 +179,7 @@ fn s_48_exit_waits_for_a_release_that_only_unregister_runs() {
 #[test]
 fn s_49_unregister_waits_for_a_release_that_exit_runs() {
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
-    let calls = Counter::default();
-    let hook: Hook = {
-        let gate = Arc::clone(&gate);
-        Arc::new(move |at| {
-            if at == At::Release && calls.add() == 1 {
-                gate.pass();
-            }
-            true
-        })
-    };
+    let hook = stays_in_first_release(&gate);
     let registration = Registration::new(&mm, Probe::new("a", &log, hook)).unwrap();
     let exit = spawn(move || drop(mm));
     gate.wait_for(1);

@@ -4,10 +4,11 @@ mod life;
 
 use crate::support::{At, Log, Probe, nothing, page, spawn};
 use mmu_notifier::{
-    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, Registration, Retry,
-    VaRange, WouldBlock,
+    Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, Mm, MmWithUser, Registration,
+    Retry, VaRange, WouldBlock,
 };
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(crate) type Hook =
     Box<dyn FnMut(&InvalidateRange<'_>) -> Result<Option<Finish>, WouldBlock> + Send>;
@@ -202,19 +203,21 @@ fn read_begin_inside_ones_own_bracket_does_not_hang() {
     assert_eq!(refused.interval.remove().unwrap().events.len(), 1);
 }
 
+/// Moves page 1 from frame to frame.
+fn move_page(mm: &Mm, frame: &AtomicU64) {
+    for next in 1..20_000 {
+        let bracket = mm.invalidate(page(1), Event::Unmap);
+        frame.store(next, Ordering::SeqCst);
+        drop(bracket);
+    }
+}
+
 #[test]
 fn b_25_no_stale_entry_survives_an_invalidation() {
-    use std::sync::atomic::{AtomicU64, Ordering};
     let (mm, frame) = (MmWithUser::new(), AtomicU64::new(0));
     let node = insert(&mm, page(1));
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for next in 1..20_000 {
-                let bracket = mm.invalidate(page(1), Event::Unmap);
-                frame.store(next, Ordering::SeqCst);
-                drop(bracket);
-            }
-        });
+        scope.spawn(|| move_page(&mm, &frame));
         for _ in 0..20_000 {
             let seq = node.read_begin();
             let found = frame.load(Ordering::SeqCst);
@@ -275,7 +278,6 @@ fn b_27_the_sequence_may_wrap_around() {
 #[test]
 fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
     use std::sync::Mutex;
-    use std::sync::atomic::{AtomicU64, Ordering};
     struct Buffer(Arc<Mutex<Option<u64>>>);
     impl IntervalOps for Buffer {
         fn invalidate(&mut self, _range: &InvalidateRange<'_>) -> Option<Finish> {
@@ -290,13 +292,7 @@ fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
     );
     let node = IntervalNotifier::insert(&mm, page(1), Buffer(Arc::clone(&entry))).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| {
-            for next in 1..20_000 {
-                let bracket = mm.invalidate(page(1), Event::Unmap);
-                frame.store(next, Ordering::SeqCst);
-                drop(bracket);
-            }
-        });
+        scope.spawn(|| move_page(&mm, &frame));
         for _ in 0..20_000 {
             let seq = node.read_begin();
             let found = frame.load(Ordering::SeqCst);

@@ -13,6 +13,8 @@ use testkit::{Cap, in_child, require};
 
 #[path = "../../../../stress/src/kernel/hunt.rs"]
 mod hunt;
+#[path = "../../../../stress/src/kernel/pages.rs"]
+mod pages;
 
 fn start() -> Option<Arc<Kernel>> {
     (require(Cap::Bpf) && require(Cap::Kvm))

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
@@ -276,16 +277,12 @@ fn a_running_process_is_attached_to_and_detached() {
 #[test]
 fn a_trace_of_attached_processes_ends_when_they_do() {
     let mut shell = bystander();
-    let (pid, path) = (shell.id(), scratch("trace.json"));
+    let pid = shell.id();
     let mut line = String::new();
     BufReader::new(shell.stdout.as_mut().unwrap())
         .read_line(&mut line)
         .unwrap();
-    let mut mmun = trace()
-        .args(["--json", "-p", &pid.to_string(), "-o"])
-        .arg(&path)
-        .spawn()
-        .unwrap();
+    let (mut mmun, path) = attached(pid);
     until("attaching", move || tracer_of(pid) != 0);
     drop(shell.stdin.take());
     assert!(shell.wait().unwrap().success());
@@ -315,16 +312,7 @@ print(os.wait()[1], flush=True)";
     let pid = parent.id();
     let status = move || fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     until("the parent to wait", move || status().contains("State:\tD"));
-    let path = scratch("trace.json");
-    let mut command = trace();
-    command.args([
-        "--json",
-        "-o",
-        path.to_str().unwrap(),
-        "-p",
-        &pid.to_string(),
-    ]);
-    let mut mmun = command.spawn().unwrap();
+    let (mut mmun, path) = attached(pid);
     until("the tracer", move || tracer_of(pid) != 0);
     let written = path.clone();
     until("the record of the task", move || {
@@ -358,6 +346,16 @@ print(os.wait()[1], flush=True)";
     assert!(parent.wait().unwrap().success());
 }
 
+/// Starts a trace of a running process into a file, and returns both.
+fn attached(pid: u32) -> (Child, PathBuf) {
+    let path = scratch("trace.json");
+    let mut command = trace();
+    command
+        .args(["--json", "-p", &pid.to_string(), "-o"])
+        .arg(&path);
+    (command.spawn().unwrap(), path)
+}
+
 /// The process is frozen before `mmun` attaches in one case, and after it in the other.
 #[test]
 fn a_frozen_process_is_detached_at_the_first_signal() {
@@ -381,16 +379,7 @@ fn a_frozen_process_is_detached_at_the_first_signal() {
         if frozen_first {
             freeze();
         }
-        let path = scratch("trace.json");
-        let mut command = trace();
-        command.args([
-            "--json",
-            "-o",
-            path.to_str().unwrap(),
-            "-p",
-            &pid.to_string(),
-        ]);
-        let mut mmun = command.spawn().unwrap();
+        let (mut mmun, path) = attached(pid);
         let written = path.clone();
         until("the record of the task", move || {
             fs::read_to_string(&written).is_ok_and(|text| text.contains("\"kind\":\"get\""))
