@@ -37,7 +37,8 @@ pub enum Error {
         /// The kernel's error.
         source: io::Error,
     },
-    /// A call on a tracee failed for a reason other than its death.
+    /// A system call failed, on a tracee or for the source itself. A tracee's death is not reported
+    /// as this error.
     Kernel {
         /// The call that failed.
         call: &'static str,
@@ -169,7 +170,7 @@ impl std::error::Error for Error {
     }
 }
 
-/// Tells whether this thread is traced, as far as `/proc` can be read.
+/// Tells whether this thread is traced. If `/proc` cannot be read, returns false.
 fn is_traced() -> bool {
     let status = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
     status.lines().any(|line| {

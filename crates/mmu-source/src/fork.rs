@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 pub(crate) struct Marks {
     /// The address of this process's `MmWithUser`.
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
-    /// The thread that makes the target of one of these pointers holds it.
+    /// A thread holds this lock while it makes the target of a pointer in this struct.
     pub(crate) make: Lock,
     /// Identifies this address space among the forks of one program. Zero until a source is
     /// started.
@@ -42,7 +42,7 @@ pub(crate) struct Marks {
     pub(crate) uffd: AtomicPtr<Running>,
     /// The subscriber that marks the watches of this address space.
     pub(crate) brackets: AtomicPtr<Running>,
-    /// The thread that patches holds it.
+    /// A thread holds this lock while it patches or restores libc's code.
     pub(crate) hook_patch: Lock,
 }
 
@@ -96,7 +96,8 @@ fn map() -> &'static Marks {
         Err(first) => {
             // SAFETY: `PAGE` never held this page, so no other code has a pointer into it.
             unsafe { libc::munmap(page.cast(), 4096) };
-            // SAFETY: as in `marks`.
+            // SAFETY: the exchange failed, so `first` is the page that another thread mapped. That
+            // page is never unmapped, and zeroes are a valid `Marks`.
             unsafe { &*first }
         }
     }
@@ -127,10 +128,11 @@ extern "C" fn wipe() {
     marks.hook_patch.0.store(false, Ordering::Relaxed);
 }
 
-/// Leaks `value` and returns its address, for a pointer of [`marks`].
+/// Leaks `value` and returns its address, for a pointer in [`Marks`].
 ///
-/// A leak checker does not scan the page of `marks`, and in the child of a fork the page is empty.
-/// So a list that starts in a `static` refers to every such value, including those of the parent.
+/// A leak checker would report `value` as lost: it does not scan the page, and in the child of a
+/// fork the page is empty. So a list that starts in a `static` keeps every such value reachable,
+/// including those of the parent.
 pub(crate) fn keep<T>(value: T) -> *mut T {
     struct Kept {
         _value: *mut (),
@@ -225,7 +227,7 @@ impl Drop for Held {
 pub(crate) fn space(
     pointer: *mut mmu_notifier::MmWithUser,
 ) -> Option<&'static mmu_notifier::MmWithUser> {
-    // SAFETY: the pointer is null or comes from `keep` in `current_mm`. `keep` published the
+    // SAFETY: the pointer is null or comes from `keep` in `current_mm`. `make` there published the
     // pointer with Release, and its target is never freed.
     unsafe { pointer.as_ref() }
 }

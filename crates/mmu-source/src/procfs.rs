@@ -1,9 +1,8 @@
 //! Reads files of `/proc` only if `/proc` belongs to this process's pid namespace.
 //!
 //! A process in a pid namespace can see the `/proc` of an outer namespace: after `unshare --pid`
-//! without `--mount-proc`, or after a mount that covered the outer `/proc` was removed. The number
-//! of a task then names another task there, or none. So the files say nothing about the task in
-//! question.
+//! without `--mount-proc`, or after a mount that covered the outer `/proc` was removed. A thread id
+//! then names another task there, or none. So the files say nothing about the task in question.
 
 use std::path::Path;
 use std::{fs, io};

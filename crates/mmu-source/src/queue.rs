@@ -12,7 +12,7 @@ struct State<T> {
     is_closed: bool,
 }
 
-/// A queue of messages. After it is closed, it accepts no more.
+/// A queue of messages. A closed queue accepts no more messages.
 #[derive(Debug)]
 pub(crate) struct Queue<T> {
     state: Mutex<State<T>>,

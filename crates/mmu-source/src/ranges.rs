@@ -1,8 +1,8 @@
 //! Computes which range a memory call is about to invalidate, from the call's arguments. All
 //! sources that see arguments share this module.
 //!
-//! It rounds up when in doubt: even if the kernel will refuse the call, the arguments give a range
-//! whenever one can be formed.
+//! The range is rounded up when in doubt. The module does not check whether the kernel will accept
+//! the call: it reports a range whenever the arguments can form one.
 
 use crate::page;
 use mmu_notifier::{Va, VaRange};
@@ -22,8 +22,8 @@ pub(crate) const PROT_GROWSDOWN: u64 = 0x0100_0000;
 /// The largest number of vectors in one call.
 pub(crate) const UIO_MAXIOV: u64 = 1024;
 
-/// Adds what `mmap` replaces. `file_page` returns the page size of the file if the file is on
-/// hugetlbfs.
+/// Adds the range that `mmap` replaces. `file_page` returns the page size of the file if the file
+/// is on hugetlbfs.
 ///
 /// # Source
 /// `ksys_mmap_pgoff`, mm/mmap.c: the kernel rounds the length up to whole huge pages, of the size
@@ -41,8 +41,9 @@ pub(crate) fn mmap(
         return;
     }
     let mut length = length;
-    // The kernel refuses an address that is no multiple of the file's page size, so such an address
-    // cannot be of a file with huge pages.
+    // The kernel refuses an address that is not a multiple of the file's page size. So at an
+    // address that is not a multiple of the smallest huge page, no file with huge pages can be
+    // mapped.
     if !has(libc::MAP_ANONYMOUS) && address % page::SMALLEST_HUGE == 0 {
         length = file_page()
             .and_then(|page| length.checked_next_multiple_of(page))
@@ -79,11 +80,12 @@ pub(crate) fn largest_page_at(address: u64) -> u64 {
     1 << address.trailing_zeros().min(page::LARGEST_HUGE)
 }
 
-/// Adds what `mremap` takes away.
+/// Adds the ranges that `mremap` unmaps.
 ///
 /// # Source
-/// mremap(2). A shrink without a move unmaps the tail. A move unmaps the whole old range. An old
-/// length of zero duplicates a shared mapping and unmaps nothing there.
+/// mremap(2). A shrink without a move unmaps the tail. A move unmaps the whole old range. With
+/// `MREMAP_FIXED` the new range is unmapped as well. An old length of zero duplicates a shared
+/// mapping and unmaps nothing of it.
 pub(crate) fn mremap(
     ranges: &mut impl Extend<VaRange>,
     old: u64,
@@ -107,8 +109,8 @@ pub(crate) fn mremap(
     }
 }
 
-/// Tells whether `fd` is one of the special values that mean the caller itself where a call takes a
-/// pidfd.
+/// Tells whether `fd`, an argument that takes a pidfd, is one of the special values that name the
+/// caller itself.
 ///
 /// # Source
 /// `PIDFD_SELF_THREAD` and `PIDFD_SELF_THREAD_GROUP`, include/uapi/linux/pidfd.h. The latter was
@@ -121,7 +123,7 @@ pub(crate) fn is_harmful(advice: u64) -> bool {
     !HARMLESS_ADVICE.contains(&(advice as u32))
 }
 
-/// Adds what `madvise` and its relatives clear.
+/// Adds the range that `madvise` or one of its relatives clears.
 #[inline]
 pub(crate) fn madvise(ranges: &mut impl Extend<VaRange>, address: u64, length: u64, advice: u64) {
     match advice as i32 {
@@ -132,7 +134,7 @@ pub(crate) fn madvise(ranges: &mut impl Extend<VaRange>, address: u64, length: u
     }
 }
 
-/// Adds what `mbind` moves.
+/// Adds the folios that `mbind` moves.
 ///
 /// # Source
 /// `do_mbind`, mm/mempolicy.c. With a flag that moves pages, the kernel isolates every folio that
@@ -144,9 +146,10 @@ pub(crate) fn mbind(ranges: &mut impl Extend<VaRange>, address: u64, length: u64
     }
 }
 
-/// Adds the pages of `length` bytes from `address`, and all of the folios that contain them. A
-/// folio is at most as large as a huge page. The folio can reach beyond the mapping into the
-/// adjacent one, if both were once a single mapping.
+/// Adds `length` bytes from `address`, rounded out to whole huge pages. Every folio of these bytes
+/// then lies inside of the range, because a folio is aligned and at most as large as a huge page.
+/// The folio can reach beyond the mapping into the adjacent one, if both were once a single
+/// mapping.
 #[cold]
 pub(crate) fn folios(ranges: &mut impl Extend<VaRange>, address: u64, length: u64) {
     let (address, huge) = (page::untagged(address), page::huge());

@@ -7,17 +7,17 @@
 pub struct SourceInfo {
     /// The name that `mmun coverage --source` takes.
     pub name: &'static str,
-    /// Which changes it sees.
+    /// Which changes the source sees.
     pub sees: &'static str,
     /// When the source notifies subscribers.
     pub tells: &'static str,
-    /// What it misses.
+    /// Which changes the source misses.
     pub misses: &'static str,
     /// What a callback may do.
     pub callback: &'static str,
-    /// What it costs.
+    /// What the source costs.
     pub cost: &'static str,
-    /// What it needs.
+    /// What the source needs.
     pub needs: &'static str,
 }
 
