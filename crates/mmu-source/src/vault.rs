@@ -20,9 +20,9 @@
 //! waits for the vault never waits for client code.
 //!
 //! # Safety
-//! One system call has no safe wrapper: it gives the calling thread an empty descriptor table. The
-//! caller is the vault's own thread, which has not opened anything yet. The program's table does
-//! not change.
+//! The system calls take only integers. `close_range` gives the calling thread an empty descriptor
+//! table. The caller is the vault's own thread, which has not opened anything yet. The program's
+//! table does not change.
 
 #![allow(
     unsafe_code,
@@ -40,7 +40,7 @@ type Job<T> = Box<dyn FnOnce(&mut T) + Send>;
 
 /// A thread with a descriptor table of its own, and a value `T` that owns the descriptors in it.
 ///
-/// Dropping the vault drops the value on that thread, and waits until it is dropped.
+/// Dropping the vault drops the value on that thread, and waits until the thread has ended.
 #[derive(Debug)]
 pub(crate) struct Vault<T> {
     inbox: Letterbox<T>,
@@ -54,7 +54,7 @@ impl<T: 'static> Vault<T> {
     /// Starts the thread. The thread calls `make` once it has its own descriptor table.
     ///
     /// # Errors
-    /// An error of `make`. If an earlier call fails, the result of `failed`.
+    /// An error of `make`. If a call before `make` fails, the result of `failed`.
     pub(crate) fn open<E: Send + 'static>(
         name: &'static CStr,
         failed: fn(&'static str, io::Error) -> E,
@@ -132,8 +132,9 @@ impl<T> Clone for Letterbox<T> {
     }
 }
 
-/// The receiving end of the letterbox. If the vault ends or a job panics, every thread that waits
-/// for a job gets an error.
+/// The receiving end of the letterbox. Dropped when the vault's thread ends, also by the panic of a
+/// posted job. The drop discards the jobs in the queue. So a thread that waits for the result of
+/// such a job panics instead of waiting for ever.
 struct Serving<T>(Letterbox<T>);
 
 impl<T> Drop for Serving<T> {
@@ -149,8 +150,8 @@ impl<T> fmt::Debug for Letterbox<T> {
     }
 }
 
-/// Gives the calling thread an empty descriptor table of its own. Placeholders occupy 0 to 2, so
-/// that the message of a panic is lost instead of written to some file.
+/// Gives the calling thread an empty descriptor table of its own. Placeholders occupy descriptors 0
+/// to 2, so that the message of a panic is lost instead of written to some file.
 fn empty_table() -> io::Result<()> {
     const CLOSE_RANGE_UNSHARE: u32 = 1 << 1;
     // SAFETY: takes integers. The call first unshares the table, so it closes only this thread's

@@ -1,7 +1,7 @@
 //! Waiting, either for an event descriptor or for an atomic that another thread writes.
 //!
-//! # Safety
-//! The calls take integers, and pointers to locals whose size the kernel is told.
+//! The system calls take integers and pointers to local variables. Each length that a call gets is
+//! the size of its local variable.
 
 #![allow(unsafe_code, reason = "makes raw system calls; see its Safety section")]
 
@@ -23,8 +23,8 @@ pub(crate) fn event_fd() -> io::Result<OwnedFd> {
 /// Signals `event`.
 pub(crate) fn wake(event: BorrowedFd<'_>) {
     let one = 1_u64;
-    // SAFETY: `write` reads the eight bytes of a local. The call fails only if `event` is already
-    // signalled.
+    // SAFETY: `write` reads the eight bytes of a local. The call fails only if the counter of
+    // `event` is at its maximum, and then `event` is already signalled.
     unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
 }
 
@@ -53,7 +53,7 @@ pub(crate) fn clear(event: BorrowedFd<'_>) {
     unsafe { libc::read(event.as_raw_fd(), (&raw mut count).cast(), 8) };
 }
 
-/// Waits until `is_so`: spins at first, then sleeps between the checks.
+/// Waits until `is_so` returns true: spins at first, then sleeps between the checks.
 pub(crate) fn until(mut is_so: impl FnMut() -> bool) {
     for round in 0_u32.. {
         if is_so() {

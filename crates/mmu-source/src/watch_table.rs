@@ -38,8 +38,8 @@ impl Word {
 struct Node {
     /// `None` if the node is free. Then `next[0]` is the next free node.
     watched: Option<Watched>,
-    /// The successors in the chains of the first and the second granule. A link is twice the number
-    /// of a node, plus 0 or 1 for the chain.
+    /// The successors in the chains of the first and the second granule. A link is twice the index
+    /// of a node, plus 0 for the chain of its first granule or 1 for that of its second.
     next: [u32; 2],
 }
 
@@ -47,7 +47,8 @@ struct Node {
 struct Watched {
     range: VaRange,
     level: usize,
-    /// Only events with higher numbers touch the watch. Earlier ones began before it.
+    /// Only events with a higher sequence number touch the watch. All others began before the
+    /// watch.
     base: u64,
     word: Arc<Word>,
 }
@@ -88,7 +89,7 @@ fn level(range: VaRange) -> usize {
 }
 
 impl Table {
-    /// Makes a table with room for `watches` watches, a power of two.
+    /// Makes a table with room for `watches` watches.
     pub(crate) fn with_room(watches: usize) -> Self {
         let empty = || Node {
             watched: None,
@@ -189,7 +190,7 @@ impl Table {
         }
     }
 
-    /// Marks the watches that the event `number` touches.
+    /// Marks the watches that overlap `range` and are older than the event `number`.
     pub(crate) fn touch(&self, range: VaRange, number: u64) {
         for level in 0..LEVELS {
             if self.counts[level] == 0 {
