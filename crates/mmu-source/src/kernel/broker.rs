@@ -17,8 +17,9 @@
 //! # What the client owns
 //! The client owns its maps and its link. Its writes to the maps affect only the events that *it*
 //! gets. Because the client holds the link, its program is detached when the client ends, and stays
-//! attached when the broker ends. The client gets no program: it could attach a program a second
-//! time, and the words that only programs see contain kernel addresses.
+//! attached when the broker ends. The client gets no descriptor of the program, because it could
+//! attach the program a second time. It gets no descriptor of the words that only programs see,
+//! because they contain kernel addresses.
 //!
 //! The broker prepares one set of maps and programs before a client connects (`ready.rs`), because
 //! the verifier takes longer than everything else. Each set is for one client.
@@ -66,10 +67,10 @@ pub const VARIABLE: &str = "MMUN_BROKER";
 /// Which clients a broker serves, and how many of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Options {
-    /// The broker serves members of this group, besides root and its own user.
+    /// The broker serves members of this group, besides root and the broker's own user.
     pub group: Option<String>,
-    /// The largest number of clients at a time. One user gets at most half of the places that the
-    /// other users leave.
+    /// The largest number of clients at a time. A user other than root gets at most half of the
+    /// places that the other users leave, rounded up.
     pub max_clients: usize,
 }
 

@@ -1,9 +1,9 @@
 //! The client's check of the descriptors that it receives.
 //!
-//! `/proc` says what a descriptor is, and the kernel writes `/proc`. Without the check, a hostile
-//! broker could send a file in place of a map and truncate the file, which would kill the client
-//! with `SIGBUS`. The broker could also send a device other than KVM, for which `KVM_CREATE_VM`
-//! means something else.
+//! The check reads `/proc`, where the kernel itself states to which object a descriptor refers.
+//! Without the check, a hostile broker could send a file in place of a map and truncate the file,
+//! which would kill the client with `SIGBUS`. The broker could also send a device other than KVM,
+//! for which `KVM_CREATE_VM` means something else.
 
 use super::super::layout::{RING, header};
 use super::super::programs::SharedMaps;
@@ -26,7 +26,7 @@ fn number(description: &str, name: &str) -> Option<u64> {
 fn description(descriptor: &OwnedFd) -> io::Result<Option<(String, String)>> {
     let number = descriptor.as_raw_fd();
     let name = fs::read_link(format!("/proc/thread-self/fd/{number}"))?;
-    // The link of a regular descriptor is a path, which begins with a slash.
+    // The link of a descriptor of a file is a path, which begins with a slash.
     let Some(kind) = name
         .to_str()
         .and_then(|name| name.strip_prefix("anon_inode:"))

@@ -19,16 +19,17 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// A connection to a broker that serves this process.
 ///
 /// The connection stays open as long as the source exists, because the broker treats the end of the
-/// connection client.
+/// connection as the end of the client.
 #[derive(Debug)]
 pub(in super::super) struct Session {
     socket: OwnedFd,
-    /// Whether the broker failed to answer, or answered nonsense. Then the client asks nothing
-    /// more, because it would take a late answer for the answer to the next request.
+    /// Whether a request has failed: the broker refused, did not answer, or answered nonsense. Then
+    /// the client sends no more requests, because it would take a late answer for the answer to the
+    /// next one.
     is_silent: AtomicBool,
 }
 
-/// What the broker gave to the client.
+/// What a client needs for its source: its machine, and the objects that the broker sent.
 #[derive(Debug)]
 pub(in super::super) struct Joined {
     pub(in super::super) maps: SharedMaps,
@@ -52,7 +53,7 @@ fn path_of(variable: Option<OsString>) -> PathBuf {
         .into()
 }
 
-/// Asks a broker to serve this process. Returns its reason if it refuses, and `None` if there is no
+/// Asks a broker to serve this process. Returns the reason if that fails, and `None` if there is no
 /// broker.
 pub(in super::super) fn join() -> Option<Result<Joined, String>> {
     let path = path();
@@ -137,13 +138,13 @@ fn receive(socket: &OwnedFd) -> io::Result<Result<(u64, Packet), String>> {
 }
 
 impl Session {
-    /// Tells whether the client asks this broker nothing more.
+    /// Tells whether the client sends no more requests to this broker.
     pub(in super::super) fn is_silent(&self) -> bool {
         self.is_silent.load(Ordering::Relaxed)
     }
 
-    /// Asks the broker for something. Returns `None` if the broker does not answer, or failed to
-    /// answer earlier.
+    /// Sends a request, with a descriptor if `with` has one, and returns the number in the answer.
+    /// Returns `None` if this request fails or an earlier one has failed.
     pub(in super::super) fn ask(
         &self,
         request: Request,

@@ -17,9 +17,9 @@ const MAGIC: [u8; 4] = *b"mmun";
 /// A request of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Request {
-    /// Report the changes of the address space of this machine to the client.
+    /// Report the changes of the address space of the machine that comes with this request.
     Join,
-    /// Let the program read this machine's count.
+    /// Let the program read the count of the machine that comes with this request.
     Count,
     /// Let the program read no machine's count any more.
     Forget,
@@ -48,7 +48,7 @@ pub enum Refusal {
     Share,
     /// The broker failed, with this errno.
     Failed(i32),
-    /// The client sent something that makes no sense.
+    /// The client sent a packet that is not a request, or not one that is allowed at this point.
     Nonsense,
 }
 

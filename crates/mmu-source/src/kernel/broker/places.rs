@@ -1,9 +1,9 @@
 //! The places that clients take, and when a place is free again.
 //!
 //! The number of clients is limited, because the kernel runs every client's program for every MMU
-//! notifier event of every process with a virtual machine. One user can have half of the places
-//! that the other users leave, rounded up: the first user half of all, a second one a quarter. So
-//! no single user can take the last place.
+//! notifier event of every process with a virtual machine. A user other than root can have half of
+//! the places that the other users leave, rounded up: the first user half of all, a second one a
+//! quarter. So no such user can take all places, unless there is only one.
 //!
 //! A client holds its link and its maps. The client can keep their descriptors, or pass them on,
 //! after its connection has ended. So its place is free only when none of these objects exists in

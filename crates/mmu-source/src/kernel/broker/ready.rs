@@ -1,8 +1,9 @@
 //! Prepares the maps and programs of the next client.
 //!
 //! When a client joins, the verifier takes most of the time. So the broker keeps one set of maps
-//! and programs already loaded. When a client has taken the set, a separate thread makes another. A
-//! client that comes before the new set is complete waits for a set of its own.
+//! and programs already loaded. When a client has taken the set, a separate thread makes another.
+//! If a client joins before the new set is complete, the client's own thread in the broker makes a
+//! set.
 //!
 //! Each set has only one client: the set was never attached for another one, and none of its
 //! descriptors has left the broker.
@@ -18,10 +19,9 @@ pub(super) struct Ready<T> {
 
 #[derive(Debug)]
 enum Room<T> {
-    /// A `T` is to be made.
+    /// `refill` has to make a `T`.
     Wanted,
-    /// The last attempt to make a `T` failed. The next attempt is made when the next client
-    /// connects.
+    /// The last attempt to make a `T` failed. The next attempt is made when the next client joins.
     Empty,
     Full(T),
 }

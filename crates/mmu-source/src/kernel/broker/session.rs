@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What all sessions share.
 #[derive(Debug)]
 pub(super) struct Means {
-    /// A machine of the broker itself, which other machines are compared with.
+    /// A machine of the broker itself. A client's descriptor must have the same file operations.
     pub(super) machine: OwnedFd,
     pub(super) offsets: Offsets,
     /// The prepared set for the next client.
@@ -51,12 +51,12 @@ pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
     }
 }
 
-/// Tells whether clients could be served. Keeps the maps and programs that it makes for the first
+/// Checks that clients can be served. Keeps the maps and programs that it makes for the first
 /// client.
 pub(super) fn rehearse(means: &Means) -> Result<(), Error> {
     let (maps, programs) = make(means).map_err(|error| missing::bpf_missing(&error))?;
-    // The program is detached at once, before it knows an address space, so it records nothing
-    // about other processes.
+    // The link is dropped at once. So the program is detached before it knows an address space, and
+    // records nothing about other processes.
     programs
         .attach()
         .map_err(|error| missing::tracepoint_missing(&error))?;
@@ -80,8 +80,8 @@ fn failed(error: &io::Error) -> Refusal {
     Refusal::Failed(error.raw_os_error().unwrap_or(libc::EIO))
 }
 
-/// Waits for the client's first request, and makes what the client needs. Returns `None` if the
-/// client has gone.
+/// Waits for the client's first request, and sends the client its maps and its link. Returns `None`
+/// if the client has gone.
 fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<Session>, Refusal> {
     let be_patient =
         |patience| socket::be_patient(socket, patience).map_err(|error| failed(&error));
@@ -175,7 +175,8 @@ impl Session {
         Ok(())
     }
 
-    /// Makes the program read the count of this machine.
+    /// Makes the program read the count of machine `b`, and holds `b` open. Returns whether the
+    /// count was found.
     fn count(&mut self, b: OwnedFd) -> bool {
         let is_found = self.programs.show(b.as_fd(), Role::B);
         if is_found {
@@ -187,7 +188,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // This must happen before the fields, which hold the machines, are dropped.
+        // The programs must forget the machines before the fields are dropped, because the fields
+        // hold the machines open.
         if !self.programs.forget_all() {
             // The programs still read the machines' memory. So the machines must stay open as long
             // as the broker runs.

@@ -46,7 +46,7 @@ fn new() -> io::Result<OwnedFd> {
     )?)
 }
 
-/// Connects to a broker. Each step waits at most `patience`.
+/// Connects to a broker. The connection and each later send or receive wait at most `patience`.
 pub(super) fn connect_to(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
     let socket = new()?;
     be_patient(&socket, Some(patience))?;
@@ -65,7 +65,7 @@ pub(super) fn start_listening(socket: &OwnedFd) -> io::Result<()> {
     Ok(listen(socket, 128)?)
 }
 
-/// Checks that a socket from another process is one that a broker can listen at.
+/// Checks that a socket from another process is a Unix socket that listens for sequenced packets.
 pub(super) fn check_listener(socket: &OwnedFd) -> io::Result<()> {
     let is_right = socket_domain(socket)? == AddressFamily::UNIX
         && socket_type(socket)? == SocketType::SEQPACKET;
@@ -89,7 +89,7 @@ pub(super) fn be_patient(socket: &OwnedFd, patience: Option<Duration>) -> io::Re
 pub(super) struct Peer {
     pub(super) user: u32,
     pub(super) group: u32,
-    /// For messages only, because another process may have the number by now. Zero if the process
+    /// For messages only, because another process may have the same pid by now. Zero if the process
     /// is outside this pid namespace.
     pub(super) pid: i32,
 }

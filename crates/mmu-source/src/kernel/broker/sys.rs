@@ -51,7 +51,8 @@ pub(super) fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
     loop {
         let mut bytes = size_of_val(groups.as_slice()) as libc::socklen_t;
         let (socket, into) = (socket.as_raw_fd(), groups.as_mut_ptr().cast());
-        // SAFETY: the call is told the size of the buffer.
+        // SAFETY: the call gets the size of the buffer and writes at most that many bytes. Any
+        // bytes are valid numbers.
         let result =
             unsafe { libc::getsockopt(socket, libc::SOL_SOCKET, SO_PEERGROUPS, into, &mut bytes) };
         let count = bytes as usize / size_of::<u32>();
@@ -68,7 +69,7 @@ pub(super) fn peer_groups(socket: &OwnedFd) -> io::Result<Vec<u32>> {
     }
 }
 
-/// Returns the number of a group, or `None` if no group has this name.
+/// Returns the group id of the group with this name, or `None` if there is none.
 pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
     let name = CString::new(name)?;
     let mut buffer = vec![0; 1024];

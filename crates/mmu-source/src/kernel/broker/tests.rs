@@ -78,7 +78,7 @@ fn ask(socket: &OwnedFd, bytes: &[u8], with: &[BorrowedFd<'_>]) -> Option<Reply>
     reply(socket).map(|(reply, _)| reply)
 }
 
-/// What a client with hand-made packets holds.
+/// The descriptors of a client that sends hand-made packets.
 struct Client {
     socket: OwnedFd,
     kvm: OwnedFd,

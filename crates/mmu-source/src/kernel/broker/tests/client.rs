@@ -33,7 +33,7 @@ fn an_ordinary_user_starts_the_source_through_a_broker() {
         let watch = kernel.watch(range).expect("it can be watched");
         let was_valid = watch.is_valid();
         kernel_sys::ask(&page);
-        // The client may not run programs, so it polls the count that the broker's program reads.
+        // Each `arm` waits. The broker's program reads the count, so few waits make a machine.
         (0..100).for_each(|_| assert!(kernel.arm(range).is_ok()));
         let (_, machines) = kernel.waits();
         was_valid && !watch.is_valid() && machines < 10
