@@ -45,7 +45,7 @@ impl ReadSeq {
 
 impl Kernel {
     /// Begins to fill a cache with translations of ranges that the caller has armed or watches. For
-    /// other languages: no type here proves that the ranges are armed. Otherwise the same as
+    /// callers in other languages: no type here proves that the ranges are armed. Otherwise this is
     /// [`Armed::read_begin`], which waits for changes of every armed range.
     ///
     /// # Blocking
@@ -59,7 +59,7 @@ impl Kernel {
         Ok(ReadSeq(settled))
     }
 
-    /// Tells whether the caller must discard what it has translated since `seq`.
+    /// Tells whether the caller must discard the translations that it has made since `seq`.
     #[doc(hidden)]
     #[must_use]
     #[inline]
@@ -91,14 +91,15 @@ impl Armed {
             None => drop(words.u64(header::WIDE).fetch_add(1, Ordering::Relaxed)),
         }
         words.u64(header::ARMED).fetch_add(1, Ordering::Relaxed);
-        // The flag stays set. Before this store no event sets `dirty`, but `dirty` has been set
-        // since the start.
+        // `ON` stays set for ever. Before this store no event sets `dirty`, but none is missed:
+        // `dirty` is set from the start of the source until the first wait, and no wait comes
+        // before a range is armed.
         words.u64(header::ON).store(1, Ordering::Relaxed);
         // ORDER(source-arm): full fence between the filter and the load of `dirty` in
         // `Waits::wait`. Partner: the program, which sets `dirty` (a full barrier) and then reads
-        // the filter. If the program reads the filter first, the load of `dirty` here sees its
-        // event. If the store to the filter comes first, the event is a hit. Without the fence, an
-        // event could miss both.
+        // the filter. If the program reads the filter first, the load of `dirty` in `Waits::wait`
+        // sees that an event has happened. If the store to the filter comes first, the event is a
+        // hit. Without the fence, both sides could miss the other's store.
         fence(Ordering::SeqCst);
         Ok(armed)
     }
@@ -115,9 +116,9 @@ impl Armed {
     /// # Blocking
     /// Blocks as [`settle`](Kernel::settle) does. If an armed range was changed since the last wait
     /// of any thread, also waits for the changes under way. That takes some two microseconds if the
-    /// kernel's count of them can be read. Otherwise, or while others change this address space
-    /// without a pause, it makes a virtual machine, which takes from a hundred microseconds to some
-    /// milliseconds.
+    /// program can read the kernel's count of changes under way. Otherwise, or while others change
+    /// this address space without a pause, it makes a virtual machine, which takes from a hundred
+    /// microseconds to some milliseconds.
     /// # Errors
     /// The errors of [`settle`](Kernel::settle). [`Error::Kernel`] if no virtual machine can be
     /// made.
@@ -127,7 +128,7 @@ impl Armed {
         self.kernel.read_begin()
     }
 
-    /// Tells whether the caller must discard what it has translated since `seq`.
+    /// Tells whether the caller must discard the translations that it has made since `seq`.
     ///
     /// # Source
     /// `mmu_interval_read_retry`.

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::hash::Hash;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Registers. A call overwrites 1 to 5, preserves 6 to 9, and returns its result in 0.
+/// Registers. A call overwrites registers 1 to 5, preserves 6 to 9, and returns its result in 0.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Reg {
     R0,
@@ -137,8 +137,8 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
     }
 
     /// Emits a full barrier, if the processor needs one to order a load after earlier accesses. An
-    /// atomic addition that fetches is a full barrier, whatever word it changes. This one changes
-    /// the word at [`PEEKED`]. Overwrites register 0.
+    /// atomic addition that fetches is a full barrier, whatever word it changes. The addition here
+    /// changes the word at [`PEEKED`]. Overwrites register 0.
     pub(super) fn fence(&mut self) {
         if cfg!(not(target_arch = "x86_64")) {
             self.store_immediate(Reg::R10, PEEKED, 0);

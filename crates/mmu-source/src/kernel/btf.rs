@@ -1,10 +1,10 @@
 //! Finds the offset of a struct member in the running kernel, from the kernel's description of its
 //! types (BTF).
 //!
-//! A BTF file has a header, the types, and their names. The number of a type is its position in the
-//! file; its length depends on its kind. The BTF of a module describes only the module's own types,
-//! and continues the numbers and the names of `vmlinux`. The parser accepts any bytes and ignores
-//! invalid ones.
+//! A BTF file has a header, the types, and their names. Each type has a number, which is its
+//! position in the file. The length of a type depends on its kind. The BTF of a module describes
+//! only the module's own types; its type numbers and name offsets continue those of `vmlinux`. The
+//! parser accepts any bytes, and stops at the first type that it cannot parse.
 //!
 //! # Source
 //! `Documentation/bpf/btf.rst`, Linux 6.12.

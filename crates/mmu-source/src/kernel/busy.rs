@@ -12,8 +12,8 @@ srcu::thread_word! {
 /// it has released the lock. So if a signal handler finds the flag clear, its own thread does not
 /// hold the lock.
 ///
-/// `set` loads the word and then stores it. A signal handler may run between the two, because the
-/// handler restores all flags.
+/// `set` loads the word and then stores it. A signal handler may run between the load and the
+/// store, because the handler has cleared every flag of its own when it returns.
 #[derive(Debug)]
 pub(super) struct Flag(u64);
 

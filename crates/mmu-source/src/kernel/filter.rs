@@ -4,15 +4,16 @@
 //! The address space is cut into granules of [`LEVELS`] sizes: 4 KiB, 64 KiB, ... 1 TiB. A range
 //! belongs to the finest level at which it touches at most [`SPAN`] granules. Two tables of small
 //! counters are shared with the program. In each table the finer levels have a section of their
-//! own, and the coarser levels, which have few granules, share one. For each granule `own` counts
-//! the ranges of that level that touch it. `sum` counts the ranges of that level *and of all finer
-//! levels*.
+//! own, and the coarser levels, which have few granules, share one. For each granule, `own` counts
+//! the ranges that belong to the granule's level and touch the granule. `sum` counts the ranges
+//! that belong to this level *or to a finer level* and touch the granule.
 //!
 //! The same rule gives an event its level. To find ranges of that level and of finer levels, the
 //! program reads the counters of the event's granules in `sum`: at most 16 counters, two cache
 //! lines. To find ranges of a coarser level, it reads the counters of the event's one or two
-//! granules of that level in `own`. Ranges wider than 16 TiB are only counted, in one counter;
-//! while it is above zero, every event is a hit. An event wider than 16 TiB is always a hit.
+//! granules of that level in `own`. Ranges wider than 16 TiB are only counted, in one counter.
+//! While that counter is above zero, every event is a hit. An event wider than 16 TiB is always a
+//! hit.
 //!
 //! Each granule has two counters, at positions given by two hashes. A granule counts as armed if
 //! both counters are above zero. The program reads the second counter only if the first is above
@@ -39,12 +40,12 @@ const LEVEL: usize = 2 << SLOTS;
 /// How many sections there are. The last is shared by all coarser levels, which have few granules.
 /// A power of two.
 const APART: usize = 4;
-/// The size of a table in bytes. The kernel takes 0.2 ms to make a MiB of it.
+/// The size of a table in bytes. The kernel takes 0.2 ms to make a MiB of a table.
 pub(super) const PART: usize = LEVEL * APART;
 /// A mask of all bits that [`start_of`] can return.
 pub(super) const STARTS: usize = LEVEL * (APART - 1);
 
-/// The counters.
+/// The two tables of counters.
 #[derive(Debug)]
 pub(super) struct Tables {
     pub(super) sum: Shared,

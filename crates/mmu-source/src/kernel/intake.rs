@@ -1,14 +1,14 @@
-//! Takes records out of the ring, before a caller gets its answer.
+//! Takes records out of the ring. A caller of `settle`, or of a watch, does so before it returns.
 //!
 //! ```text
 //!   the program ── ring ──> take in ──┬── watches are marked ───────── marked
 //!                                     └── queue ──> callbacks run ──── handled
 //! ```
 //!
-//! Taking in is short: it marks the words of watches and moves records into a queue of fixed size.
-//! Taking in runs no callback, allocates nothing and frees nothing. So a thread that asks a
-//! [`Watch`](crate::Watch) can take in records in the middle of `free`. Passing records to
-//! subscribers (`tell.rs`) runs callbacks and has a lock of its own.
+//! To take in a record means to mark the words of the watches that the record touches, and to move
+//! the record into a queue of fixed size. That runs no callback, allocates nothing and frees
+//! nothing. So a thread that checks a [`Watch`](crate::Watch) can take in records in the middle of
+//! `free`. Passing records to subscribers (`tell.rs`) runs callbacks and has a lock of its own.
 //!
 //! The program increments the generation before it writes the record, and another processor may
 //! write its own record in between. So records arrive out of order. `marked` advances to a
@@ -20,8 +20,8 @@ use mmu_notifier::VaRange;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How far records may be out of order. A processor that overtakes puts a record out of order by
-/// one position.
+/// How far records may be out of order. Each record that overtakes another one moves that one back
+/// by one position.
 const WINDOW: u64 = 4096;
 /// The largest number of records that wait for callbacks.
 const QUEUE: usize = 8192;
@@ -30,7 +30,7 @@ const QUEUE: usize = 8192;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Told {
     pub(super) range: VaRange,
-    /// When this record has been passed on, so have all generations up to `upto`.
+    /// When the callbacks of this record have run, so have those of all generations up to `upto`.
     pub(super) upto: u64,
     /// Whether this record stands for lost records.
     pub(super) is_loss: bool,
@@ -82,7 +82,8 @@ impl Intake {
     /// Takes in the records that are there, until all generations up to `target` have been taken
     /// in.
     ///
-    /// Without `target` the loop would not end while others change memory faster than it runs.
+    /// Without `target` the loop would not end while others write records faster than it takes them
+    /// in.
     pub(super) fn run(&mut self, words: Words<'_>, target: u64) {
         self.look_for_losses(words);
         while self.next <= target {
@@ -99,8 +100,8 @@ impl Intake {
         }
     }
 
-    /// Marks the watches that a record touches, and queues the record. Returns false if there is no
-    /// room.
+    /// Marks the watches that a record touches, and queues the record. Returns false if the record
+    /// lies outside the window, or if the queue is full.
     fn take(&mut self, record: &Record) -> bool {
         let range = range(record.start, record.end);
         self.watches.touch(range, record.number);
@@ -148,8 +149,9 @@ impl Intake {
         }
     }
 
-    /// Marks everything, which covers every change up to now. Removes the records of these changes
-    /// from the ring: if the ring stayed full, every later change would be lost too.
+    /// Marks all watches and queues the range of all addresses, for every change up to now. Removes
+    /// the records of these changes from the ring: if the ring stayed full, every later change
+    /// would be lost too.
     pub(super) fn everything(&mut self, words: Words<'_>) {
         // ORDER(source-lost): Acquire, like a client's own load: a change counted in `now` began
         // before the marks below.
