@@ -13,7 +13,7 @@ pub(super) mod header {
     pub(in super::super) const ON: usize = 128;
     /// Whether an event has happened since the last wait: see `wait.rs`.
     pub(in super::super) const DIRTY: usize = 136;
-    /// The page whose events are questions to the program.
+    /// The address of the page whose events are questions to the program: see `wait.rs`.
     pub(in super::super) const SCRATCH: usize = 144;
     /// Whether a thread is going to read the ring without a wake-up.
     pub(in super::super) const AWAKE: usize = 152;
@@ -30,8 +30,8 @@ pub(super) mod header {
     pub(in super::super) const IGNORED: usize = 384;
     /// The number of hits that found the ring full.
     pub(in super::super) const LOST: usize = 512;
-    /// The number of the question, and that of the last question answered with "nothing is under
-    /// way".
+    /// The number of the last question to the program, and the number of the last question that the
+    /// program has answered with "nothing is under way".
     pub(in super::super) const ASKED: usize = 640;
     pub(in super::super) const ANSWERED: usize = 648;
 }

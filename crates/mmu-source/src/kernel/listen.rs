@@ -1,10 +1,10 @@
 //! The listener: a thread in the vault's descriptor table that waits for records and makes another
 //! thread run the callbacks.
 //!
-//! A wake-up for each record would be expensive, and a client that checks at every use needs none.
-//! So only the first record after a pause wakes the listener. Then the program sends no more
-//! wake-ups, and the listener looks once a millisecond. After a millisecond in which all records
-//! were passed on, the listener sleeps again.
+//! A wake-up for each record would be expensive, and a client that checks at every use needs no
+//! wake-up. So only the first record after a pause wakes the listener. Then the program sends no
+//! more wake-ups, and the listener looks once a millisecond. After a millisecond in which all
+//! records were passed on, the listener sleeps again.
 //!
 //! The listener also closes machine B after a time without waits, because B costs each change of
 //! this address space some time. If a process fills its cache now and then, B would be made anew
@@ -75,7 +75,8 @@ fn listen(
     vault.post(move |_| begun.has_begun.store(true, Ordering::Release));
     loop {
         if inner.wants_a_call() {
-            // Without B, the listener has nothing to do when nothing happens.
+            // Without B and without records the listener has no work, except to check for skipped
+            // runs.
             let patience = inner.waits.has_b().then_some(lease.length);
             crate::wait::readable(
                 ring.as_fd(),

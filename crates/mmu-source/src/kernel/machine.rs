@@ -25,8 +25,8 @@ pub(super) struct Machines {
     unknown: Option<Instant>,
 }
 
-/// How often a loss is reported while the number of skipped runs is unknown. An idle source asks
-/// for that number as often.
+/// How often a loss is reported while the number of skipped runs is unknown. An idle source
+/// requests that number at the same interval.
 const UNKNOWN: Duration = Duration::from_secs(1);
 
 /// The owner of the programs: this process, or a broker.
@@ -64,12 +64,12 @@ impl Live {
 }
 
 impl Keeper {
-    /// Makes the program read this machine's count. Returns whether the program does so, or `None`
-    /// if this is unknown.
+    /// Makes the program read the count of `machine`. Returns whether the program does so, or
+    /// `None` if this is unknown.
     fn show_b(&self, machine: BorrowedFd<'_>) -> Option<bool> {
         match self {
             Self::Own(programs) => Some(programs.show(machine, Role::B)),
-            // A broker that has ended cannot be asked.
+            // A broker that has stopped answering cannot read the count.
             Self::Broker(session) if session.is_silent() => Some(false),
             Self::Broker(session) => session
                 .ask(Request::Count, Some(machine))
@@ -210,8 +210,8 @@ impl Machines {
         }
     }
 
-    /// Returns how often the kernel skipped the program. Returns `None` if only a broker that has
-    /// gone knows.
+    /// Returns how often the kernel skipped the program. Returns `None` if the number cannot be
+    /// read, for example because the broker has ended.
     pub(super) fn missed_runs(&self) -> Option<u64> {
         match &self.keeper {
             Keeper::Own(programs) => programs.missed_runs().ok(),

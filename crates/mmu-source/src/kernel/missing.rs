@@ -70,7 +70,8 @@ impl Device {
     }
 }
 
-/// Returns the name of a group. The fields of `/etc/group` are name, password, number and members.
+/// Returns the name of a group. The fields of `/etc/group` are name, password, group id and
+/// members.
 fn group_name(groups: &str, number: u32) -> Option<String> {
     let mut fields = groups.lines().map(|line| line.split(':'));
     fields.find_map(|mut line| {
@@ -93,8 +94,8 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
         "the right to open /dev/kvm, owner {owner}, group {name}, mode {mode:04o}: {error}"
     );
     match group_name {
-        // The kernel returns this without checking the file's mode: a container's device rules
-        // forbid it.
+        // The kernel returns `EPERM` before it checks the file's mode: the device rules of a
+        // container forbid the access.
         _ if error.raw_os_error() == Some(libc::EPERM) => unavailable(
             what,
             "docker run --device /dev/kvm, or what that is where this container is started",

@@ -9,7 +9,7 @@ use crate::Error;
 use crate::page;
 use std::os::fd::AsFd;
 
-/// What the probe found.
+/// What [`probe`] found out about this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Features {
@@ -26,7 +26,8 @@ pub struct Features {
 /// Tells whether the source could start here, without starting it.
 ///
 /// # Errors
-/// [`Error::Unavailable`] for the first thing that is missing, with the command that provides it.
+/// [`Error::Unavailable`] for the first requirement that is missing, with the command that provides
+/// it.
 pub fn probe() -> Result<Features, Error> {
     let through = match super::start::outfit(page::size() as usize, true)?.1 {
         Keeper::Own(_) => "raw_tracepoint kvm_unmap_hva_range",
@@ -44,7 +45,7 @@ pub fn probe() -> Result<Features, Error> {
 /// Like [`probe`], but reports everything that is missing.
 ///
 /// # Errors
-/// One [`Error::Unavailable`] for each missing thing, at least one.
+/// One [`Error::Unavailable`] for each missing requirement, at least one.
 pub fn probe_all() -> Result<Features, Vec<Error>> {
     let first = match probe() {
         Ok(features) => return Ok(features),

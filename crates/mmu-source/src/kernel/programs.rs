@@ -73,7 +73,7 @@ impl Programs {
         sys::attach(self.tracepoint.as_fd(), sys::TRACEPOINT)
     }
 
-    /// Runs the tracepoint's program by hand.
+    /// Runs the tracepoint's program once, on this thread, with these arguments.
     pub(super) fn inject(&self, start: u64, end: u64) -> io::Result<()> {
         sys::run_program(self.tracepoint.as_fd(), [start, end]).map(drop)
     }
@@ -93,18 +93,20 @@ impl Programs {
     }
 
     /// Makes a machine known to the programs. Returns false if the machine cannot be found in the
-    /// kernel, if the descriptor is not a machine, or if the machine is of another address space.
+    /// kernel, if the descriptor is not a machine, if the machine is of another address space, or
+    /// if no resolver is loaded.
     pub(super) fn show(&self, machine: BorrowedFd<'_>, role: Role) -> bool {
         self.resolve(machine.as_raw_fd() as u64, role) == Some(0)
     }
 
-    /// Makes the programs read no machine's count any more. Returns false if they may continue.
+    /// Makes the programs read no machine's count any more. Returns false if they may still read
+    /// one.
     pub(super) fn forget_b(&self) -> bool {
         self.resolver.is_none() || self.resolve(resolver::NONE, Role::B).is_some()
     }
 
-    /// Makes the programs forget every machine and address space. Returns false if they may
-    /// continue.
+    /// Makes the programs forget every machine and address space. Returns false if they may still
+    /// know one.
     pub(super) fn forget_all(&self) -> bool {
         self.resolver.is_none() || self.resolve(resolver::NONE, Role::Space).is_some()
     }
@@ -119,8 +121,8 @@ impl Programs {
     }
 }
 
-/// Loads the program. If the kernel refuses only the reading of kernel memory, loads this process's
-/// own program without it.
+/// Loads the program. If the kernel refuses this process's own program because it reads kernel
+/// memory, loads a variant that does not.
 fn load(maps: Maps<'_>, audience: Audience) -> io::Result<OwnedFd> {
     let load = |audience| sys::load_program(Kind::RawTracepoint, &program::build(maps, audience));
     load(audience).or_else(|error| match audience {
@@ -147,8 +149,8 @@ pub(super) fn offsets() -> Option<Offsets> {
     }
 }
 
-/// Tells whether a kernel of this release may be preempted in a program at a tracepoint. Then it
-/// skips a run if the processor is already running the program.
+/// Tells whether a kernel of this release can be preempted while it runs a program at a tracepoint.
+/// If another task then reaches the tracepoint on the same processor, the kernel skips the program.
 pub(super) fn may_skip(release: &str) -> bool {
     let major = release
         .split('.')

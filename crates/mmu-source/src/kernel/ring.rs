@@ -59,7 +59,7 @@ impl Ring {
         [&self.consumer, &self.producer]
     }
 
-    /// Returns what a watch reads. The watch must keep the source alive.
+    /// Returns the words that a watch reads. The watch must keep the source alive.
     pub(super) fn glance(&self, header: &Shared, progress: &Progress) -> Glance {
         Glance::new(header, progress, &self.producer, self.bytes)
     }
@@ -110,18 +110,18 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
     VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL)
 }
 
-/// Tells whether the few events that have not been taken in are all outside `range` or not after
-/// `base`. Returns `None` if reading the ring cannot decide that.
+/// Tells whether no event that has not been taken in touches `range` after `base`. Returns `None`
+/// if reading the ring cannot decide that.
 ///
 /// This function takes no lock, and touches one page more than a load of the generation. (Taking in
 /// one event touches seven pages.) It decides only if the records in the ring are exactly those
-/// from `marked` to the generation. So it checks the number of each record. A lost event, or a
+/// after `marked`, up to the generation. So it checks the number of each record. A lost event, or a
 /// record that was already taken in as part of a loss, makes the numbers differ.
 pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool> {
     // The kernel publishes a record's header by the producer's position, which this function does
     // not load. Instead the function relies on x86-64, where stores become visible in program
-    // order. On another processor this thread could see the number before the header, and take the
-    // header of an older record for the new one's.
+    // order. On another processor this thread could see the number of a new record before its
+    // header, and take the header of an older record for that of the new one.
     if cfg!(not(target_arch = "x86_64")) {
         return None;
     }

@@ -67,7 +67,7 @@ impl Kernel {
     /// runs the program.
     ///
     /// # Errors
-    /// The errors of [`inject`](Self::inject).
+    /// The function that `f` gets returns the errors of [`inject`](Self::inject).
     #[doc(hidden)]
     pub fn rehearsal<R: Send + 'static>(
         &self,
@@ -129,7 +129,7 @@ impl Kernel {
 /// The parts of a source.
 type Outfit = (SharedMaps, Keeper, Option<Live>);
 
-/// Makes the parts. If this process cannot, asks a broker.
+/// Makes the parts of a source. If that fails and `with_kvm` is set, a broker makes them.
 pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     own_outfit(ring, with_kvm).or_else(|lack| match with_kvm.then(broker::join).flatten() {
         Some(Ok(joined)) => {
@@ -141,7 +141,7 @@ pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     })
 }
 
-/// The error if this process lacks something and the broker refuses.
+/// Returns the error for a process that lacks a privilege and gets no help from a broker.
 fn broker_refuses(lack: Error, why: &str) -> Error {
     let path = broker::path();
     match lack {

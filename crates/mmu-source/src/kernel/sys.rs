@@ -1,10 +1,10 @@
 //! The system calls of the source: KVM, BPF, and the memory that is shared with the BPF program.
 //!
 //! # Safety
-//! This is the only module of the source with unsafe code. The calls take integers, and pointers to
-//! locals whose size the kernel is told. [`Shared`] owns a mapping until it is dropped. The words
-//! of the mapping are available only as atomics, with a bounds check, because the BPF program may
-//! write them at any time.
+//! Of this source only this module, its submodules and the broker's `sys.rs` have unsafe code. The
+//! calls take integers, and pointers to local variables together with the sizes of those variables.
+//! [`Shared`] owns a mapping until it is dropped. The words of the mapping are available only as
+//! atomics, with a bounds check, because the BPF program may write them at any time.
 
 #![allow(
     unsafe_code,
@@ -54,8 +54,9 @@ pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }))
 }
 
-/// Makes a call that may fail with `EINTR`. If it does, blocks the thread's signals and makes the
-/// call again. Otherwise a timer with a period shorter than the call would interrupt it each time.
+/// Makes a system call that may fail with `EINTR`. If it does, blocks the thread's signals and
+/// makes the call again. Otherwise a timer with a period shorter than the call would interrupt it
+/// each time.
 fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let is_interrupted = |result: &io::Result<T>| {
         result
@@ -88,8 +89,8 @@ fn owned(descriptor: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// Makes a change of `scratch`, a page without content, so that the kernel sends its event. The
-/// call does not go through libc, because `hook` would report it to subscribers.
+/// Discards `scratch`, a page without content, so that the kernel passes the tracepoint. The call
+/// does not go through libc, because `hook` would report it to subscribers.
 pub(super) fn ask(scratch: &Scratch) {
     // SAFETY: discards the content of a page that this source owns and no code reads or writes.
     let advise = |advice: i32| unsafe { machine::madvise(scratch.0.as_ptr(), page::size() as usize, advice) } == 0;
@@ -359,7 +360,8 @@ impl Glance {
 
     #[inline]
     pub(super) fn progress(&self) -> &Progress {
-        // SAFETY: as in `generation`.
+        // SAFETY: a dereference needs a live `Progress`. `Watching` also owns the source, which
+        // owns the page.
         unsafe { self.progress.as_ref() }
     }
 
@@ -375,8 +377,8 @@ impl Glance {
     }
 }
 
-/// How far events have been taken in and passed on. All words are zero in the child of a fork,
-/// where the generation is never zero.
+/// How far events have been taken in and passed on. All words are zero in the child of a fork, and
+/// the generation is never zero. So in the child no event counts as taken in.
 #[derive(Debug)]
 #[repr(C)]
 pub(super) struct Progress {

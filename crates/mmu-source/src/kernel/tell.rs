@@ -1,4 +1,4 @@
-//! Passes records to subscribers in order, and records up to which generation it has done so.
+//! Passes records to subscribers in order, and publishes the generation up to which it has done so.
 
 use super::busy::{self, Flag};
 use super::intake::{Intake, Told, Words};
@@ -10,12 +10,12 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{MutexGuard, TryLockError};
 use std::thread;
 
-/// How often a watch tries to take in the records before it answers "unknown".
+/// How often a watch tries to take in the records before it counts as not valid.
 const TRIES: usize = 200;
 
 impl Kernel {
-    /// Tells whether this thread is passing on the kernel's records. So a callback can find out who
-    /// called it: this source, or a bracket that another source or the program opened.
+    /// Tells whether this thread is passing on the kernel's records. So a callback can find out
+    /// what called it: this source, or a bracket that another source or the program opened.
     ///
     /// If a callback of this source opens a bracket, the callbacks of that bracket count as called
     /// by this source.
@@ -70,7 +70,8 @@ impl Inner {
         Some(f(&mut intake, self.words()))
     }
 
-    /// Takes in the records so far. Returns false if it would have to wait for another thread.
+    /// Takes in the records so far. Returns false if it would have to wait for another thread, in a
+    /// signal handler that has interrupted the source, and in the child of a fork.
     #[cold]
     pub(super) fn catch_up(&self) -> bool {
         let Some(_taking) = Flag::set(Flag::TAKING) else {
@@ -93,7 +94,8 @@ impl Inner {
         false
     }
 
-    /// Passes records on, up to a generation, unless another thread is doing so.
+    /// Passes records on, up to a generation. Returns `None` if another thread is doing so, or if
+    /// this thread is inside a callback of the source.
     pub(super) fn hand_on(&self, target: u64) -> Option<Turn> {
         let telling = Flag::set(Flag::TELLING)?;
         let handing = try_lock(&self.handing)?;
@@ -121,8 +123,8 @@ impl Inner {
         Some(turn)
     }
 
-    /// Passes on all generations up to `generation`, or waits until another thread has. The caller
-    /// has checked [`busy::is_inside`].
+    /// Passes on all generations up to `generation`, or waits until another thread has done so. The
+    /// caller has checked [`busy::is_inside`].
     pub(super) fn settle(&self, generation: u64) {
         // Retry: the program may have counted the generation on another processor and not yet
         // written its record. Do not wait for the lock: its holder continues with later records,
@@ -162,7 +164,8 @@ impl Inner {
     /// not counted.
     pub(super) fn note_loss(&self) {
         self.with_intake(|intake, words| intake.everything(words));
-        // Count a generation for the loss. Without it, no thread would look for the loss.
+        // Count a generation for the loss. Otherwise all generations would count as handled
+        // already, and no thread would run the callbacks of the loss.
         self.header
             .u64(header::LOST)
             .fetch_add(1, Ordering::Relaxed);

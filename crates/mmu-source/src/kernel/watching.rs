@@ -14,7 +14,7 @@ use std::sync::atomic::{Ordering, fence};
 pub(crate) struct Watching {
     glance: Glance,
     word: Arc<Word>,
-    /// Events up to this one began before the watch was made.
+    /// Events up to this generation began before the watch was made.
     base: u64,
     id: Id,
     armed: Armed,

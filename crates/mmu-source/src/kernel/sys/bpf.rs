@@ -40,8 +40,9 @@ impl Attributes {
     }
 
     fn call(&mut self, command: u32) -> io::Result<i32> {
-        // SAFETY: the call is told the size of the attributes, which outlive the call. The callers
-        // of this function borrow the targets of all pointers in them until it returns.
+        // SAFETY: the call gets the size of the attributes, which outlive the call. The callers of
+        // this function borrow the targets of all pointers in the attributes until the call
+        // returns.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_bpf,

@@ -1,4 +1,4 @@
-//! A processor that `hook` does not support, so that a call through libc reports nothing to `hook`.
+//! For processors that `hook` does not support. There `hook` reports no calls through libc.
 
 /// Calls `madvise` through libc.
 ///
