@@ -10,9 +10,9 @@ use std::marker::PhantomData;
 /// A read section of this thread. Data that is reachable when the section begins is not freed
 /// before the guard is dropped.
 ///
-/// From [`Srcu::read_lock`](crate::Srcu::read_lock). The thread may sleep inside it, open further
-/// sections of this or another domain, and drop its guards in any order. A `Guard` is `!Send`. A
-/// section that may end on another thread is a [`SendGuard`].
+/// Returned by [`Srcu::read_lock`](crate::Srcu::read_lock). Inside the section, the thread may
+/// sleep, open further sections of this or another domain, and drop its guards in any order. A
+/// `Guard` is `!Send`. The guard of a section that may end on another thread is a [`SendGuard`].
 ///
 /// If a guard is forgotten (`mem::forget`), its section never ends, and no later grace period of
 /// the domain ends either.
@@ -32,11 +32,12 @@ pub struct Guard<'a> {
     not_send: PhantomData<*mut ()>,
 }
 
-/// A read section that may end on another thread, such as that of a task that awaits I/O inside it.
+/// A read section that may end on another thread, for example in a task that awaits I/O inside the
+/// section.
 ///
-/// From [`Srcu::down_read`](crate::Srcu::down_read). Dropping it ends the section. A `SendGuard`
-/// belongs to no thread, so this crate cannot detect a thread that waits for a grace period while
-/// it holds a `SendGuard`: such a wait hangs.
+/// Returned by [`Srcu::down_read`](crate::Srcu::down_read). Dropping the guard ends the section. A
+/// `SendGuard` belongs to no thread, so this crate cannot detect a thread that waits for a grace
+/// period while it holds a `SendGuard`: such a wait hangs.
 #[must_use = "the section ends when the guard is dropped"]
 pub struct SendGuard<'a> {
     section: Section<'a>,
@@ -44,8 +45,8 @@ pub struct SendGuard<'a> {
 
 /// A per-thread handle of a domain, which skips the look-up of the thread's counters.
 ///
-/// From [`Srcu::reader`](crate::Srcu::reader). Useful where one function opens very many short
-/// sections. `!Send`.
+/// Returned by [`Srcu::reader`](crate::Srcu::reader). Useful where one function opens very many
+/// short sections. A `Reader` is `!Send`, because it points to the counters of its thread.
 ///
 /// ```compile_fail,E0277
 /// let srcu = srcu::Srcu::new();

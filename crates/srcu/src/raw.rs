@@ -2,11 +2,11 @@
 //! except `Srcu::call_raw` and its relatives, whose callers provide the memory.
 //!
 //! # Safety
-//! Nearly every block below relies on three facts.
+//! Nearly every unsafe block of these modules relies on three facts.
 //!
-//! 1. A [`state::State`] lies in pages that are never unmapped. A state is recycled when its
-//!    count reaches zero. The `Srcu` handle, the place in the reclaimer's inbox and the current
-//!    batch each hold one count.
+//! 1. A [`state::State`] lies in a page that is never unmapped. A state is recycled when its
+//!    reference count reaches zero. The `Srcu` handle, the reclaimer's inbox, the current batch and
+//!    a running `call_raw_dropping` each hold one count.
 //! 2. Guards borrow the `Srcu`. So when the handle is dropped, no thread is in a section or still
 //!    leaving one.
 //! 3. Only one thread writes a slot: the thread that holds the slot's robust mutex in [`ids`],
@@ -42,7 +42,7 @@ pub(crate) mod thread;
 #[cold]
 fn die(why: &'static str) -> ! {
     for text in ["srcu: ", why, "\n"] {
-        // SAFETY: `write` needs a readable buffer of that length, which the bytes of a `str` are.
+        // SAFETY: `write` needs a buffer that is readable for `len` bytes, as that of a `str` is.
         unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
     }
     std::process::abort()

@@ -16,14 +16,14 @@ use std::fmt;
 ///
 /// Make one domain for every object that has readers of its own, because a reader that sleeps for
 /// an hour delays only its own domain. A new domain is one word and costs nothing until it is used.
-/// A used one takes a page (4 KiB) for up to 28 threads, and more pages when more threads of the
+/// A used domain takes a page (4 KiB) for up to 28 threads, and more pages when more threads of the
 /// process take part.
 ///
 /// # Dropping
-/// Runs the pending callbacks and waits for them. Inside a callback the drop does not wait: the
-/// background thread keeps the state until the last callback has returned. No section can be open,
-/// because guards borrow the domain. If a guard was leaked (`mem::forget`), its grace period never
-/// ends. Callbacks that wait for it are leaked too; waiting for them would hang.
+/// The drop waits until the pending callbacks have run. Inside a callback the drop does not wait:
+/// the background thread keeps the state until the last callback has returned. No section can be
+/// open, because guards borrow the domain. If a guard was leaked (`mem::forget`), no later grace
+/// period of the domain ends. Its callbacks are then leaked too; waiting for them would hang.
 ///
 /// # Forks
 /// The child of a `fork` can use the domains that it inherits. The calling thread's sections stay
@@ -31,12 +31,13 @@ use std::fmt;
 /// counts as open in the child, on any thread. Queued callbacks run in the child too, once the
 /// child calls [`prepare`](Self::prepare), [`call`](Self::call),
 /// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or
-/// [`start_poll`](Self::start_poll). The callback that was running at the fork does not run again.
-/// `_Fork`, and a raw `clone` system call that bypasses the C library, bypass this handling as
-/// well.
+/// [`drain_until_idle`](Self::drain_until_idle). The callback that was running at the fork does not
+/// run again. A child made by `_Fork` or by a raw `clone` system call gets none of this handling,
+/// because these calls run no fork handlers.
 ///
 /// # Signals
-/// Must not be used in signal handlers: a handler that interrupts `read_lock` could lose a count.
+/// Must not be used in signal handlers: a section of a handler that interrupts `read_lock` could
+/// lose its count.
 ///
 /// # Source
 /// `struct srcu_struct`, kernel/rcu/srcutree.c. Differs: counters are per thread, one scan of both
@@ -131,8 +132,8 @@ impl Srcu {
             .is_some_and(|slot| slot.local.depth() != 0)
     }
 
-    /// Returns a per-thread handle that skips the slot look-up. A section through it costs half as
-    /// much as [`read_lock`](Self::read_lock).
+    /// Returns a per-thread handle that skips the slot look-up. So a section through the handle
+    /// costs less than one through [`read_lock`](Self::read_lock).
     ///
     /// # Examples
     /// ```
@@ -176,18 +177,18 @@ impl Srcu {
     /// Objects that were unlinked before the call can be freed after it. Concurrent callers share
     /// grace periods.
     ///
-    /// If no grace period is in progress at the call, it does not wait for sections that begin
-    /// later.
+    /// If no grace period is in progress at the call, the call does not wait for sections that
+    /// begin later.
     ///
-    /// If one is in progress (because of another `synchronize`, a [`call`](Self::call) or a
-    /// [`start_poll`](Self::start_poll)), the call waits for the next one, because the current one
-    /// may have scanned the readers before the caller's unlinking. The next one begins when the
-    /// current one has ended. Until then new sections count in the same bank as older ones, so the
-    /// call also waits for sections that begin before the next grace period does. The call does not
-    /// wait for sections that begin after that.
+    /// If a grace period is in progress (because of another `synchronize`, a [`call`](Self::call)
+    /// or a [`start_poll`](Self::start_poll)), the call waits for the next one, because the current
+    /// one may have scanned the readers before the caller's unlinking. The next grace period begins
+    /// when the current one has ended. Until then new sections count in the same bank as older
+    /// ones, so the call also waits for sections that begin before the next grace period. The call
+    /// does not wait for sections that begin after that.
     ///
-    /// The call also waits for a reader that was preempted in the middle of `read_lock` and had
-    /// chosen its bank earlier. In no case does a stream of new sections delay the caller for ever.
+    /// The call also waits for a reader that was preempted in the middle of `read_lock`, after it
+    /// had chosen its bank. In no case does a stream of new sections delay the caller for ever.
     /// # Blocking
     /// Spins for a moment, then sleeps until the last of these sections ends.
     /// # Errors
@@ -274,8 +275,8 @@ impl Srcu {
     /// Calls `f` on the background thread once all sections that are open now have ended.
     ///
     /// Allocates; [`call_raw`](Self::call_raw) does not. May be called inside sections and
-    /// callbacks. One thread runs the callbacks of all domains, and those of one domain in the
-    /// order of the calls, so `f` should not block. A panic in `f` is caught, counted
+    /// callbacks. The callbacks of one domain run in the order of the calls. `f` should not block,
+    /// because one thread runs the callbacks of all domains. A panic in `f` is caught, counted
     /// ([`callback_panics`](Self::callback_panics)) and reported ([`set_callback_panic_hook`]), and
     /// the other callbacks still run. Callers are not throttled: queued callbacks stay in memory
     /// until the readers' sections end.
@@ -302,7 +303,7 @@ impl Srcu {
 
     /// Waits until every callback queued before the call has returned.
     ///
-    /// If no callback is queued, it returns at once, without a grace period.
+    /// If no callback is queued or running, it returns at once, without a grace period.
     ///
     /// # Blocking
     /// Sleeps until then.
@@ -320,8 +321,7 @@ impl Srcu {
 
     /// Waits until no callback is queued or running, including those that callbacks queue.
     ///
-    /// Returns only when it has seen the domain idle. A callback that always queues another one
-    /// keeps it waiting.
+    /// If each callback queues another one, this call never returns.
     ///
     /// # Blocking
     /// Sleeps until then.

@@ -35,7 +35,7 @@ mod machine;
 /// `mark` and `add`.
 ///
 /// This macro is not part of the interface of this crate. It is public for the crates that build on
-/// this one, whose brackets and look-ups may begin wherever sections may.
+/// this one: their brackets and look-ups may begin inside `malloc`, as sections may.
 #[doc(hidden)]
 #[macro_export]
 macro_rules! thread_word {
@@ -104,8 +104,8 @@ macro_rules! thread_word {
         };
     )* };
     // The word's name in assembly. The name contains the version, so two versions of a crate in one
-    // program have different names. The mangled name of an item would too, but the compiler may
-    // change a mangled name after the assembly was written.
+    // program have different names. The mangled name of an item would be different, too, but the
+    // compiler may change a mangled name after the assembly was written.
     (@symbol $name:ident) => {
         concat!(
             env!("CARGO_CRATE_NAME"), "_", env!("CARGO_PKG_VERSION_MAJOR"), "_",

@@ -159,7 +159,7 @@ fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
     first.barrier().unwrap();
 }
 
-/// Each process is in its own PID namespace, so each has the number 1.
+/// Each process is in its own PID namespace, so each has the PID 1.
 #[test]
 fn a_child_with_its_parents_number_is_distinguished_from_it() {
     if !testkit::require(testkit::Cap::Root) {
@@ -200,8 +200,8 @@ fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
         let begin = Instant::now();
         for _ in (0..4000).take_while(|_| begin.elapsed() < Duration::from_secs(30)) {
             let good = in_child(|| {
-                // SAFETY: The call has no preconditions. It ends a child that hangs after 20
-                // seconds.
+                // SAFETY: `alarm` has no preconditions. After 20 seconds it kills the child, which
+                // may hang.
                 unsafe { libc::alarm(20) };
                 let own = count.clone();
                 srcu.call(move || own.add());
@@ -213,7 +213,7 @@ fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
     });
 }
 
-/// Its drop ends the threads, also if the test fails.
+/// Ends the threads when it is dropped, also if the test fails.
 struct Stop<'a>(&'a AtomicBool);
 
 impl Drop for Stop<'_> {

@@ -18,7 +18,7 @@ use srcu::Srcu;
 
 fn model(preemptions: usize, f: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    // The environment may allow more preemptions.
+    // `LOOM_MAX_PREEMPTIONS` may allow more preemptions.
     builder.preemption_bound = Some(
         builder
             .preemption_bound
@@ -149,8 +149,8 @@ fn s_85_a_section_sees_all_of_before_or_nothing_of_after() {
 }
 
 /// A reader loads the bank before a grace period switches the banks, and counts in that bank
-/// afterwards. The first grace period switches the banks because at its first scan `main` has a
-/// section open.
+/// afterwards. The first grace period switches the banks because the model's main thread has a
+/// section open at the first scan.
 #[test]
 fn s_86_a_late_reader_is_not_missed() {
     model(3, || {
@@ -236,7 +236,7 @@ fn grace_periods_are_shared() {
 fn a_wake_up_is_not_lost() {
     model(3, || {
         let srcu = Arc::new(Srcu::new());
-        // SAFETY: The domain must outlive the guard, as in the next model.
+        // SAFETY: The domain must outlive the guard. The reader drops its handle after the guard.
         let forever: &'static Srcu = unsafe { &*Arc::as_ptr(&srcu) };
         let section = forever.down_read();
         let reader = thread::spawn({
@@ -332,7 +332,7 @@ fn a_callback_waits_for_the_reader_and_is_not_forgotten() {
     });
 }
 
-/// A poll that returns true orders memory accesses as a wait does.
+/// A `poll` that returns true orders memory accesses as `synchronize` does.
 #[test]
 fn a_polled_grace_period_waits_for_the_reader() {
     model(2, || {
@@ -359,7 +359,7 @@ fn a_polled_grace_period_waits_for_the_reader() {
     });
 }
 
-/// The name of a mutant, a model that must fail with it, and a part of the message.
+/// The name of a mutant, a model that must fail with it, and a part of the failure's message.
 const MUTANTS: &[(&str, &str, &str)] = &[
     (
         "no_fence_in_lock",
@@ -484,8 +484,8 @@ fn mutants_are_caught() {
             .env("RUST_BACKTRACE", "0")
             .output()
             .unwrap();
-        // A second panic during a panic ends the process, and then the message is on the other
-        // stream.
+        // A second panic during a panic ends the process, and then the message is on stderr instead
+        // of stdout.
         let says = [run.stdout, run.stderr]
             .map(|stream| String::from_utf8_lossy(&stream).into_owned())
             .concat();

@@ -1,5 +1,5 @@
 //! If the kernel or a sandbox refuses `membarrier`, readers fall back to real fences. There is one
-//! test only, because the process keeps the answer.
+//! test only, because the process keeps the kernel's first answer.
 #![cfg(not(mmun_loom))]
 
 use srcu::Srcu;
@@ -9,7 +9,7 @@ use std::thread;
 fn a_refused_membarrier_is_done_without() {
     testkit::refuse_calls(&[libc::SYS_membarrier], libc::EPERM);
     assert_eq!(
-        // SAFETY: The call takes integers.
+        // SAFETY: The system call takes three integers and touches no memory.
         unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_QUERY, 0, 0) },
         -1
     );

@@ -1,14 +1,15 @@
 //! The asymmetric fence: nearly free for a reader, a system call for the grace period.
 //!
 //! A [`light`] on one thread and a [`heavy`] on another order each other as two `fence(SeqCst)` do.
-//! `light` stops only the compiler. `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes every
-//! running thread of the process execute a full fence at whatever point it has reached. If the
+//! `light` is only a compiler barrier. `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes
+//! every running thread of the process execute a full fence wherever it runs. If the
 //! system call is missing or refused, both are real fences. That decision is made once, before the
 //! first reader of the process, and never changes.
 
 use crate::sync::{Ordering, fence};
 
-/// A bit of the word that readers load first: readers must use real fences.
+/// A bit of the index word, which a reader loads first. If the bit is set, readers must use real
+/// fences.
 pub(crate) const FULL_FENCES: usize = 1 << 1;
 
 /// The reader's side. `word` is the domain's index word as loaded by this reader.
@@ -48,14 +49,15 @@ mod imp {
     static MODE: AtomicUsize = AtomicUsize::new(UNKNOWN);
 
     /// Rust's `compiler_fence` makes a promise about signal handlers only. An empty `asm!` that may
-    /// touch memory is opaque to the compiler, which moves no access across it.
+    /// touch memory is opaque to the compiler, which moves no memory access across the block.
     #[inline(always)]
     pub(super) fn compiler_barrier() {
         // SAFETY: the block contains no instruction and uses no register and no stack.
         unsafe { std::arch::asm!("", options(nostack, preserves_flags)) };
     }
 
-    /// Returns what every domain's index word contains in addition to the bank.
+    /// Returns the flag that every domain's index word contains beside the bank: zero or
+    /// [`FULL_FENCES`].
     pub(crate) fn mode() -> usize {
         match MODE.load(Ordering::Relaxed) {
             UNKNOWN => {
@@ -137,7 +139,7 @@ mod imp {
     }
 
     pub(crate) fn heavy() {
-        // ORDER(srcu-enter, srcu-wake): as above.
+        // ORDER(srcu-enter, srcu-wake): the fallback's side of the pairs named at the callers.
         fence(Ordering::SeqCst);
     }
 }

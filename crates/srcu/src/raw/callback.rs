@@ -3,9 +3,9 @@
 //!
 //! # Safety
 //! # Invariants
-//! A head in a queue or batch was given to `call_raw`, whose caller promised that the head stays
-//! valid and untouched until its function is called. So from the push until the call, only this
-//! crate reads and writes the head.
+//! A head in a queue or batch is part of a box that `push_boxed` leaked, or was given to
+//! `call_raw`, whose caller promised that the head stays valid and untouched until its function is
+//! called. So from the push until the call, only this crate reads and writes the head.
 
 use crate::sync::{self, Ordering};
 use std::cell::Cell;
@@ -30,9 +30,8 @@ pub struct Head {
     function: Cell<Option<Function>>,
 }
 
-// SAFETY: by the module's invariant, a head's cells are accessed only under `call_raw`'s promise,
-// by one thread at a time. So an embedded head does not change how its object may be shared and
-// sent.
+// SAFETY: no public method reads or writes a head's cells. This crate accesses the cells only from
+// the push until the call (the module's invariant), and there one thread at a time does so.
 unsafe impl Sync for Head {}
 // SAFETY: as for `Sync`.
 unsafe impl Send for Head {}
@@ -69,7 +68,7 @@ pub(crate) unsafe fn push(
     head: NonNull<Head>,
     function: Function,
 ) -> bool {
-    // SAFETY: the caller's promise is passed on.
+    // SAFETY: the caller follows the rules of `call_raw`, which are those of `push_if`.
     unsafe { push_if(queue, head, function, |_| true) }.is_some_and(|newest| newest.is_null())
 }
 
@@ -77,18 +76,19 @@ pub(crate) unsafe fn push(
 /// function does not use the queue, which may be gone by then.
 ///
 /// # Safety
-/// If it returns true: the rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
+/// The caller must follow the rules of [`Srcu::call_raw`](crate::Srcu::call_raw). If the result is
+/// false, the head is not queued, and the caller may use the head again.
 pub(crate) unsafe fn push_behind(
     queue: &sync::AtomicPtr<Head>,
     head: NonNull<Head>,
     function: Function,
 ) -> bool {
-    // SAFETY: the caller's promise is passed on.
+    // SAFETY: the caller follows the rules of `call_raw`, which are those of `push_if`.
     unsafe { push_if(queue, head, function, |newest| !newest.is_null()) }.is_some()
 }
 
-/// Queues a head after the newest one if `may` allows it. Returns that newest head, which may be
-/// null.
+/// Queues a head if `may` allows that for the newest head, which is null in an empty queue. Returns
+/// that newest head, or `None` if `head` was not queued.
 ///
 /// # Safety
 /// The caller must follow the rules of [`Srcu::call_raw`](crate::Srcu::call_raw).
@@ -136,7 +136,7 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(
     f: F,
 ) -> bool {
     /// # Safety
-    /// `head` is the head of a leaked `Boxed<F>`, and the caller gives it up.
+    /// `head` is the head of a leaked `Boxed<F>`, and the caller gives that box up.
     unsafe fn call<F: FnOnce()>(head: NonNull<Head>) {
         // SAFETY: `from_raw` needs a leaked box of this type, once, which the caller promises.
         // `Boxed` is `repr(C)` and begins with its head.
@@ -196,8 +196,8 @@ impl Batch {
         self.want.get()
     }
 
-    /// Takes everything from the queue, and then asks `snapshot` for the number at which the
-    /// callbacks may run. The batch must be empty.
+    /// Takes all callbacks from the queue. Then takes from `snapshot` the sequence number at which
+    /// these callbacks may run. The batch must be empty.
     pub(super) fn fill(&self, queue: &sync::AtomicPtr<Head>, snapshot: impl FnOnce() -> u64) {
         debug_assert!(self.is_empty(), "a batch is filled only when it has run");
         self.taken.set(0);
@@ -209,7 +209,7 @@ impl Batch {
             }
             // ORDER(srcu-queue): Acquire; partner in `push`. Release: a thread that reads the null
             // also sees that `busy` is set, ORDER(srcu-busy). Release also keeps the store to
-            // `newest` before this one, for the child of a fork.
+            // `newest` before this exchange, for the child of a fork.
             if queue
                 .compare_exchange(newest, ptr::null_mut(), Ordering::AcqRel, Ordering::Relaxed)
                 .is_ok()
@@ -279,8 +279,9 @@ impl Batch {
             self.newest.store(ptr::null_mut(), Ordering::Relaxed);
         }
         // INVARIANT: `newest` was cleared before the last head leaves `oldest`.
-        // ORDER(srcu-fork): Release and the fence preserve this order for the child of a fork. The
-        // child must find a head either here with its function, or not at all.
+        // ORDER(srcu-fork): Release and the fence keep the stores to `newest`, `oldest` and
+        // `function` in this order for the child of a fork. So if the child finds the head in the
+        // batch, it also finds the head's function.
         self.oldest.store(
             newer.map_or(ptr::null_mut(), NonNull::as_ptr),
             Ordering::Release,

@@ -1,4 +1,5 @@
-//! What this thread is doing for the reclaimer, so that a wait for itself can be refused.
+//! Whether this thread runs callbacks, and of which domain, so that a call that would wait for its
+//! own thread can be refused.
 
 use crate::raw::state::State;
 use std::ptr;
@@ -6,7 +7,7 @@ use std::ptr;
 thread_word! {
     /// The address of the domain whose callback runs on this thread, or zero.
     static RUNNING: u64 = 0;
-    /// One if this thread runs callbacks.
+    /// One if this thread runs callbacks, otherwise zero.
     static RECLAIMER: u64 = 0;
 }
 
@@ -17,7 +18,8 @@ pub(crate) fn set_reclaimer(is: bool) -> bool {
     before
 }
 
-/// Runs `f` with this thread marked as the one that runs callbacks. `f` must not unwind.
+/// Runs `f` with this thread marked as the one that runs callbacks. `f` must not unwind, because
+/// the mark would stay.
 pub(crate) fn as_reclaimer(f: impl FnOnce()) {
     let before = set_reclaimer(true);
     f();

@@ -41,9 +41,10 @@ impl Event {
     pub(crate) fn wait(&self, seen: u32) {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
         // ORDER(srcu-sleep): the increment of `sleepers` comes before the comparison of the count.
-        // Partner: the fence in `advance`, between the count and the load of `sleepers`. Without
-        // either fence, each thread could miss the other, and this one would sleep for ever. Model:
-        // loom `a_wake_up_is_not_lost`.
+        // Partner: the fence in `advance`, between the increment of the count and the load of
+        // `sleepers`. If this thread's increment comes first, that load sees the sleeper; if the
+        // other comes first, the comparison sees the new count, and this thread does not sleep.
+        // Model: loom `a_wake_up_is_not_lost`.
         if !mutant("no_fence_before_sleep") {
             fence(Ordering::SeqCst);
         }
@@ -80,7 +81,7 @@ impl Event {
 
 #[cfg(not(mmun_loom))]
 impl Event {
-    /// Like `wait`, but sleeps at most this long.
+    /// Like `wait`, but sleeps at most `nanoseconds`.
     pub(super) fn wait_at_most(&self, seen: u32, nanoseconds: i64) {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
         // ORDER(srcu-sleep): as in `wait`.

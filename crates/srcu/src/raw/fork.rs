@@ -1,14 +1,15 @@
 //! Makes the domains usable in the child of a `fork`.
 //!
-//! No lock is taken before the fork. A thread that waits for one of this crate's locks may hold the
-//! allocator's lock, which `fork` needs next. So the child may find any slow-path lock held by a
-//! thread that does not exist there, with the guarded data half changed. Therefore every structure
-//! is built so that each single store leaves it consistent, and the child frees the locks.
+//! No lock of this crate is taken before the fork, because that could deadlock: `fork` takes the
+//! allocator's lock next, and the thread that holds that lock may be waiting for a lock of this
+//! crate. So the child may find any slow-path lock held by a thread that does not exist there, with
+//! the guarded data half changed. Therefore each single store leaves every structure consistent,
+//! and the child frees the locks.
 //!
 //! In the child, the sections of the calling thread stay open. The sections of all other threads
-//! have ended, except movable ones, which may have been handed to the calling thread. The reclaimer
-//! does not exist in the child, unless the reclaimer itself called `fork`. Queued callbacks stay
-//! queued.
+//! have ended, except those of `SendGuard`s, which may have been handed to the calling thread. The
+//! reclaimer does not exist in the child, unless the reclaimer itself called `fork`. Queued
+//! callbacks stay queued.
 
 use super::state::pool;
 use super::{ids, pages, reclaimer};
@@ -18,14 +19,15 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 /// The number of forks between this process and its first ancestor that used this crate.
 static FORKS: AtomicUsize = AtomicUsize::new(0);
 
-/// The number of registrations that have begun. The number is hardly ever more than one.
+/// How many registrations have begun. More than one only if several threads registered at the same
+/// time.
 static REGISTERED: AtomicUsize = AtomicUsize::new(0);
 
-/// Returns the number of forks between this process and its first ancestor that used this crate. A
-/// process and its descendants all have different results.
+/// Returns the number of forks between this process and its first ancestor that used this crate. So
+/// the result of a process differs from that of each of its ancestors.
 #[inline]
 pub fn forks() -> usize {
-    // ORDER: Relaxed: it changes only while the process has one thread.
+    // ORDER: Relaxed: the count changes only in the child of a fork, while it has one thread.
     FORKS.load(Ordering::Relaxed)
 }
 
@@ -35,8 +37,9 @@ pub fn forks() -> usize {
 /// child would find the lock held. One case remains: a library that is loaded and used while
 /// another thread is in the middle of `fork`.
 ///
-/// The loader calls the functions of this section at start, with arguments that `register` ignores.
-/// `register` needs nothing that is missing before `main`.
+/// The loader calls the functions of the section `.init_array` at start, with arguments that
+/// `register` ignores. `register` may run before `main`, because it needs only atomics and
+/// `pthread_atfork`.
 #[cfg(not(miri))]
 #[used]
 #[unsafe(link_section = ".init_array")]
@@ -45,15 +48,16 @@ static BEFORE_MAIN: extern "C" fn() = register;
 /// Registers the handler that repairs the domains in a child of this process.
 pub(super) extern "C" fn register() {
     static DONE: AtomicBool = AtomicBool::new(false);
-    // Several threads may register at the same time at first. None of them may continue before at
+    // Several threads may come here at the same time at first. None of them may continue before at
     // least one registration is complete, because no handler would repair the child of a fork
     // before that. But none may wait for another thread's registration either: in the child of a
-    // fork, that registration never completes.
+    // fork, that registration never completes. So each of these threads registers the handler.
     // ORDER(srcu-fork): Acquire; partner below.
     if !DONE.load(Ordering::Acquire) {
         REGISTERED.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: `pthread_atfork` needs functions that stay loaded. glibc has room for 48 handlers
-        // without allocating.
+        // SAFETY: `pthread_atfork` needs a function that stays loaded as long as it is registered.
+        // When glibc unloads a library, it removes the handlers of that library. (glibc registers
+        // the first 48 handlers without allocating.)
         unsafe { libc::pthread_atfork(None, None, Some(child)) };
         // ORDER(srcu-fork): Release: the registration comes before the flag. Partner: the load
         // above.
@@ -65,8 +69,9 @@ unsafe extern "C" fn child() {
     static REPAIRED: AtomicI32 = AtomicI32::new(0);
     // SAFETY: the call has no preconditions.
     let this_process = unsafe { libc::getpid() };
-    // The pid alone does not suffice: in a pid namespace of its own, a child can have the same pid
-    // as its parent.
+    // If several threads registered this handler, it runs several times in a child, and must repair
+    // the domains only the first time. The pid alone does not show which time it is: in a pid
+    // namespace of its own, a child can have the same pid as its parent.
     let is_again = REPAIRED.swap(this_process, Ordering::Relaxed) == this_process;
     if is_again && REGISTERED.load(Ordering::Relaxed) > 1 {
         return;

@@ -7,16 +7,16 @@
 //!
 //! 1. *idle*: `seq` is even.
 //! 2. *scan*: `seq` is odd. `open` says which banks have not been found quiet.
-//! 3. *blocked*: the stale bank gets no new sections, and a scan found it still in use. If a thread
-//!    is interested in the end, `waiting` names the bank and the threads to notify. After writing
-//!    `waiting`, the thread has checked the bank again.
+//! 3. *blocked*: the stale bank (the bank that `index` does not select) gets no new sections, and a
+//!    scan found it still in use. If a thread wants to know of the end, `waiting` names the bank
+//!    and the threads to notify. The thread that wrote `waiting` has then checked the bank again.
 //! 4. Both banks are quiet: `seq` is advanced, interested threads are notified, and the state is
 //!    idle again.
 //!
 //! Why scan both banks, and not only the one in use? A reader may have loaded the index and then
-//! been preempted before it counted. Such a reader then counts in a bank that two grace periods may
-//! have switched meanwhile. Only a scan of both banks, in every grace period, is certain to see
-//! that reader. `docs/ordering.md` has the complete argument.
+//! been preempted before it counted. Meanwhile, grace periods may have switched the banks once or
+//! more. So the reader may count in the bank in use or in the stale bank, and only a scan of both
+//! banks in every grace period is certain to see it. `docs/ordering.md` has the complete argument.
 
 use super::barrier;
 use super::slot::Counters;
@@ -24,7 +24,7 @@ use super::state::progress::{Announced, Gp, RECLAIMER, UPDATERS};
 use super::state::{State, inbox};
 use crate::sync::{Ordering, fence, mutant, spin_loop};
 
-/// How often a waiting updater polls the counters before it sleeps.
+/// How many times a waiting updater polls the counters before it sleeps.
 const SPINS: usize = if cfg!(mmun_loom) { 0 } else { 200 };
 
 enum Step {
@@ -34,19 +34,19 @@ enum Step {
 }
 
 impl State {
-    /// Returns the sequence number that is reached when a grace period that begins after this call
-    /// has ended.
+    /// Returns the value of `seq` at which a grace period has begun and ended after this call.
     pub(crate) fn snapshot(&self) -> u64 {
         // ORDER(srcu-snapshot): full fence between the caller's unlinking and the load of `seq`.
         // Partner: the heavy fence of the grace period's first scan, after `seq` became odd. If
-        // this thread reads the old number, readers that begin after that scan see the unlinking.
+        // this thread reads the old `seq`, readers that begin after that scan see the unlinking.
         // Model: loom `grace_periods_are_shared`.
         if !mutant("no_fence_in_snapshot") {
             fence(Ordering::SeqCst);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);
-        // If `seq` is even, the next grace period suffices. If it is odd, the current one does not,
-        // because its scan may have come before the unlinking; the one after it does.
+        // If `seq` is even, the next grace period suffices. If `seq` is odd, the current grace
+        // period does not suffice, because its scan may have come before the unlinking. The grace
+        // period after it does.
         let ahead = if mutant("joins_running_grace_period") {
             2
         } else {
@@ -66,7 +66,7 @@ impl State {
         let want = self.snapshot();
         let mut spun = false;
         loop {
-            // Read the count before the scan, so that any later change ends the sleep.
+            // Read the event's count before the scan, so that any later change ends the sleep.
             let seen = self.updater.event.now();
             let bank = {
                 let mut gp = self.updater.gp.lock();
@@ -92,8 +92,8 @@ impl State {
         }
     }
 
-    /// Advances grace periods without waiting, until `want` has passed. If it returns false, the
-    /// reclaimer will be notified when another attempt makes sense.
+    /// Advances grace periods without waiting, until `want` has passed. If a section prevents that,
+    /// returns false, and the reclaimer will be notified when another attempt makes sense.
     pub(crate) fn drive(&self, want: u64) -> bool {
         while !self.passed(want) {
             let mut gp = self.updater.gp.lock();
@@ -108,7 +108,7 @@ impl State {
         true
     }
 
-    /// Advances the grace period as far as possible. Begins one if there is none.
+    /// Begins a grace period if none is in progress, and advances it as far as possible.
     fn step(&self, gp: &mut Gp, who: u32) -> Step {
         let Announced { bank, interest } = gp.announced;
         if interest != 0 && interest == gp.interest && !self.looks_quiet(bank) {
@@ -178,7 +178,8 @@ impl State {
         // the unlinking.
         // ORDER(srcu-scan): heavy fence between the two sums. For every end in the first sum, the
         // second contains the beginning. So equal sums mean that no counted section is open.
-        // Partner: the program order of a section. Model: loom `s_86_a_late_reader_is_not_missed`.
+        // Partner: the program order of a section. Model: loom
+        // `a_later_section_does_not_stand_for_an_earlier_one`.
         if !mutant("no_heavy_fence") {
             barrier::heavy();
         }
@@ -213,9 +214,9 @@ impl State {
         sums
     }
 
-    /// Checks a bank without a fence between the sums. The answer "quiet" may be wrong and needs a
-    /// `scan`. The answer "in use" may be outdated: a section has ended, and its end is not visible
-    /// here yet.
+    /// Checks a bank without a fence between the sums. The answer "quiet" may be wrong, and a
+    /// `scan` must confirm it. The answer "in use" may be outdated: the last section may have ended
+    /// without this thread seeing its end yet.
     fn looks_quiet(&self, bank: usize) -> bool {
         self.unlocked()[bank] == self.locked()[bank]
     }
@@ -229,8 +230,8 @@ impl State {
         self.tell(interest & !(who & RECLAIMER));
     }
 
-    /// Wakes the waiting threads. The caller is a reader that has ended a section of a bank that a
-    /// thread waits for.
+    /// Notifies the threads that wait for this bank. The caller is a reader that has ended a
+    /// section of the bank.
     #[cold]
     pub(crate) fn section_ended(&self, bank: usize) {
         // ORDER(srcu-wake): this load comes after the reader's light fence, like the load in the

@@ -1,12 +1,12 @@
-//! A small number for every thread that ever entered a section. The kernel frees the number when
-//! the thread dies.
+//! Thread numbers: a small number for every thread that has used a domain. The kernel frees the
+//! number when the thread dies.
 //!
-//! A thread owns a number by holding its *robust mutex*, which it never unlocks. When the thread
-//! has died, the kernel marks the mutex, and the next claim gets `EOWNERDEAD`. So no exit hook has
-//! to be registered, which could allocate in the middle of the program's `malloc`. A thread keeps
-//! its number to its very end, so it can still drop a guard that is in thread-local storage. The
-//! kernel hands a robust mutex over with a full fence, so the new owner sees the counters as the
-//! old owner left them.
+//! A thread owns a number by holding the number's *robust mutex*, which it never unlocks. When the
+//! thread has died, the kernel marks the mutex, and the next claim gets `EOWNERDEAD`. So no exit
+//! hook is needed, whose registration could allocate in the middle of the program's `malloc`. A
+//! thread keeps its number until it dies, so its thread-local destructors can still drop guards.
+//! The kernel hands a robust mutex over with a full fence, so the new owner sees the counters as
+//! the old owner left them.
 //!
 //! A claim blocks all signals, because a signal handler that claims would deadlock with the claim
 //! that it interrupts.
@@ -107,7 +107,7 @@ fn claim() -> Place {
     place
 }
 
-/// Makes the number `high` and takes it. The caller holds the lock.
+/// Makes the number `high`, and claims it for this thread. The caller holds the lock of `CURSOR`.
 fn add(high: usize) -> usize {
     let (bucket, _) = place::split(high);
     if bucket < BUCKETS && CHUNKS[bucket].load(Ordering::Relaxed).is_null() {

@@ -1,8 +1,9 @@
 //! Memory without the allocator: zeroed runs of pages, in powers of two. Runs are recycled and
 //! never unmapped.
 //!
-//! A read section may begin inside `malloc`, so nothing here may call `malloc`. Nothing is unmapped
-//! either, because an unmap is an event that a program may be watching through this very crate.
+//! A read section may begin inside `malloc`, so these functions must not call `malloc`. They unmap
+//! nothing either, because each unmap is an event, and a program may observe such events with
+//! notifiers that are built on this crate.
 //!
 //! # Safety
 //! # Invariants
@@ -36,7 +37,8 @@ pub(super) fn alloc(class: usize) -> NonNull<u8> {
     let held = LOCK.lock();
     // No ORDER: the lock orders everything here.
     if let Some(run) = NonNull::new(FREE[class].load(Ordering::Relaxed)) {
-        // SAFETY: the read needs a live `Run`, and this one is on the list.
+        // SAFETY: the read needs a live `Run`. By the module's invariant, a run on a free list
+        // begins with one.
         let next = unsafe { (*run.as_ptr()).next };
         FREE[class].store(next, Ordering::Relaxed);
         drop(held);
@@ -58,15 +60,15 @@ pub(super) fn free(class: usize, run: NonNull<u8>) {
     let run: NonNull<Run> = run.cast();
     let _held = LOCK.lock();
     let next = FREE[class].load(Ordering::Relaxed);
-    // SAFETY: the write needs memory that this crate owns. The caller gives it up, and it has room
-    // for a word.
+    // SAFETY: the write needs memory that this crate owns. The caller gives the run up, and a run
+    // has room for a word.
     unsafe { run.write(Run { next }) };
     // ORDER(srcu-fork): Release, for the link, because a forked child may find this store. Among
     // threads the lock orders it.
     FREE[class].store(run.as_ptr(), Ordering::Release);
 }
 
-/// Returns one new page. The caller holds the lock.
+/// Returns one new page. The caller holds `LOCK`.
 fn cut() -> NonNull<u8> {
     let mut next = NEXT.load(Ordering::Relaxed);
     if next % PIECE == 0 {

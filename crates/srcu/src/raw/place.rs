@@ -36,7 +36,7 @@ impl Place {
         })
     }
 
-    /// Returns the number that [`of`](Self::of) was given.
+    /// Returns the thread's number, which [`of`](Self::of) was given.
     pub(crate) fn id(self) -> usize {
         (0..self.bucket as usize).map(slots_in).sum::<usize>()
             + self.offset as usize / size_of::<Slot>()

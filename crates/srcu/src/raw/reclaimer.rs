@@ -1,15 +1,15 @@
 //! The thread that runs the callbacks of all domains.
 //!
-//! A thread that gives a domain something to do puts the domain into the inbox. That is the first
-//! call into an empty queue, `start_poll`, or a reader that ends a section which a batch waits for.
-//! The reclaimer takes one domain at a time, advances it as far as possible without waiting, and
-//! forgets it. So a domain that waits for a reader does not delay the others, and the reclaimer
-//! sleeps whenever no domain can advance.
+//! A thread that gives a domain work puts the domain into the inbox. Such a thread queues a
+//! callback into an empty queue, calls `start_poll`, or ends the section or the grace period that
+//! the batch waits for. The reclaimer takes one domain at a time, advances it as far as possible
+//! without waiting, and forgets it. So a domain that waits for a reader does not delay the others,
+//! and the reclaimer sleeps whenever no domain can advance.
 //!
 //! 1. *idle*: the queue and the batch are empty, `busy` is clear.
 //! 2. *scheduled*: the domain is in the inbox, `scheduled` is set, and the inbox holds a count.
-//! 3. *turn*: the reclaimer has taken the domain. It clears `scheduled` before it looks at
-//!    anything, so later work schedules the domain again.
+//! 3. *turn*: the reclaimer has taken the domain. It clears `scheduled` before it reads the queue,
+//!    so later work schedules the domain again.
 //! 4. *blocked*: the batch waits for a grace period. `busy` is set, and the batch holds a count.
 //!    The thread that ends the grace period, or the section that it waits for, schedules the
 //!    domain.
@@ -23,12 +23,13 @@ use super::state::inbox::schedule;
 use crate::sync::{Ordering, mutant};
 use std::ptr::NonNull;
 
-/// How many callbacks of a domain run in one turn, before other domains get theirs.
+/// How many callbacks of a domain run in one turn, before other domains get their turns.
 const TURN: usize = 256;
 
-/// If a batch is at least this large, callbacks arrive faster than grace periods are worth: each
-/// grace period interrupts the queueing threads twice. So the reclaimer pauses, and then takes more
-/// callbacks at once. The reclaimer does not pause while a thread waits for it.
+/// If the last batch was at least this large, the reclaimer pauses before it takes the next one, so
+/// that more callbacks share one grace period. Each grace period costs the threads that queue
+/// callbacks time, because its heavy fences interrupt them. A thread that calls `barrier` ends the
+/// pause.
 const STORM: usize = 64;
 
 /// Advances a domain as far as possible without waiting, and releases the inbox's count of it.
@@ -81,7 +82,7 @@ fn work(state: &State) {
     }
     for _ in 0..TURN {
         if let Some(callback) = batch.take_one() {
-            // SAFETY: the callback must come from the batch, which it does.
+            // SAFETY: the callback must come from the batch of `state`, where `take_one` took it.
             unsafe { run(callback, state) };
         }
         if batch.is_empty() {
@@ -89,7 +90,8 @@ fn work(state: &State) {
             // are done. Partner: `is_idle`.
             pending.busy.store(false, Ordering::Release);
             // SAFETY: `release` needs a count that the caller owns. This is the count of the batch,
-            // which is now empty. The inbox's count keeps the state alive.
+            // which is now empty. The count of the inbox keeps the state alive, or in `barrier`
+            // that of the handle.
             unsafe { State::release(state) };
             break;
         }
@@ -103,8 +105,8 @@ fn work(state: &State) {
 
 /// Tells whether every callback queued before the call has returned.
 pub(crate) fn is_idle(state: &State) -> bool {
-    // ORDER(srcu-busy): Acquire twice, in this order. If this thread sees the queue as the
-    // reclaimer emptied it, then it sees `busy` either as set before that or as cleared after the
+    // ORDER(srcu-busy): Acquire twice, in this order. If this thread reads that the reclaimer has
+    // emptied the queue, it then reads `busy` either as set before that, or as cleared after the
     // callbacks. Partners: `fill`, `work`.
     let queued = !state.pending.queue.load(Ordering::Acquire).is_null();
     let busy = state.pending.busy.load(Ordering::Acquire) && !mutant("idle_ignores_busy");
@@ -131,17 +133,18 @@ mod thread {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, AtomicU8};
 
-    /// 1. `NEVER`: nobody has started the reclaimer.
-    /// 2. `HELD`: a thread is starting it, or acts in its place.
+    /// 1. `NEVER`: no thread has tried to start the reclaimer.
+    /// 2. `HELD`: a thread is starting the reclaimer, or acts in its place.
     /// 3. `RUNNING`: the reclaimer runs.
-    /// 4. `GONE`: this is the child of a fork, or the system gave no thread.
+    /// 4. `GONE`: this is the child of a fork and the reclaimer exists only in the parent, or the
+    ///    system gave no thread.
     static STATUS: AtomicU8 = AtomicU8::new(NEVER);
     const NEVER: u8 = 0;
     const HELD: u8 = 1;
     const RUNNING: u8 = 2;
     const GONE: u8 = 3;
 
-    /// A thread that waits for a callback advances it.
+    /// A thread that begins to wait for a callback advances this event, which ends a pause.
     static HURRY: Event = Event::new();
     const PAUSE_NANOSECONDS: i64 = 20_000;
     const ASK_AGAIN_NANOSECONDS: i64 = 100_000_000;
@@ -165,11 +168,11 @@ mod thread {
         }
     }
 
-    /// A thread wanted the reclaimer while another thread held the status. The holder then tries
-    /// again to start it.
+    /// Set by a thread that wants the reclaimer while another thread holds the status. The holder
+    /// then tries again to start the reclaimer.
     static WANTED: AtomicBool = AtomicBool::new(false);
 
-    /// Starts the reclaimer if it is not running. Allocates only then.
+    /// Starts the reclaimer if it is not running. Allocates only in that case.
     ///
     /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), the work
     /// stays queued. Later calls try again, and `barrier` does the work of its own domain. Until
@@ -187,9 +190,9 @@ mod thread {
         }
     }
 
-    /// Like `start`, but does nothing in the child of a fork or after a failed start; a later call
-    /// of `start` starts the reclaimer there. The caller may be inside an allocator, and its
-    /// earlier call of `prepare` promised it that nothing allocates.
+    /// Like `start`, but does nothing in the child of a fork or after a failed start. In both cases
+    /// a later call of `start` starts the reclaimer. This function must not allocate there, because
+    /// the caller may be inside an allocator, and relies on its earlier call of `prepare`.
     pub(crate) fn start_unless_forked() {
         match STATUS.load(Ordering::Relaxed) {
             NEVER => start_or(|| ()),
@@ -198,15 +201,16 @@ mod thread {
         }
     }
 
-    /// If another thread holds the status, asks that thread to start the reclaimer. Returns whether
-    /// it will see that.
+    /// If another thread holds the status, asks that thread to start the reclaimer. Returns true if
+    /// that thread will see the request.
     fn want() -> bool {
         if STATUS.load(Ordering::Relaxed) != HELD {
             return false;
         }
-        // ORDER(srcu-wanted): SeqCst on both, so one of two threads sees the other: this one sees
-        // that the holder has given the status up, or the holder sees that it is wanted. Partner:
-        // the store and the swap in `holding`.
+        // ORDER(srcu-wanted): SeqCst on both, so one of the two threads sees the other. If this
+        // store comes first, the holder's swap sees the request; if the holder's store of the
+        // status comes first, this thread sees that the status is free. Partner: the store in
+        // `holding` and the swap in `start_or`.
         WANTED.store(true, Ordering::SeqCst);
         STATUS.load(Ordering::SeqCst) == HELD
     }
@@ -220,8 +224,9 @@ mod thread {
 
     /// Advances the grace period of `start_poll` if there is no reclaimer. Never waits.
     pub(crate) fn drive_polled(state: &State) {
-        // A grace period has a lock of its own: this thread need not act for the reclaimer. If the
-        // grace period is over, callbacks may have waited for it, too.
+        // A grace period has a lock of its own, so this thread need not act for the reclaimer. If
+        // the grace period is over, the domain is scheduled, because its batch may have waited for
+        // the same grace period.
         if is_absent() && state.drive(state.pending.polled.load(Ordering::Relaxed)) {
             schedule(state);
         }
@@ -254,7 +259,7 @@ mod thread {
     }
 
     /// Whether the reclaimer, if there is one, has no work and sleeps: it is in no function of libc
-    /// but `syscall`. True in the reclaimer itself, which cannot wait for that.
+    /// but `syscall`. True in the reclaimer itself, because it cannot wait for its own sleep.
     #[doc(hidden)]
     pub fn reclaimer_sleeps() -> bool {
         let is_there = matches!(STATUS.load(Ordering::Relaxed), HELD | RUNNING);
@@ -281,7 +286,7 @@ mod thread {
         while WANTED.swap(false, Ordering::SeqCst) && holding(try_start) {}
     }
 
-    /// Returns the status that follows.
+    /// Tries to start the thread, and returns the new status.
     fn try_start() -> u8 {
         match Thread::spawn(c"srcu-reclaimer", || run()) {
             Ok(thread) => {
@@ -295,8 +300,8 @@ mod thread {
     /// Sets the status to `HELD`, runs `f`, and sets the status that `f` returns. Does nothing and
     /// returns false if the status is `HELD` already, or if the reclaimer is running.
     ///
-    /// A status and not a lock, because starting a thread allocates, and code that the allocation
-    /// triggers may call this function again.
+    /// This is a status and not a lock, because starting a thread allocates, and code that the
+    /// allocation triggers may call this function again. A lock would then deadlock.
     fn holding(f: impl FnOnce() -> u8) -> bool {
         // ORDER(srcu-stand-in): Acquire, to see the batch as the last holder left it. Partner: the
         // store below.
@@ -325,8 +330,8 @@ mod thread {
         last: AtomicBool,
     }
 
-    /// Waits until all callbacks queued before the call have returned. Returns whether none were
-    /// queued meanwhile.
+    /// Waits until all callbacks queued before the call have returned. Returns whether no callback
+    /// was queued meanwhile.
     pub(crate) fn barrier(state: &State) -> bool {
         if is_idle(state) {
             return true;
@@ -361,10 +366,10 @@ mod thread {
             let (mut stood_in, mut has_more) = (false, false);
             if is_absent() {
                 start_or(|| {
-                    // A turn of this domain only: a callback of another domain may take a lock that
-                    // this thread holds. And one turn only, then the status is free again: the
-                    // readers that this domain waits for may themselves wait in `barrier`, and must
-                    // then be able to act as the reclaimer.
+                    // A turn of this domain only, because a callback of another domain may take a
+                    // lock that this thread holds. One turn only, because the status must become
+                    // free again: the readers that this domain waits for may themselves wait in
+                    // `barrier`, and must then be able to act as the reclaimer.
                     current::as_reclaimer(|| work(state));
                     stood_in = true;
                     let batch = &state.updater.batch;
@@ -471,7 +476,8 @@ mod model {
         let _acting = state.inbox.acting.lock();
         current::as_reclaimer(|| {
             if let Some(state) = state.inbox.take() {
-                // SAFETY: as in `barrier`.
+                // SAFETY: `turn` needs a state from the inbox, and the reclaimer as its caller.
+                // The holder of `acting` is the reclaimer.
                 unsafe { turn(state) };
             }
         });

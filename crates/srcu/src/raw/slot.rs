@@ -1,9 +1,10 @@
 //! One thread's counters in one domain.
 //!
 //! # Invariants
-//! Only the owning thread writes a slot, so its stores need no read-modify-write instruction.
-//! Counters only grow, and wrap around. No code resets them while the domain is in use, so the end
-//! of a thread needs no clean-up.
+//! Only the owning thread writes a slot, so its stores need no read-modify-write instruction. (The
+//! only thread of a forked child settles the slots of the threads that it does not have.) Counters
+//! only grow, and wrap around. No code resets them while the domain is in use, so the end of a
+//! thread needs no clean-up.
 
 use crate::sync::{AtomicUsize, Ordering, mutant};
 
@@ -16,10 +17,10 @@ pub(crate) struct Counters {
 /// Two cache lines, because processors prefetch lines in pairs.
 #[repr(align(128))]
 pub(crate) struct Slot {
-    /// Sections that end on this thread. The difference is exactly how many of them the thread is
-    /// in.
+    /// Sections that end on this thread. The beginnings minus the ends are the sections that the
+    /// thread is in.
     pub(crate) local: Counters,
-    /// Sections that may end on another thread. That thread counts the end in its own slot.
+    /// Sections that may end on another thread, which then counts the end in its own slot.
     pub(crate) moved: Counters,
 }
 

@@ -10,19 +10,20 @@
 //!                      └─────────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! 1. The first use of an `Srcu` takes a state from the pool, or makes its page. The state's
-//!    count is then one, and the handle holds it.
-//! 2. A thread that queues a callback puts the state into the inbox, which holds a count. The
-//!    reclaimer takes the state out, moves the callbacks into the batch, and releases the inbox's
-//!    count. The batch holds a count while it is not empty.
+//! 1. The first use of an `Srcu` takes a state from the pool, or makes one in a new page. The
+//!    state's count is then one, and the handle holds it.
+//! 2. A thread that queues a callback into an empty queue puts the state into the inbox, which
+//!    holds a count. The reclaimer takes the state out, moves the callbacks into the batch, and
+//!    releases the inbox's count. The batch holds a count while it is not empty.
 //! 3. The drop of the `Srcu` releases the handle's count. When the count reaches zero, the state
 //!    returns to the pool.
 //!
 //! # Safety
 //! # Invariants
 //! * The count of a state is the sum of: one for its `Srcu`, one while it is in the reclaimer's
-//!   inbox, one while its batch holds callbacks. At zero it is recycled. No reference to it is left
-//!   then (module docs of `raw`, facts 1 and 2).
+//!   inbox or turn, one while its batch holds callbacks, one for each `call_raw_dropping` that is
+//!   running. At zero the state is recycled. No reference to it is left then (module docs of `raw`,
+//!   facts 1 and 2).
 //! * Only the thread that acts as the reclaimer accesses `batch`.
 
 pub(crate) mod inbox;
@@ -99,11 +100,11 @@ pub(crate) struct Pending {
     pub(super) next: AtomicPtr<State>,
 }
 
-// SAFETY: all fields are atomics, locks and events, except `batch`. By the invariant one thread at
-// a time uses `batch`. The callbacks of the batch may run on any thread: `call` requires `Send`,
-// and `call_raw` has that rule.
+// SAFETY: all fields are atomics, locks and events, except `links` and `batch`. The pool's lock
+// guards `links`. By the invariant one thread at a time uses `batch`. The callbacks of the batch
+// may run on any thread, because `call` requires `Send`, and the callers of `call_raw` promise so.
 unsafe impl Sync for State {}
-// SAFETY: as for `Sync`. Nothing in it is bound to a thread.
+// SAFETY: as for `Sync`. No field is bound to a thread.
 unsafe impl Send for State {}
 
 impl State {
@@ -154,7 +155,8 @@ impl State {
     /// Releases one count.
     ///
     /// # Safety
-    /// The caller owns that count, and does not use the state afterwards.
+    /// The caller owns that count. Afterwards the caller uses the state only if another count keeps
+    /// it alive.
     pub(crate) unsafe fn release(this: *const State) {
         // SAFETY: the state must be alive, which the caller's count guarantees.
         let refs = unsafe { &(*this).refs };

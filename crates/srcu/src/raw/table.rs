@@ -36,7 +36,8 @@ impl Table {
     /// `first` points to `INLINE` zeroed slots that live as long as the table is used.
     pub(super) unsafe fn with_first(first: *mut Slot) -> Self {
         let table = Self::empty();
-        // INVARIANT: the caller promises it. No ORDER: the table is not shared yet.
+        // INVARIANT: the caller promises that `first` has the slots of the first bucket. No ORDER:
+        // the table is not shared yet.
         table.buckets[0].store(first, Ordering::Relaxed);
         table
     }
@@ -54,12 +55,13 @@ impl Table {
         // SAFETY: the offset must be inside the allocation. This is the offset of a slot in this
         // bucket.
         let slot = unsafe { first.byte_add(place.offset as usize) };
-        // SAFETY: it must point to a live slot without a `&mut` to it. Buckets live as long as the
-        // domain, which `&self` keeps alive, and slots are only shared.
+        // SAFETY: `slot` must point to a live slot to which no `&mut` exists. Buckets live as long
+        // as the domain, which `&self` keeps alive, and slots are only shared.
         Some(unsafe { slot.as_ref() })
     }
 
-    /// Returns this thread's slot. Claims and makes it if necessary, without the allocator.
+    /// Returns this thread's slot. If necessary, claims a thread number and makes the bucket, both
+    /// without the allocator.
     #[cold]
     pub(crate) fn claim_mine(&self) -> &Slot {
         let place = ids::place_or_claim();
@@ -100,7 +102,8 @@ impl Table {
                     // SAFETY: the offset must be inside the allocation. The bucket has at least
                     // `slots` slots.
                     let slot = unsafe { first.add(at) };
-                    // SAFETY: it must be a live shared slot, as in `mine`.
+                    // SAFETY: `slot` must point to a live slot to which no `&mut` exists, as in
+                    // `mine`.
                     f(unsafe { &*slot });
                 }
             }

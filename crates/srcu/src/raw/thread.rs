@@ -16,8 +16,8 @@ use std::ptr;
 /// A thread that the child of a fork can start. The thread runs with all signals blocked, so the
 /// program's signal handlers never run on it.
 ///
-/// This type is internal to the workspace. Dropping the handle neither detaches nor joins: in the
-/// child of a fork, the handle of a parent's thread must not be used in any other way.
+/// This type is internal to the workspace. Dropping the handle neither detaches nor joins the
+/// thread, because the child of a fork must do neither to a thread of its parent.
 #[derive(Debug)]
 pub struct Thread(libc::pthread_t);
 
@@ -72,9 +72,9 @@ extern "C" fn main<F: FnOnce()>(work: *mut libc::c_void) -> *mut libc::c_void {
     // SAFETY: the call needs the box that `into_raw` leaked. `spawn` made it with this type, for
     // this call alone.
     let (name, f) = *unsafe { Box::from_raw(work.cast::<(&'static CStr, F)>()) };
-    // SAFETY: the call needs a string that ends in a zero byte.
+    // SAFETY: the call needs a string that ends in a zero byte, as a `CStr` does.
     unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
-    // The panic hook has already reported a panic.
+    // The panic hook has already reported the panic, if there was one.
     drop(catch_unwind(AssertUnwindSafe(f)));
     ptr::null_mut()
 }

@@ -34,8 +34,8 @@ macro_rules! thread_word_access {
                 fn get(self) -> u64 {
                     let value;
                     // SAFETY: reads eight bytes of the calling thread, which live as long as the
-                    // thread. `nomem` is correct: no Rust code can access them, only this block and
-                    // that of `set`, which are not `pure` and so stay in order.
+                    // thread. `nomem` is correct: only this block and the other blocks of this
+                    // `impl` that are not `pure` access them, and such blocks stay in order.
                     unsafe {
                         ::core::arch::asm!(
                             "mrs {value}, tpidr_el0",
@@ -48,16 +48,16 @@ macro_rules! thread_word_access {
                     value
                 }
 
-                /// Adds to the word. If a signal handler runs between the instructions, it leaves
-                /// the word as it found it.
+                /// Adds to the word. A signal handler that runs between the load and the store must
+                /// leave the word as it found it, because the store overwrites it.
                 #[allow(dead_code, reason = "most words are no counters")]
                 #[inline(always)]
                 fn add<const AMOUNT: i32>(self) {
                     self.set(self.get().wrapping_add_signed(AMOUNT as i64));
                 }
 
-                /// Sets the word, and keeps the compiler from moving memory accesses across. For a
-                /// mark that tells signal handlers what they have interrupted.
+                /// Sets the word, and keeps the compiler from moving memory accesses across the
+                /// store. For a mark that tells a signal handler which code it has interrupted.
                 #[allow(dead_code, reason = "most words are no marks")]
                 #[inline(always)]
                 fn mark(self, value: u64) {

@@ -36,7 +36,8 @@ fn s_84_synchronize_waits_for_a_section_that_sleeps_and_nests() {
     });
 }
 
-/// `synchronize` is a grace period. Unlike a barrier, it cannot return at once.
+/// `synchronize` waits for a grace period. Unlike `barrier`, it does not return at once if no
+/// callback is queued.
 #[test]
 fn s_82_with_nothing_pending_synchronize_still_waits_for_a_reader() {
     let srcu = Srcu::new();
@@ -151,9 +152,9 @@ fn a_cookie_of_another_domain_is_refused() {
     let _ = b.poll(cookie);
 }
 
-/// If a grace period is under way, the caller's grace period is the next one. It may wait for a
-/// section that begins before it. It does not wait for a section that begins after it, in the other
-/// bank.
+/// If a grace period is under way, the caller waits for the next one. The next grace period waits
+/// for a section that begins before it in the same bank. It does not wait for a section that begins
+/// after it, in the other bank.
 #[test]
 fn s_83_a_grace_period_waits_for_no_section_that_begins_after_it() {
     let srcu = Srcu::new();

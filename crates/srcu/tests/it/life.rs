@@ -58,8 +58,8 @@ fn a_domain_dropped_in_its_own_callback_lives_until_the_last_has_returned() {
         drop(section);
         drop(srcu);
     }
-    // The domains are dropped, so no barrier of theirs is possible. If a callback drops the last
-    // handle, the reclaimer runs the remaining callbacks later.
+    // The domains are dropped, so the test cannot call their `barrier`. If a callback drops the
+    // last handle, the reclaimer runs the remaining callbacks later.
     while count.get() < 600 {
         other.call(|| ());
         other.barrier().unwrap();
@@ -122,7 +122,7 @@ fn domains_are_made_used_and_dropped_on_many_threads() {
 }
 
 /// Each node keeps the domain alive in which it is queued. The free of the last node drops the
-/// domain, perhaps while other threads have not yet returned from their call.
+/// domain, perhaps before other threads have returned from `call_raw_dropping`.
 #[test]
 fn the_last_callback_may_drop_its_domain() {
     #[repr(C)]

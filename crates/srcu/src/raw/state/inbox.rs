@@ -1,4 +1,4 @@
-//! The domains that the reclaimer must look at, linked through their states.
+//! The inbox: the domains that have work for the reclaimer, linked through their states.
 //!
 //! # Safety
 //! # Invariants
@@ -35,7 +35,7 @@ fn inbox(state: &State) -> &Inbox {
     &state.inbox
 }
 
-/// Makes the reclaimer look at a domain.
+/// Puts a domain into the inbox if it is not there, and wakes the reclaimer.
 pub(crate) fn schedule(state: &State) {
     // ORDER(srcu-scheduled): AcqRel. If `scheduled` was already set, the reclaimer's swap reads
     // this store, and so the reclaimer sees the work that was added before it. Partner: the swap in

@@ -1,5 +1,5 @@
-//! The states of the process. Each is made in a page of its own, stays on a list for ever, and is
-//! reused.
+//! The states of the process. Each state is made in a page of its own, stays on a list for ever,
+//! and is reused.
 
 use super::State;
 use crate::raw::lock::Lock;
@@ -22,14 +22,14 @@ const _: () = assert!(
 );
 
 pub(super) struct Links {
-    /// The next of all states that were ever made.
+    /// The next state in the list of all states.
     all: *mut State,
     /// The next unused state.
     free: *mut State,
 }
 
-/// The state of an `Srcu` that was never used: its table has no slot of any thread. Only that table
-/// is ever read.
+/// The state of an `Srcu` that was never used. Its table has no slot of any thread, so no section
+/// counts here. No code writes this state.
 pub(in crate::raw) static EMPTY: State = State::with(
     0,
     Table::empty(),
@@ -58,7 +58,7 @@ pub(in crate::raw) fn first_use(handle: &AtomicPtr<State>) {
     }
 }
 
-/// Takes a state from the free list or makes one. The caller holds the lock.
+/// Takes a state from the free list or makes one. The caller holds `LOCK`.
 fn create() -> *mut State {
     let recycled = FREE.load(Ordering::Relaxed);
     let (state, all): (*mut State, _) = if recycled.is_null() {
@@ -111,8 +111,8 @@ pub(in crate::raw) fn each(mut f: impl FnMut(&State)) {
     LOCK.after_fork();
     let mut next = ALL.load(Ordering::Relaxed);
     while !next.is_null() {
-        // SAFETY: it must be an initialised state. All states on this list are initialised and
-        // never unmapped.
+        // SAFETY: the pointer must be to an initialised state. All states on this list are
+        // initialised and never unmapped.
         let state = unsafe { &*next };
         f(state);
         next = state.links.all;
