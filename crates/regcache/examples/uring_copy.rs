@@ -2,8 +2,8 @@
 //!
 //! `cargo run --release -p regcache --example uring_copy [FROM TO]`
 //!
-//! A buffer is leased for one read and one write. Then it goes to the other thread, which may
-//! replace its memory, and comes back. If the cache served a registration of the old memory, the
+//! A buffer is leased for one read and one write. Then the buffer goes to the other thread, which
+//! may replace its memory, and comes back. If a look-up found a registration of the old memory, the
 //! data would end up in the old pages, and the checksums would differ.
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -29,7 +29,8 @@ const LEN: usize = 64 << 10;
 /// Memory that this value owns.
 struct Buffer(*mut u8);
 
-// SAFETY: the memory is reached only through this value.
+// SAFETY: the memory is accessed only through this value, so at any time only by its owner's
+// thread.
 unsafe impl Send for Buffer {}
 
 /// Maps new memory, at `place` if that is not null.
@@ -40,7 +41,7 @@ fn map(place: *mut u8) -> io::Result<*mut u8> {
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed,
     );
     // SAFETY: either the kernel chooses an address where nothing is mapped, or `place` is a buffer
-    // that the caller owns.
+    // that the caller owns, which no code has a reference to.
     let place = unsafe { libc::mmap(place.cast(), LEN, access, kind, -1, 0) };
     if place == libc::MAP_FAILED {
         Err(io::Error::last_os_error())
@@ -131,7 +132,7 @@ fn copy(
             if request.step == Step::Read {
                 (request.step, request.len) = (Step::Write, result as u32);
                 let entry = request.entry(from, to).user_data(number as u64);
-                // SAFETY: as above.
+                // SAFETY: the buffer and its lease go back into `requests` until the completion.
                 unsafe { ring.submission().push(&entry)? };
                 requests[number] = Some(request);
             } else {
@@ -153,7 +154,8 @@ fn remap(used: &Receiver<Buffer>, free: &Sender<Buffer>) -> io::Result<u64> {
             let _ = free.send(Buffer(place));
             continue;
         }
-        // The addresses stay reserved in between, so that no other mapping gets them.
+        // The memory goes away, but the addresses stay reserved until `map` below, so that no other
+        // mapping gets them.
         // SAFETY: this thread owns the buffer and its memory now.
         unsafe {
             libc::mmap(
@@ -190,7 +192,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn copy_file(from: &PathBuf, to: &PathBuf) -> Result<(), Box<dyn Error>> {
-    // One source is enough here: the hook, or the kernel source if the hook cannot be installed.
+    // One source is enough here, because only libc calls of this process remap the buffers: the
+    // hook, or the kernel source if the hook cannot be installed.
     let hook = Hook::install();
     let mut options = Options::new().max_regions(BUFFERS as u32 * 2);
     if let Err(error) = &hook {

@@ -1,5 +1,5 @@
-//! Requests that may come from within an allocator must not call the allocator. This is a program
-//! of its own, because it also counts the C library's own calls.
+//! Requests that may come from within an allocator must not call the allocator. These tests are a
+//! program of their own, because its `malloc` replaces that of the C library and counts the calls.
 
 #![cfg(target_env = "gnu")]
 
@@ -27,7 +27,7 @@ unsafe extern "C" {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
     CALLS.set(CALLS.get() + 1);
-    // SAFETY: passes the caller's arguments on.
+    // SAFETY: `__libc_malloc` has the rules of `malloc`, which the caller follows (see # Safety).
     unsafe { __libc_malloc(size) }
 }
 
@@ -38,7 +38,7 @@ unsafe extern "C" fn malloc(size: usize) -> *mut c_void {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     CALLS.set(CALLS.get() + 1);
-    // SAFETY: passes the caller's arguments on.
+    // SAFETY: `__libc_calloc` has the rules of `calloc`, which the caller follows (see # Safety).
     unsafe { __libc_calloc(count, size) }
 }
 

@@ -1,4 +1,4 @@
-//! Every interleaving of a lease and the thread that invalidates or evicts its region. Run by
+//! Models of the races of a lease against an invalidation or eviction of its region. Run by
 //! `RUSTFLAGS="--cfg mmun_loom" cargo test --release --test loom`.
 #![cfg(mmun_loom)]
 
@@ -14,8 +14,9 @@ use std::convert::Infallible;
 #[derive(Default)]
 struct Memory {
     contents: AtomicUsize,
-    /// The number of registrations so far, and how often each was undone.
+    /// The number of registrations so far.
     registered: AtomicUsize,
+    /// How often each registration was undone.
     undone: [AtomicUsize; 4],
     in_callbacks: bool,
 }
@@ -24,12 +25,12 @@ struct Memory {
 struct Registered {
     key: usize,
     contents: usize,
-    /// Read under leases, and written at the deregistration. Models detect if these two are not
-    /// ordered.
+    /// Read under leases, and written at the deregistration. A model fails if a read and the write
+    /// are not ordered.
     touched: UnsafeCell<()>,
 }
 
-// SAFETY: leases are ordered before the deregistration. The models check exactly this.
+// SAFETY: every access under a lease happens before the deregistration. The models check this.
 unsafe impl Sync for Registered {}
 
 struct Dma(Arc<Memory>);
@@ -164,7 +165,8 @@ fn a_hit_racing_an_invalidation() {
     });
 }
 
-/// The same for a thread whose slots are all in use: its lease is counted in the region.
+/// Like the model above, for a thread whose slots are all in use: its lease is counted in the
+/// region.
 #[test]
 fn a_counted_hit_racing_an_invalidation() {
     model(|| {
@@ -193,7 +195,7 @@ fn the_last_lease_deregisters() {
 }
 
 /// A lease ends on another thread, and its slot is reused at once. A thread that then invalidates
-/// the first region must see that end.
+/// the first region must see the end of that lease, although the slot has a new value.
 #[test]
 fn a_slot_that_another_thread_has_freed() {
     model(|| {
@@ -222,7 +224,7 @@ fn a_hit_racing_the_growth_of_the_table() {
         let world = World::new(true, 3);
         let other = thread::spawn({
             let world = Arc::clone(&world);
-            // This request makes the first table.
+            // One of the two requests makes the first table.
             move || drop(world.cache.get(page(5)).unwrap())
         });
         world.transfer(0);
@@ -251,7 +253,8 @@ fn a_hit_racing_the_reuse_of_its_place() {
         let other = thread::spawn({
             let world = Arc::clone(&world);
             move || {
-                // There is one place, so the region in it must be evicted unless it is leased.
+                // The cache has room for one region. So this request must evict the other region,
+                // or fails if that region is leased.
                 if let Ok(lease) = world.cache.get(page(5)) {
                     assert!(world.memory.is_registered(lease.handle()) && lease.range() == page(5));
                 }

@@ -67,8 +67,8 @@ fn a_registrar_that_panics_leaves_nothing_behind() {
     drop(cache.get(pages(1, 1)).unwrap());
 }
 
-/// Panics when it deregisters given ranges, and records every range that it was asked to
-/// deregister.
+/// A registrar that panics when it deregisters one of the ranges `at`. `asked` records every range
+/// for which `deregister` was called. With `in_cause`, each registration fails and `cause` panics.
 #[derive(Default)]
 struct Panics {
     at: Mutex<Vec<VaRange>>,
@@ -138,8 +138,8 @@ fn a_panic_in_deregister_costs_one_region() {
     }
 }
 
-/// The replacing region is leased to the request that sees the panic. No other code would ever end
-/// that lease.
+/// The request gets a lease of the replacing region before the panic. The panic must end that
+/// lease, because the caller never gets it.
 #[test]
 fn a_panic_in_deregister_leaves_no_lease_behind() {
     let at = Mutex::new(vec![pages(1, 1)]);
@@ -170,14 +170,15 @@ fn a_registrar_that_panics_over_its_own_error_leaves_nothing_behind() {
         Options::new(),
     );
     for _ in 0..3 {
-        // If the first call left something behind, the second one would wait for ever.
+        // If the first request left its registration on the list of registrations in progress, the
+        // second request would wait for ever.
         assert!(catch_unwind(AssertUnwindSafe(|| cache.get(pages(1, 1)).map(drop))).is_err());
     }
     assert_eq!((cache.stats().regions, cache.stats().failed), (0, 3));
 }
 
-/// The whole address space has 2^64 bytes, so it exceeds every limit. The cache must not evict
-/// anything for it.
+/// The whole address space has 2^64 bytes, which exceeds every limit. The cache must not evict any
+/// region for such a request.
 #[test]
 fn the_whole_address_space_is_too_large_for_any_limit() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {
@@ -249,8 +250,8 @@ fn without_a_limit_there_is_room_for_the_whole_address_space_beside_others() {
     }
 }
 
-/// Two halves of the address space have 2^64 bytes together. There is room for one, so the other is
-/// evicted.
+/// Two halves of the address space have 2^64 bytes together. There is room for one half, so the
+/// other half is evicted.
 #[test]
 fn where_sums_do_not_fit_into_64_bits_the_limit_holds() {
     for merge in [Merge::Never, Merge::Overlapping, Merge::Adjacent] {

@@ -10,7 +10,7 @@ fn what_is_used_stays() {
         drop(cache.get(pages(10 * page, 1)).unwrap());
     }
     for other in 100..200 {
-        // The eight pages are used between any two of the others.
+        // The eight pages are used before each of the other pages is registered.
         for page in 0..8 {
             drop(cache.get(pages(10 * page, 1)).unwrap());
         }

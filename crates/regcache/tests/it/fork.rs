@@ -17,7 +17,8 @@ fn a_child_gets_an_error_and_deregisters_nothing() {
         drop(mm.invalidate(pages(1, 9), Event::Unmap));
         let flushed = cache.flush();
         cache.reap();
-        // It takes no lock either, because a thread of the parent may have held it.
+        // `stats` takes no lock either, because a thread of the parent may have held it at the
+        // fork.
         let knows_nothing = cache.stats() == Stats::default();
         drop(cache);
         knows_nothing

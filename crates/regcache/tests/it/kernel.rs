@@ -1,4 +1,5 @@
-//! A cache with a kernel source in rehearsal: the test makes the kernel's events.
+//! A cache with a kernel source in rehearsal: the test injects the events that the kernel would
+//! report.
 
 use crate::support::{Book, pages};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
@@ -83,7 +84,8 @@ fn lost_events_drop_everything_and_are_counted() {
         drop(cache.get(pages(100 * page, 1)).unwrap());
     }
     let lease = cache.get(pages(0, 1)).unwrap();
-    // A subscriber blocks the thread that drains, so that a ring of one page overflows.
+    // A subscriber blocks the thread that takes records out of the ring, so that a ring of one page
+    // overflows.
     let slow = Registration::new(&mmu_source::current(), Slow(Mutex::new(()))).unwrap();
     let held = slow.0.lock().unwrap();
     for _ in 0..1000 {
@@ -116,7 +118,7 @@ fn a_cache_of_a_parent_is_refused_in_its_child() {
     )));
 }
 
-/// Daemons do this.
+/// Daemons close every descriptor when they start.
 #[test]
 fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
     if !require(Cap::Bpf) || !require(Cap::Kvm) {
@@ -133,17 +135,18 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
         );
-        // SAFETY: maps a page at an address that the kernel chooses.
+        // SAFETY: the kernel chooses an address where nothing is mapped.
         let page = unsafe { libc::mmap(ptr::null_mut(), 4096, read_write, private, -1, 0) };
         assert_ne!(page, libc::MAP_FAILED);
         let range = VaRange::covering(Va::new(page.addr() as u64), 1).unwrap();
         assert_eq!(
-            // SAFETY: takes integers. This child needs no descriptor.
+            // SAFETY: the call takes integers. The child uses no descriptor afterwards, except
+            // those of the source's own table.
             unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
             0
         );
-        // The child's parent changes memory at the same addresses, which causes needless misses. So
-        // retry.
+        // The parent process changes memory at the same addresses. The source reports such changes
+        // too, which causes needless misses, so retry.
         (0..100).any(|_| {
             let one = *cache.get(range).unwrap().handle();
             let is_hit = *cache.get(range).unwrap().handle() == one;
@@ -159,7 +162,7 @@ fn a_program_that_closes_every_descriptor_is_served_nothing_stale() {
     }));
 }
 
-/// A callback that requests what another thread is registering.
+/// A callback that requests a range while another thread is registering it.
 struct Asks {
     cache: RegCache<Book>,
     refused: AtomicU64,
@@ -196,8 +199,8 @@ fn a_miss_in_a_callback_of_the_source_is_refused_instead_of_waiting_for_itself()
     let armed = kernel.arm(pages(7777, 1)).unwrap();
     let in_registrar = Arc::clone(&kernel);
     device.registrar().during_next(move || {
-        // Another thread may drain the change. This thread waits for that at the end of the
-        // registration.
+        // The source's own thread may run the callbacks of this change. The registering thread
+        // waits for them when its registration ends.
         change(&in_registrar, pages(7777, 1));
     });
     drop(cache.get(pages(10, 4)).unwrap());

@@ -148,7 +148,7 @@ fn more_leases_than_a_thread_has_slots_keep_their_regions() {
         ),
         (0, 0)
     );
-    // In an order that mixes leases in slots with the others.
+    // The order mixes leases in slots with leases that are counted in their regions.
     for (at, lease) in leases.into_iter().enumerate().rev() {
         drop(lease);
         assert_eq!(
@@ -165,7 +165,7 @@ fn a_lease_can_end_on_another_thread() {
     drop(mm.invalidate(pages(1, 1), Event::Unmap));
     std::thread::scope(|scope| scope.spawn(move || drop(lease)).join().unwrap());
     assert_eq!(device.registrar().deregistered(), 1);
-    // The slot must be free again.
+    // This request uses the slot that the other thread has emptied.
     drop(cache.get(pages(1, 1)).unwrap());
 }
 

@@ -16,7 +16,7 @@ mod threads;
 #[cfg(feature = "uring")]
 mod uring;
 
-/// No callback of these tests may use the heap, and neither may a holder of a lock that callbacks
-/// take.
+/// Ends the program if a callback of these tests uses the heap, or code that holds a lock that
+/// callbacks take.
 #[global_allocator]
 static ALLOC: mmu_notifier::lockdep::CheckedAlloc = mmu_notifier::lockdep::CheckedAlloc::new();

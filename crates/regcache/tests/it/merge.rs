@@ -101,7 +101,8 @@ fn what_cannot_be_registered_with_its_neighbour_is_registered_alone() {
     );
 }
 
-/// The operations of the fuzz test. Numbers of leases and brackets are taken modulo their count.
+/// The operations of the fuzz test: ranges are a first page and a count of pages. The index of a
+/// lease or bracket is taken modulo their count.
 #[derive(Debug, Clone)]
 enum Op {
     Get(u64, u64),
@@ -116,8 +117,8 @@ enum Op {
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
-    // Short ranges in a small area touch each other. Long ones have granules of other levels and
-    // cross blocks.
+    // Short ranges in a small area touch each other. Long ranges have granules of other levels and
+    // touch several blocks.
     let range = prop_oneof![
         6 => (0_u64..60, 1_u64..8),
         3 => (0_u64..3000, prop_oneof![8 => 1_u64..12, 2 => 1_u64..700]),
@@ -153,7 +154,7 @@ fn union(one: VaRange, other: VaRange) -> VaRange {
 struct Naive {
     /// The regions that look-ups find.
     live: Vec<VaRange>,
-    /// The regions kept by leases, once for each lease: the registrations' numbers and ranges.
+    /// The regions kept by leases, once for each lease: the registration's handle and range.
     leased: Vec<(u64, VaRange)>,
     /// The open invalidations.
     open: Vec<VaRange>,
@@ -211,7 +212,7 @@ impl Naive {
         };
         leased.sort();
         leased.dedup();
-        // The regions that look-ups find are in the other list.
+        // A leased region that look-ups still find is already in `live`.
         let mut registered = self.live.clone();
         for (_, range) in leased {
             if !self.live.contains(&range) {

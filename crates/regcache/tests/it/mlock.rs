@@ -16,11 +16,12 @@ fn locked_kb() -> u64 {
 
 /// The size of a page.
 fn page_size() -> usize {
-    // SAFETY: takes an integer.
+    // SAFETY: the call takes an integer and has no preconditions.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// Pages of a buffer: `count` from the `first` whole one on.
+/// Returns `count` pages of a buffer. `first` is the index of the first one, among the pages that
+/// are completely inside the buffer.
 fn range(buffer: &[u8], first: usize, count: usize) -> VaRange {
     let start = (buffer.as_ptr().addr() as u64).next_multiple_of(page_size() as u64);
     let start = start + (page_size() * first) as u64;
@@ -84,7 +85,7 @@ fn limit_locked_memory(bytes: u64) {
     );
     sets[0].iter_mut().for_each(|set| *set &= !(1 << 14));
     assert_eq!(
-        // SAFETY: the call only reads them.
+        // SAFETY: the call only reads the header and two structs of three words.
         unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) },
         0
     );
@@ -92,7 +93,7 @@ fn limit_locked_memory(bytes: u64) {
         rlim_cur: bytes,
         rlim_max: bytes,
     };
-    // SAFETY: the call reads a local.
+    // SAFETY: the call reads a `struct rlimit`, which is a local variable.
     assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) }, 0);
 }
 

@@ -13,13 +13,14 @@ static CACHE: OnceLock<RegCache<Counting>> = OnceLock::new();
 
 /// The lease of the handler. `STEP` says whether the handler or the thread may access it.
 struct Kept(UnsafeCell<Option<Lease<'static, Counting>>>);
-// SAFETY: one thread and its signal handler use it, and at any time only the one that `STEP` names.
+// SAFETY: only one thread and its signal handler access the lease: the handler in the steps `TAKE`
+// and `END`, the thread in the step `HAS`.
 unsafe impl Sync for Kept {}
 static KEPT: Kept = Kept(UnsafeCell::new(None));
 
 static STEP: AtomicU8 = AtomicU8::new(TAKE);
-/// `TAKE`: the handler must take a lease. `HAS`: the handler has a lease. `END`: the handler must
-/// end it.
+/// `TAKE`: the handler must take a lease. `HAS`: the handler has taken a lease. `END`: the handler
+/// must end its lease.
 const TAKE: u8 = 1;
 const HAS: u8 = 2;
 const END: u8 = 3;
@@ -34,7 +35,7 @@ extern "C" fn handler(_: i32) {
     match STEP.load(Ordering::Relaxed) {
         TAKE => match cache.get(pages(20, 1)) {
             Ok(lease) => {
-                // SAFETY: `STEP` says that the handler may access it.
+                // SAFETY: in the step `TAKE`, only the handler accesses the lease.
                 unsafe { *KEPT.0.get() = Some(lease) };
                 STEP.store(HAS, Ordering::Relaxed);
             }
@@ -42,7 +43,7 @@ extern "C" fn handler(_: i32) {
             Err(_) => BROKEN.store(true, Ordering::Relaxed),
         },
         END => {
-            // SAFETY: as above.
+            // SAFETY: in the step `END`, only the handler accesses the lease.
             drop(unsafe { (*KEPT.0.get()).take() });
             STEP.store(TAKE, Ordering::Relaxed);
         }
@@ -60,8 +61,8 @@ fn send_signals() {
 }
 
 fn send_signals_to(handler: extern "C" fn(i32)) {
-    // SAFETY: the handler calls only what the documentation allows in a handler. What it shares is
-    // atomic or guarded by `STEP`.
+    // SAFETY: the handler calls only functions that the documentation of `RegCache` allows in a
+    // handler. Its shared data is atomic or guarded by `STEP`.
     unsafe { libc::signal(libc::SIGUSR1, handler as *const () as usize) };
     signal_every(Duration::from_micros(50), libc::SIGUSR1).expect("a timer");
 }
@@ -84,13 +85,14 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
         let (mut leases, enough) = (0, enough());
         while SIGNALS.load(Ordering::Relaxed) < enough || leases <= 100 {
             match STEP.load(Ordering::Relaxed) {
-                // The call that the handler interrupts must not lose the handler's lease.
+                // If the handler interrupts this request, the request must not overwrite the slot
+                // of the handler's lease.
                 TAKE => drop(cache.get(pages(10, 1)).unwrap()),
                 HAS => {
                     leases += 1;
                     drop(mm.invalidate(pages(20, 1), Event::Unmap));
                     cache.flush();
-                    // SAFETY: `STEP` says that the handler does not access it.
+                    // SAFETY: in the step `HAS`, the handler does not access the lease.
                     let stale = unsafe { (*KEPT.0.get()).as_ref() }
                         .is_some_and(|lease| !lease.is_current());
                     assert!(stale, "the lease does not know what has happened");
@@ -100,8 +102,8 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
                         "deregistered under a lease, or registered without one"
                     );
                     STEP.store(END, Ordering::Relaxed);
-                    // The handler interrupts work under the lock, so it cannot find out whether its
-                    // lease was the last. A later scan does.
+                    // The handler often interrupts `flush` while it holds the lock. Then the
+                    // handler cannot check whether its lease was the last, and a later scan does.
                     while STEP.load(Ordering::Relaxed) == END {
                         cache.flush();
                     }
@@ -114,7 +116,7 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
         }
         // SAFETY: no preconditions.
         unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
-        // SAFETY: there is no handler any more.
+        // SAFETY: signals are ignored now, so no handler accesses the lease.
         drop(unsafe { (*KEPT.0.get()).take() });
         cache.flush();
         !BROKEN.load(Ordering::Relaxed) && registered() == 0
@@ -151,8 +153,8 @@ fn a_handler_that_looks_up_never_enters_the_registrar() {
         send_signals_to(looks_up);
         let (mut leased, enough) = (cache.get(kept).unwrap(), enough());
         while SIGNALS.load(Ordering::Relaxed) < enough || HITS.load(Ordering::Relaxed) < 100 {
-            // The range that the handler asks for is a miss now, while the registrar works on
-            // another range.
+            // From here on the handler's look-up misses. Meanwhile this thread is inside the
+            // registrar, whose lock the handler must not take.
             drop(mm.invalidate(kept, Event::Unmap));
             drop(cache.get(other).unwrap());
             cache.flush();
@@ -189,7 +191,8 @@ fn a_lease_that_is_ended_later_is_deregistered_by_the_next_scan() {
 #[test]
 fn a_request_that_would_wait_for_its_own_thread_is_refused() {
     assert!(in_child(|| {
-        // SAFETY: has no preconditions. It ends a test that hangs after 20 seconds.
+        // SAFETY: the call has no preconditions. The alarm ends the child after 20 seconds if it
+        // hangs.
         unsafe { libc::alarm(20) };
         let (mm, device) = (
             MmWithUser::new(),

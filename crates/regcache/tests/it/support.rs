@@ -70,7 +70,7 @@ impl Book {
         self.pages.lock().unwrap().limit = Some(limit);
     }
 
-    /// From now on, refuses ranges of more than `pages` pages, with an error that is no limit.
+    /// From now on, refuses ranges of more than `pages` pages, with the cause `Other`.
     pub(crate) fn break_over(&self, pages: u64) {
         self.pages.lock().unwrap().most = Some(pages);
     }
@@ -80,12 +80,12 @@ impl Book {
         self.pages.lock().unwrap().unmapped.push(range);
     }
 
-    /// Runs `f` in the middle of the next registration.
+    /// Runs `f` at the beginning of the next registration.
     pub(crate) fn during_next(&self, f: impl FnOnce() + Send + 'static) {
         self.pages.lock().unwrap().during = Some(Box::new(f));
     }
 
-    /// Runs `f` in the next deregistration.
+    /// Runs `f` at the beginning of the next deregistration.
     pub(crate) fn at_next_end(&self, f: impl FnOnce() + Send + 'static) {
         self.pages.lock().unwrap().at_end = Some(Box::new(f));
     }

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 
-/// Returns a function that blocks its caller, a receiver that says when it was called, and a sender
-/// that lets it continue.
+/// Returns a function that blocks its caller, a receiver that gets a message when the function was
+/// called, and a sender whose message lets the function return.
 fn gate() -> (impl FnOnce() + Send + 'static, Receiver<()>, Sender<()>) {
     let (entered, wait_entered) = mpsc::channel();
     let (go_on, wait_go_on) = mpsc::channel();
@@ -104,7 +104,7 @@ fn a_request_waits_for_a_place_in_which_another_thread_is_registering() {
             thread::yield_now();
         }
         go_on.send(()).unwrap();
-        // The other thread's lease may not have ended when this thread looks again.
+        // When `other` tries again, the first thread's lease may not have ended yet.
         assert!(matches!(
             other.join().unwrap(),
             Ok(_) | Err(Error::Full { .. })

@@ -30,7 +30,8 @@ impl Pages {
     }
 
     fn bytes(&self) -> &[u8] {
-        // SAFETY: the mapping is live and initialised while it is borrowed.
+        // SAFETY: this value owns the mapping, whose pages the kernel has zeroed. `replace` and the
+        // transfers run only while no slice of these bytes is in use.
         unsafe { std::slice::from_raw_parts(self.0, self.1 * PAGE) }
     }
 
@@ -175,7 +176,7 @@ fn errors_say_what_is_wrong_with_the_range() {
         return;
     }
     let (_ring, _device, cache) = ring();
-    // The kernel maps nothing there by itself, and no other test either.
+    // Neither the kernel by itself nor another test maps memory at this address.
     let unmapped = VaRange::covering(Va::new(0x1000_0000_0000), 2).unwrap();
     assert!(matches!(cache.get(unmapped), Err(Error::NotMapped { .. })));
     let huge = VaRange::covering(Va::new(0x1000_0000_0000), (1 << 30) + 1).unwrap();
@@ -195,8 +196,8 @@ fn rings() -> Vec<i32> {
         .collect()
 }
 
-/// Replaces the registrar's descriptor by `other`, or closes it. Tells whether the registrar
-/// notices and does not touch `other`.
+/// Replaces the registrar's descriptor by `other`, or closes it if `other` is negative. Tells
+/// whether the registrar notices that and does not touch `other`.
 fn leaves_alone(other: i32) -> bool {
     let before = rings();
     let (_ring, device, cache) = ring();
@@ -208,11 +209,11 @@ fn leaves_alone(other: i32) -> bool {
     let (old, new) = (Pages::new(1), Pages::new(1));
     let lease = cache.get(old.range()).unwrap();
     if other < 0 {
-        // SAFETY: takes an integer. It simulates a program that closes descriptors that it did not
-        // open.
+        // SAFETY: the call takes an integer. It simulates a program that closes descriptors that
+        // the program did not open, and `Uring` is made for that.
         unsafe { libc::close(ours) };
     } else {
-        // SAFETY: as above.
+        // SAFETY: the call takes integers. It simulates such a program too.
         assert_eq!(unsafe { libc::dup2(other, ours) }, ours);
     }
     let refused = cache
@@ -221,14 +222,14 @@ fn leaves_alone(other: i32) -> bool {
     let refused = std::error::Error::source(&refused)
         .map(ToString::to_string)
         .unwrap_or_default();
-    // The cache must not serve the old registration, although the ring still has it.
+    // No look-up may find the old registration, although the ring still has it.
     drop(mmu_source::current().invalidate(old.range(), Event::Unmap));
     let is_stale = lease.is_current() || cache.get(old.range()).is_ok();
     drop(lease);
     drop(cache);
     device.synchronize().unwrap();
     drop(device);
-    // SAFETY: takes integers.
+    // SAFETY: the call takes integers and has no preconditions.
     let is_open = unsafe { libc::fcntl(ours, libc::F_GETFD) } >= 0;
     refused.contains("make a new `Uring`") && !is_stale && is_open == (other >= 0)
 }

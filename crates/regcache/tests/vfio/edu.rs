@@ -1,8 +1,9 @@
-//! The device: QEMU's `edu` (docs/specs/edu.txt of QEMU's sources). It copies bytes from memory
-//! into its own buffer and back. A copy takes 100 ms.
+//! The device: QEMU's `edu` (docs/specs/edu.txt of QEMU's sources). The device copies bytes from
+//! memory into its own buffer and back. A copy takes 100 ms.
 //!
 //! # Safety
-//! The ioctls get integers, open descriptors, and pointers to locals that outlive the call.
+//! The ioctls get integers, open descriptors, and pointers to local variables that outlive the
+//! call.
 
 use std::fs::{self, File};
 use std::io;
@@ -75,7 +76,7 @@ impl Edu {
                 &raw const descriptor,
             )
         })?;
-        // SAFETY: takes an integer.
+        // SAFETY: the call takes an integer.
         checked(unsafe { libc::ioctl(container.as_raw_fd(), SET_IOMMU, TYPE1_V2) })?;
         let name = folder.file_name().expect("a device has a name");
         let name = std::ffi::CString::new(name.as_bytes())?;
@@ -100,7 +101,8 @@ impl Edu {
         self.container.as_fd()
     }
 
-    /// Makes the device copy the byte at one of its addresses to another, and waits for it.
+    /// Makes the device copy one byte between two I/O virtual addresses, and waits until the device
+    /// has done so.
     pub(crate) fn copy(&self, from: u64, to: u64) {
         const BUFFER: u64 = 0x40000;
         const RUN: u32 = 1;

@@ -2,9 +2,9 @@
 //! teaching device, which copies memory.
 //!
 //! # Safety
-//! Each test maps its own memory and refers to it by address only. It accesses the bytes by
-//! volatile reads and writes while they are mapped. The device reads and writes like another thread
-//! of the test, and the test waits for it.
+//! Each test maps its own memory and refers to it by address only. The test accesses the bytes by
+//! volatile reads and writes, while they are mapped. The device accesses the same bytes as another
+//! thread would, and the test waits until the device has finished.
 #![expect(
     unsafe_code,
     reason = "maps, changes and unmaps raw memory; see the Safety section"
@@ -39,11 +39,11 @@ struct Lab {
     cache: RegCache<Vfio>,
     _device: Device<Vfio>,
     edu: Edu,
-    /// The address that the device copies to.
+    /// The address of the page that the device copies to.
     sink: usize,
     _hook: Option<Hook>,
-    /// The sources serve every cache of this process, and the device can have only one user, so the
-    /// tests take turns.
+    /// The sources report to every cache of this process, and only one test can use the device. So
+    /// the tests take turns.
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -64,7 +64,8 @@ impl Lab {
         }
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let edu = Edu::open().unwrap();
-        // SAFETY: the tests let the device use only addresses of leases, and wait for it.
+        // SAFETY: the device uses an address only while its lease lasts, and a test accesses the
+        // bytes only after it has waited for the device.
         let vfio = unsafe { Vfio::new(edu.container(), addresses, access) }.unwrap();
         let options = match source {
             Source::Kernel => Options::new().kernel(Kernel::start().unwrap()),
@@ -100,8 +101,8 @@ fn page(address: usize) -> VaRange {
     VaRange::covering(Va::new(address as u64), PAGE as u64).unwrap()
 }
 
-/// Maps a new page, or replaces the one at an address. It calls libc, because `hook` sees nothing
-/// else.
+/// Maps a new page, or replaces the page at an address. This function calls libc, because `hook`
+/// sees only changes that go through libc.
 fn map(over: Option<usize>, file: Option<&File>) -> usize {
     let at = over.map_or(null_mut(), with_exposed_provenance_mut);
     let mut flags = file.map_or(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, |_| {
@@ -137,13 +138,13 @@ fn poke(address: usize, value: u8) {
 }
 
 fn peek(address: usize) -> u8 {
-    // SAFETY: as in `poke`.
+    // SAFETY: the byte belongs to the test's own memory, which is mapped.
     unsafe { with_exposed_provenance::<u8>(address).read_volatile() }
 }
 
 /// Makes a file of one page in memory.
 fn file() -> File {
-    // SAFETY: takes a C string and flags.
+    // SAFETY: the call takes a C string and flags.
     let number = unsafe { libc::memfd_create(c"vfio".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(number >= 0, "{}", std::io::Error::last_os_error());
     // SAFETY: the descriptor is new and has no other owner.
@@ -232,7 +233,8 @@ fn memory_that_is_not_mapped_or_not_for_writing_is_named() {
     let code = page(page as *const () as usize & !(PAGE - 1));
     let error = lab.cache.get(code).unwrap_err();
     assert!(matches!(error, Error::NotMapped { .. }), "{error:?}");
-    // The container is the same. Devices that only read need another registrar.
+    // The code can be registered for devices that only read. That needs another registrar, which
+    // uses the same container.
     let addresses = 0x400_0000..0x800_0000;
     // SAFETY: the device does not use this registrar's addresses.
     let reading = unsafe { Vfio::new(lab.edu.container(), addresses, DmaAccess::Read) }.unwrap();
@@ -251,7 +253,7 @@ fn addresses_that_the_iommu_leaves_out_are_refused() {
     };
     // x86 devices send their interrupts to these addresses.
     let interrupts = 0xfee0_0000..0xfee0_1000;
-    // SAFETY: nothing is registered.
+    // SAFETY: no region is registered, so the device uses no address of this registrar.
     let refused = unsafe { Vfio::new(lab.edu.container(), interrupts, DmaAccess::Read) };
     assert!(
         refused
@@ -259,7 +261,7 @@ fn addresses_that_the_iommu_leaves_out_are_refused() {
             .to_string()
             .contains("reserved_regions")
     );
-    // SAFETY: as above.
+    // SAFETY: no region is registered, so the device uses no address of this registrar.
     let odd = unsafe { Vfio::new(lab.edu.container(), 1..0x1000, DmaAccess::Read) };
     assert_eq!(odd.unwrap_err().kind(), std::io::ErrorKind::InvalidInput);
 }
