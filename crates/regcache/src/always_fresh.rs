@@ -1,5 +1,5 @@
-//! Replaces `freshness.rs` without the feature `kernel`: a cache is always current, apart from
-//! running callbacks.
+//! Replaces `freshness.rs` without the feature `kernel`. The result of a look-up can always be
+//! trusted, because all other sources run callbacks before the memory changes.
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
@@ -15,7 +15,8 @@ pub(crate) const NO_SOURCE: Source = Source;
 #[derive(Debug)]
 pub(crate) enum Armed {}
 
-// The cache drops the value explicitly, because the drop of the other `Armed` has an effect.
+// The `Armed` of `freshness.rs` has a drop, and `Cache::deregister` calls `drop(armed)`. The lints
+// forbid that call for a type without a drop.
 impl Drop for Armed {
     fn drop(&mut self) {}
 }

@@ -52,8 +52,9 @@ impl<R: Registrar> Cache<R> {
         lock(&self.state)
     }
 
-    /// The slow path of a request. `quick` may have leased a region that the request did not want.
-    /// The result fits into two registers, so that the fast path needs no memory for it.
+    /// The slow path of a request. `wrong` is a lease of a dead or unsuitable region, if the fast
+    /// path took one; this function ends it. The result fits into two registers, so that the fast
+    /// path needs no memory for it.
     #[cold]
     #[inline(never)]
     pub(crate) fn find_or_register(
@@ -64,8 +65,8 @@ impl<R: Registrar> Cache<R> {
         if let Some(held) = &wrong {
             self.end(held);
         }
-        // If `quick` sees everything, another look without the lock would mostly be useless: a miss
-        // searches again under the lock.
+        // If `quick` has searched all levels, a second look-up without the lock would only repeat
+        // its result, and `miss` searches again under the lock.
         if wrong.is_some() || !self.freshness.is_current() || !self.index.quick_sees_all() {
             self.freshness.settle()?;
             match self.index.look_up(range) {
@@ -113,7 +114,7 @@ impl<R: Registrar> Cache<R> {
         }
     }
 
-    /// Ends a lease. The next scan decides whether it was the last one.
+    /// Ends a lease. The next scan of the slots decides whether the lease was the region's last.
     pub(crate) fn end_later(&self, held: &Held<'_>) {
         if self.index.end(held).is_some() {
             self.index.leave_unasked();
@@ -128,8 +129,8 @@ impl<R: Registrar> Cache<R> {
             return;
         }
         if is_locking() {
-            // The caller is a signal handler. A later scan decides, perhaps one of the interrupted
-            // thread.
+            // The caller is a signal handler, and the interrupted code may hold the lock. A later
+            // scan decides, perhaps one by the interrupted code.
             return self.index.leave_unasked();
         }
         let _at_work = AtWork::mark(self);
@@ -300,7 +301,7 @@ impl<R: Registrar> Drop for Cache<R> {
             .used()
             .filter(|(_, status)| *status == Status::Leased)
             .count();
-        // Those regions keep their handles, which are leaked with them.
+        // Regions with a forgotten lease keep their handles, which are leaked.
         debug_assert!(left == 0 || !cfg!(mmun_loom), "no model forgets a lease");
     }
 }

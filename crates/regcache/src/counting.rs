@@ -5,8 +5,8 @@ use mmu_notifier::VaRange;
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A registrar that registers nothing and only counts. It can deregister in callbacks, and its
-/// handles number the registrations, from 1.
+/// A registrar that registers nothing and only counts. It can deregister in callbacks. The handle
+/// of a registration is its ordinal, from 1.
 #[derive(Debug, Default)]
 pub struct Counting {
     registered: AtomicU64,

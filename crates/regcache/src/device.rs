@@ -1,4 +1,4 @@
-//! What a program holds: a device, and handles of the device's caches.
+//! The objects that a program holds: a device, and handles of the device's caches.
 
 mod owned_lease;
 
@@ -77,15 +77,15 @@ impl<R: Registrar> Device<R> {
     /// Opens the device's cache for an address space. All handles for the same address space share
     /// one cache.
     ///
-    /// When the last handle is dropped, the cache deregisters everything, on another thread a
-    /// moment later. [`synchronize`](Self::synchronize) waits for that.
+    /// After the last handle is dropped, another thread deregisters all regions of the cache and
+    /// frees it. [`synchronize`](Self::synchronize) waits until that is done.
     ///
     /// # Blocking
     /// The first call for an address space sleeps until the invalidations that are running have
     /// ended.
     /// # Errors
-    /// [`Error::Open`] with the reason of the core or of the kernel. The reason is `InvalidInput`
-    /// if the options have a kernel source and `mm` is not [`mmu_source::current`].
+    /// [`Error::Open`] with the error of the core or of the kernel. The error is `InvalidInput` if
+    /// the options have a kernel source and `mm` is not [`mmu_source::current`].
     /// [`Error::Forked`] in the child of a fork.
     pub fn open(&self, mm: &MmWithUser) -> Result<RegCache<R>, Error<R::Error>> {
         if self.origin.is_inherited() {
@@ -98,8 +98,8 @@ impl<R: Registrar> Device<R> {
         Ok(RegCache { subscription })
     }
 
-    /// Waits until every cache whose last handle was dropped before this call has deregistered
-    /// everything.
+    /// Waits until every cache whose last handle was dropped before this call has deregistered all
+    /// its regions.
     ///
     /// # Blocking
     /// Sleeps until then.
@@ -133,8 +133,8 @@ impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
 /// be a miss: a change of its memory removes even a leased region from the look-up, and with
 /// [`Options::kernel`] each fork changes all private writable memory. [`Mlock`](crate::Mlock) is
 /// not safe in handlers, because it would wait for the lock that the interrupted code may hold. If
-/// `get` would have to wait for work of this cache that the handler has interrupted, it returns
-/// [`Error::WouldDeadlock`].
+/// the handler has interrupted work on this cache, and `get` would have to wait for that work,
+/// `get` returns [`Error::WouldDeadlock`].
 ///
 /// A handler must not call `flush`, `stats` or `get_owned`, and must not open or drop handles.
 pub struct RegCache<R: Registrar> {
@@ -152,11 +152,11 @@ impl<R: Registrar> RegCache<R> {
     /// A hit takes no lock and allocates nothing. A miss allocates, and sleeps in the registrar or
     /// while another thread registers the same memory. So a signal handler calls
     /// [`get_cached`](Self::get_cached) instead. An invalidation callback must not call `get` if
-    /// that other thread's registrar could wait for the callback. In a callback that the kernel
-    /// source runs, a miss that would sleep fails.
+    /// that other thread's registrar could wait for the callback.
     /// # Errors
-    /// Every [`Error`] except [`Error::Open`]. [`Error::Source`] with
-    /// [`mmu_source::Error::InCallback`] in a callback of the kernel source of [`Options::kernel`].
+    /// Every [`Error`] except [`Error::Open`]. If a callback that the source of [`Options::kernel`]
+    /// runs calls `get`, and the miss would have to sleep, the error is [`Error::Source`] with
+    /// [`mmu_source::Error::InCallback`].
     #[inline(always)]
     pub fn get(&self, range: VaRange) -> Result<Lease<'_, R>, Error<R::Error>> {
         let cache = &*self.subscription;
@@ -176,12 +176,13 @@ impl<R: Registrar> RegCache<R> {
     /// callers that do not want to wait for a registration.
     ///
     /// # Blocking
-    /// Does not wait, except once in each thread: the first look-up takes a number for the thread,
-    /// under a lock that other threads hold for some hundred nanoseconds at a time.
+    /// Does not wait, except once in each thread: the first look-up claims a thread number, which
+    /// selects the thread's slots, under a lock that other threads hold for some hundred
+    /// nanoseconds at a time.
     ///
-    /// This call also returns `None` in the child of a fork, and while the cache has not yet been
-    /// told of changes that the kernel source of [`Options::kernel`] has counted. A later
-    /// [`get`](Self::get) or the source's own thread runs the callbacks of these changes.
+    /// The function also returns `None` in the child of a fork. With [`Options::kernel`] it returns
+    /// `None` as long as the source has counted a change whose callbacks have not run. A later
+    /// [`get`](Self::get) or the source's own thread runs these callbacks.
     ///
     /// # Examples
     /// ```
@@ -219,9 +220,9 @@ impl<R: Registrar> RegCache<R> {
         held.ok().map(|held| Lease::new(cache, held))
     }
 
-    /// Like [`get`](Self::get), but the lease keeps the cache itself alive, for example for a lease
-    /// that is stored with a request until the request completes. Such a lease costs two more
-    /// updates of a handle count.
+    /// Like [`get`](Self::get), but the lease keeps the cache itself alive. So the lease can be
+    /// stored with a request until the request completes. Such a lease costs two more updates of
+    /// the handle count: one at the beginning and one at the end.
     ///
     /// # Errors
     /// The errors of `get`; [`Error::Open`] if there are too many handles.
@@ -243,8 +244,8 @@ impl<R: Registrar> RegCache<R> {
         self.get(VaRange::of(buffer).expect("a buffer that is not empty covers a page"))
     }
 
-    /// Like [`get_for`](Self::get_for), but the lease keeps the cache alive, as that of
-    /// [`get_owned`](Self::get_owned) does. The lease does not keep the buffer alive.
+    /// Like [`get_owned`](Self::get_owned), for the memory of `buffer`. The lease keeps the cache
+    /// alive, but not the buffer.
     ///
     /// # Errors
     /// The errors of [`get_owned`](Self::get_owned).
@@ -266,8 +267,8 @@ impl<R: Registrar> RegCache<R> {
     /// Deregisters the regions that were removed from the look-up and could not be deregistered in
     /// a callback.
     ///
-    /// A miss and the end of a lease do this too, so only a program that has neither for a long
-    /// time needs this call.
+    /// A miss and the end of a lease deregister them too. So only a program that has no miss and
+    /// ends no lease for a long time needs this function.
     ///
     /// # Blocking
     /// Sleeps in the registrar.
@@ -275,7 +276,7 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.reap_killed();
     }
 
-    /// Returns the counters and the content of the cache in numbers.
+    /// Returns the counters of the cache, and how many regions and bytes it has now.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.subscription.stats()
@@ -293,9 +294,9 @@ impl<R: Registrar> RegCache<R> {
         self.subscription.mm()
     }
 
-    /// Makes another handle of the same cache. A cache is not `Clone`, because this call can fail:
-    /// the count of handles has 32 bits, as in the kernel. Put one handle into an `Arc` to clone
-    /// it.
+    /// Makes another handle of the same cache. A handle is not `Clone`, because this function can
+    /// fail: the count of handles has 32 bits, as in the kernel. A handle in an `Arc` can be cloned
+    /// without that limit.
     ///
     /// # Errors
     /// [`Overflow`] after 2^32 - 1 handles.

@@ -14,13 +14,14 @@ pub enum Error<E> {
         /// The registrar's error.
         source: E,
     },
-    /// The registrar cannot register more, even after the cache has evicted regions.
+    /// The registrar cannot register more, and the cache has evicted the regions that it could
+    /// evict.
     LimitReached {
         /// The requested range.
         range: VaRange,
         /// The number of regions that were evicted to make room.
         evicted: u64,
-        /// The registrar's error at the second attempt.
+        /// The registrar's last error.
         source: E,
     },
     /// The registrar failed for another reason.
@@ -30,7 +31,8 @@ pub enum Error<E> {
         /// The registrar's error.
         source: E,
     },
-    /// The cache has reached its own limits, and every registered region is leased.
+    /// The cache has reached a limit of its [`Options`](crate::Options), and every registered
+    /// region is leased.
     Full {
         /// The requested range.
         range: VaRange,
@@ -39,7 +41,7 @@ pub enum Error<E> {
         /// The number of registered bytes.
         bytes: u64,
     },
-    /// The range is larger than the limit of the cache.
+    /// The range is larger than [`Options::max_bytes`](crate::Options::max_bytes).
     TooLarge {
         /// The requested range.
         range: VaRange,
@@ -51,12 +53,12 @@ pub enum Error<E> {
     /// This process is the child of a fork, and the cache or the device belongs to the parent. The
     /// child must make its own device and open a cache for its own address space.
     Forked,
-    /// The call would wait for its own thread. The call comes from a signal handler that has
-    /// interrupted this thread's work on the cache, or from the registrar or a callback in the
-    /// middle of that work. The call needs the result of that work, or a larger table while the
-    /// interrupted code may be allocating one. Try again after the interrupted work has continued.
+    /// The request would wait for its own thread, which is already working on the cache. The
+    /// request comes from a signal handler that has interrupted that work, or from the registrar or
+    /// a callback in the middle of that work. The request needs the result of that work, or a
+    /// larger table while the work may be allocating one. Try again after the work has ended.
     WouldDeadlock,
-    /// The kernel source cannot say what has changed.
+    /// The kernel source cannot report which memory has changed.
     #[cfg(feature = "kernel")]
     Source {
         /// The error of the source.
@@ -116,10 +118,9 @@ impl<E: std::error::Error + 'static> std::error::Error for Error<E> {
     }
 }
 
-/// An error on its way through the slow path. The error has a tag and one word, which compilers
-/// keep in registers. Only errors of the registrar or of the kernel are boxed. All other refusals
-/// must not allocate, because a signal handler or a callback that has interrupted the allocator may
-/// get them.
+/// An error inside the slow path: a tag and one word, which compilers keep in registers. Only
+/// errors of the registrar or of the kernel source are boxed. All other refusals must not allocate,
+/// because the caller may be a signal handler or a callback that has interrupted the allocator.
 #[derive(Debug)]
 pub(crate) enum Refusal<E> {
     WouldDeadlock,

@@ -1,12 +1,12 @@
 //! Decides whether the result of a look-up can be trusted.
 //!
-//! A source that runs callbacks before the memory changes needs no check here. The kernel source
-//! counts a change before the change happens, and reports its range later, on request. So a look-up
-//! is trusted only if the callbacks of all changes so far have run.
+//! For a source that runs callbacks before the memory changes, no check is needed. The kernel
+//! source counts a change before the change happens, and reports its range later, on request. So a
+//! look-up is trusted only if the callbacks of all changes so far have run.
 //!
-//! The count is loaded before the table is read. If a change is counted after the load, it counts
-//! as later than the look-up. If a change was counted before the load and its callbacks have run,
-//! these callbacks have removed its regions from the look-up.
+//! The count is loaded before the table is read. If a change is counted after the load, the change
+//! is ordered after the look-up. If a change was counted before the load and its callbacks have
+//! run, these callbacks have removed the changed regions from the look-up.
 
 use crate::Error;
 use mmu_notifier::{Mm, VaRange};
@@ -64,9 +64,10 @@ impl Freshness {
         }
     }
 
-    /// Checks whether the caller may sleep until another thread has registered a region. In a
-    /// callback that the kernel source runs it must not, because the other thread may wait for that
-    /// callback. The caller must not hold the lock of the cache, because callbacks run here.
+    /// Checks whether the caller may sleep until another thread has registered a region. A caller
+    /// inside a callback of the kernel source must not sleep, because the other thread may wait for
+    /// that callback. The caller must not hold the lock of the cache, because this function runs
+    /// callbacks, which take the lock.
     pub(crate) fn may_sleep<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
             // `drain` also runs the callbacks of changes that have not been reported yet.
@@ -77,7 +78,7 @@ impl Freshness {
         }
     }
 
-    /// Arms `range`. When this returns, no change that began before is still under way.
+    /// Arms `range`. When this function returns, every change that began before it has ended.
     pub(crate) fn arm<E>(&self, range: VaRange) -> Result<Option<Armed>, Error<E>> {
         self.kernel
             .as_ref()

@@ -7,7 +7,7 @@
 
 use mmu_notifier::{Va, VaRange};
 
-/// The number of levels. At the last one, two granules make up the whole address space.
+/// The number of levels. At the last level, two granules make up the whole address space.
 pub(crate) const LEVELS: u32 = 18;
 /// The largest number of granules that a region touches.
 pub(crate) const MAX_GRANULES: u32 = 9;
@@ -30,7 +30,8 @@ pub(crate) const fn shift(level: u32) -> u32 {
     12 + 3 * level
 }
 
-/// Returns the numbers of the first and last piece of `1 << shift` bytes that the range touches.
+/// Divides the address space into pieces of `1 << shift` bytes. Returns the numbers of the first
+/// and the last piece that the range touches.
 pub(crate) fn span(range: VaRange, shift: u32) -> (u64, u64) {
     (range.start().get() >> shift, range.last().get() >> shift)
 }

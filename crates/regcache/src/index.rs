@@ -45,13 +45,13 @@ use std::{io, ptr};
 #[derive(Debug)]
 pub(crate) struct Index {
     pub(crate) page: Page,
-    /// The regions by name. Name 0 means "no region".
+    /// The regions by name. A region's name is its number plus one, and name 0 means "no region".
     regions: Array<Region>,
     pub(crate) threads: Threads,
-    /// The hits whose leases are in no slot.
+    /// The number of hits whose leases were counted in their regions instead of a slot.
     counted_hits: AtomicU64,
-    /// Whether a signal handler has ended a lease of a dead region, and could not find out whether
-    /// it was the last one.
+    /// Whether a lease of a dead region has ended without the check whether it was the region's
+    /// last lease, for example in a signal handler.
     unasked: AtomicBool,
 }
 
@@ -59,8 +59,8 @@ pub(crate) struct Index {
 #[derive(Debug)]
 pub(crate) enum Look<'a> {
     Hit(Held<'a>),
-    /// The look-up found this region, but the region died meanwhile. This attempt may have been its
-    /// last lease, so the caller must check under the lock.
+    /// The look-up found this region, but the region died before its lease was published. The
+    /// failed lease may have been the region's last one, so the caller must check under the lock.
     Dead(u32),
     Miss,
 }
@@ -90,9 +90,11 @@ impl Index {
         self.threads.hits() + self.counted_hits.load(Ordering::Relaxed)
     }
 
-    /// Leases a live region that covers `range` if it is found at the first try: in this thread's
-    /// next slot, at the level with the most regions. Nearly all hits are. On failure this thread
-    /// may hold a lease of the wrong region, which the caller must end.
+    /// The fast path: leases a live region that covers `range`, with this thread's next slot, and
+    /// only if the region is at the level with the most regions. Nearly all hits succeed here.
+    ///
+    /// `Err(Some(held))` is a lease of a region that is dead or does not cover `range`. The caller
+    /// must end that lease.
     #[inline(always)]
     pub(crate) fn quick(&self, range: VaRange) -> Result<Held<'_>, Option<Held<'_>>> {
         let page = self.page.fields();
@@ -106,8 +108,8 @@ impl Index {
         let found = view.probe_names(hash(range.start(), page.lead()), |name| {
             let region = self.regions.get(name as usize)?;
             slot.publish(name);
-            // Check now and not before the publication: the place may have belonged to another
-            // region when the table was read.
+            // Check after the publication, not before: when the table was read, the place may have
+            // belonged to another region.
             Some(region.visit(range))
         });
         taking.end(found == Some(true));
@@ -118,9 +120,10 @@ impl Index {
         }
     }
 
-    /// Tells whether `quick` sees every region.
+    /// Tells whether `quick` finds a region at any level in use, and has a slot for its lease.
     pub(crate) fn quick_sees_all(&self) -> bool {
-        // Relaxed: a level that this load misses is a miss.
+        // Relaxed: if this load does not see a new level yet, the request becomes a miss, which
+        // searches again under the lock.
         let one_level = self.page.levels.load(Ordering::Relaxed).is_power_of_two();
         one_level && self.threads.mine().and_then(Block::next_slot).is_some()
     }
@@ -141,20 +144,22 @@ impl Index {
             if region.visit(range) {
                 return Some(Look::Hit(Held::in_slot(slot)));
             }
-            // The slot still belongs to this thread, because no signal handler takes one meanwhile.
+            // The slot still belongs to this thread: until `taking` ends, a signal handler on this
+            // thread takes no slot.
             self.retract(&Held::in_slot(slot))
         });
         taking.end(matches!(look, Look::Hit(_)));
         look
     }
 
-    /// Like `look_up`, for a thread without a free slot, and for a signal handler that has
-    /// interrupted its thread while it was taking one.
+    /// Like `look_up`, but counts the lease in the region. For a thread without a free slot, and
+    /// for a signal handler that has interrupted its thread while the thread was taking a slot.
     #[cold]
     fn look_up_counted(&self, range: VaRange) -> Look<'_> {
         self.search(range, |name| {
             let region = self.regions.get(name as usize)?;
-            // Count only in a region that covers `range`, because this is a shared write.
+            // Count only in a region that covers `range`, because the count is a write to shared
+            // memory.
             if !region.covers(range) {
                 return None;
             }
@@ -174,7 +179,8 @@ impl Index {
         range: VaRange,
         mut f: impl FnMut(u32) -> Option<Look<'a>>,
     ) -> Look<'a> {
-        // Relaxed: a level that this load misses is a miss.
+        // Relaxed: if this load does not see a new level yet, the request becomes a miss, which
+        // searches again under the lock.
         let mut levels = self.page.levels.load(Ordering::Relaxed);
         let Some(view) = self.page.view() else {
             return Look::Miss;
@@ -189,7 +195,8 @@ impl Index {
         Look::Miss
     }
 
-    /// Undoes a lease attempt that lost the race against an invalidation.
+    /// Undoes a lease attempt of a region that is dead or does not cover the request. Returns
+    /// `Look::Dead` if the region is dead.
     fn retract(&self, held: &Held<'_>) -> Option<Look<'_>> {
         self.end(held).map(Look::Dead)
     }
@@ -222,8 +229,8 @@ impl Index {
         }
     }
 
-    /// Ends a lease. If the region is dead, returns its number: the caller must find out whether
-    /// this was its last lease.
+    /// Ends a lease. If the region is dead, returns its number. Then the caller must find out
+    /// whether this was the region's last lease.
     #[inline(always)]
     #[must_use]
     pub(crate) fn end(&self, held: &Held<'_>) -> Option<u32> {
@@ -249,11 +256,11 @@ impl Index {
         self.unasked.store(true, Ordering::Release);
     }
 
-    /// Returns whether the end of a lease has left its check, and clears this mark. If so, the
-    /// caller must check.
+    /// Returns and clears the mark that `leave_unasked` sets. If the mark was set, the caller must
+    /// check all dead regions for leases.
     pub(crate) fn take_unasked(&self) -> bool {
         // ORDER(cache-unasked): Acquire; partner in `leave_unasked`. The load comes first, because
-        // a swap at each miss would be a shared write.
+        // a swap at each miss would write to shared memory.
         self.unasked.load(Ordering::Relaxed) && self.unasked.swap(false, Ordering::Acquire)
     }
 

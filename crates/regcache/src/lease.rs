@@ -25,7 +25,7 @@ impl<'a, R: Registrar> Lease<'a, R> {
         Self { cache, held }
     }
 
-    /// Takes the lease apart. The caller must end it.
+    /// Returns the `Held` of the lease without ending the lease. The caller must end it.
     pub(crate) fn into_held(self) -> Held<'a> {
         let this = ManuallyDrop::new(self);
         match this.held.place() {
@@ -36,8 +36,10 @@ impl<'a, R: Registrar> Lease<'a, R> {
 
     /// Ends the lease without a lock and without the registrar, as a signal handler must.
     ///
-    /// If it was the last lease of a stale region, the next miss, invalidation,
+    /// If the lease was the last one of a stale region, the next miss,
     /// [`reap`](crate::RegCache::reap) or [`flush`](crate::RegCache::flush) deregisters the region.
+    /// So does the next invalidation, if the registrar
+    /// [deregisters in callbacks](Registrar::deregisters_in_callbacks).
     pub fn end_later(self) {
         let cache = self.cache;
         cache.end_later(&self.into_held());
@@ -65,10 +67,11 @@ impl<'a, R: Registrar> Lease<'a, R> {
 
     /// Tells whether the region still matches the memory at its addresses.
     ///
-    /// The answer is false as soon as a part of the memory is about to change. It is also false if
-    /// the region was merged into another one, evicted or flushed. If it is false after a transfer,
-    /// the transfer may have gone to memory that the program does not have any more. So a program
-    /// that unmaps buffers in use must check.
+    /// The answer is false as soon as a source has reported that a part of the memory is about to
+    /// change. The answer is also false if the region was merged into another one, evicted or
+    /// flushed, and in the child of a fork. If the answer is false after a transfer, the transfer
+    /// may have gone to memory that the program does not have any more. So a program that unmaps
+    /// buffers in use must check.
     ///
     /// # Blocking
     /// Waits while callbacks run, if the cache uses the kernel source and that source has
@@ -77,8 +80,8 @@ impl<'a, R: Registrar> Lease<'a, R> {
     pub fn is_current(&self) -> bool {
         let cache = self.cache;
         // ORDER(cache-use): the caller's reads through the lease come before the loads that follow.
-        // Partner: `set_dead`. If weaker, the reads could see the memory after the change, and the
-        // answer could be from before it.
+        // Partner: `set_dead`. If weaker, the reads could see the memory after the change, while
+        // the loads still find the region live.
         fence(Ordering::Acquire);
         let known = cache.freshness.is_current() || cache.freshness.settle::<R::Error>().is_ok();
         known && !cache.index.page.is_inherited() && self.region().is_live()

@@ -4,7 +4,7 @@
 //! fixed buffers, VFIO). Registering is slow, so programs cache registrations. A registration must
 //! not outlive its memory: if a buffer is unmapped and another one is mapped at the same address,
 //! the old registration still leads to the old pages. This cache is a subscriber of
-//! [`mmu_notifier`]: before memory changes, its region leaves the look-up.
+//! [`mmu_notifier`]: a look-up finds no region whose memory had begun to change before the look-up.
 //!
 //! ```
 //! use mmu_notifier::{Event, MmWithUser, Va, VaRange};
@@ -28,47 +28,54 @@
 //! # What is promised
 //! * The region that [`get`](RegCache::get) returns is registered until the [`Lease`] ends, and
 //!   covers the requested range.
-//! * Once the cache has been told of a change, look-ups no longer find regions of the changed
-//!   memory. A source that runs callbacks first tells the cache before the memory changes:
-//!   `mmu_source::hook`, or a bracket that the program itself opens. Then a region that is not
-//!   leased is also deregistered before the change, if [`Registrar::deregisters_in_callbacks`].
-//! * With [`Options::kernel`], a look-up asks the kernel source first. That source misses nothing:
-//!   it knows of every change that began before `get` was called.
-//! * If an invalidation overlaps a registration in progress, that registration never enters the
-//!   table.
+//! * Once a source has reported a change to the cache, look-ups no longer find regions of the
+//!   changed memory. `mmu_source::hook`, and a bracket that the program itself opens, report a
+//!   change before the memory changes. Then a region without a lease is also deregistered before
+//!   the change, if [`Registrar::deregisters_in_callbacks`] returns true.
+//! * With [`Options::kernel`], a look-up first asks the kernel source for unreported changes. That
+//!   source misses nothing: it has counted every change that began before `get` was called.
+//! * If an invalidation overlaps a registration in progress, no look-up ever finds that
+//!   registration.
 //! * A lease does not prevent the memory from being unmapped. The lease keeps the *registration*,
 //!   and [`Lease::is_current`] says whether the registration still matches the memory.
 //!
 //! # How a hit works
-//! A region has an entry in a hash table for each of the few granules of the address space that it
-//! touches. A look-up reads the entry of its first address. Tables and regions are freed only with
-//! the cache, so a look-up needs no lock and no read section. To lease the region, the thread
-//! writes the region's number into a slot of its own, and then checks whether the region is live.
+//! The address space is divided into aligned pieces, the *granules*. A region has an entry in a
+//! hash table for each granule that it touches, at most nine. A look-up reads the entry of the
+//! requested range's first address. Tables and regions are freed only with the cache, so a look-up
+//! needs no lock and no read section. To lease the region, the thread writes the region's number
+//! into a slot of its own, and then checks whether the region is live.
 //! An invalidation or eviction marks the region dead, makes one `membarrier` call, and then scans
 //! the slots of all threads. If the slot is written before that call, the scan finds the lease; if
-//! the call comes first, the thread finds the region dead. So a hit and its end write to no cache
-//! line that other threads write to.
+//! the call comes first, the thread finds the region dead. So a hit and the end of its lease write
+//! to no cache line that other threads write to.
 //!
 //! A miss, an eviction and an invalidation take one lock. Under that lock the cache neither
 //! allocates nor frees, and calls no foreign code. So an invalidation may happen in the middle of
 //! `free`. (If a signal stops a thread while it holds the lock, as some garbage collectors do,
 //! invalidations wait for that thread.)
 //!
-//! A full cache evicts by SIEVE, which spares a region that was used since the hand last passed it.
-//! A hit records its use by a write only if no hit has done so since then. `bench/README.md`
-//! compares it with LRU and S3-FIFO.
+//! A full cache evicts by SIEVE: a *hand* moves along the list of regions, and spares a region that
+//! was used since the hand last passed it. Only the first hit of a region after that pass writes
+//! the mark of the use, which is in shared memory. `bench/README.md` compares SIEVE with LRU and
+//! S3-FIFO.
 //!
 //! # Sources
 //! | source | how | what it misses |
 //! | --- | --- | --- |
-//! | `mmu_source::hook` | install it, open the cache for [`mmu_source::current`] | changes that libc does not make: truncation, other processes, raw system calls |
-//! | `mmu_source::kernel` | [`Options::kernel`] | nothing; each miss arms the range, which takes some hundred microseconds if anything has changed since the last one |
-//! | the program's own brackets | [`Mm::invalidate`](mmu_notifier::Mm::invalidate) | changes without a bracket |
+//! | `mmu_source::hook` | install the hook | truncation, other processes, raw system calls |
+//! | `mmu_source::kernel` | [`Options::kernel`] | nothing |
+//! | own brackets | [`Mm::invalidate`](mmu_notifier::Mm::invalidate) | changes without a bracket |
+//!
+//! The first two sources report on [`mmu_source::current`], so open the cache for that address
+//! space. The hook sees only changes that go through libc. With the kernel source, each miss arms
+//! its range, which takes a few microseconds if memory has changed since the last miss. Own
+//! brackets are those that the program itself opens.
 //!
 //! `mmu_source::uffd` is not offered for caches. With userfaultfd, `munmap` waits until its event
 //! has been *read*, not until it has been handled. Between the two, `munmap` may return and the
-//! addresses may be mapped again, while a look-up still finds the old region. So a bracket on
-//! [`current`](mmu_source::current) that only this source opens is too late. To be sound, the
+//! addresses may be mapped again, while a look-up still finds the old region. So a bracket that
+//! this source opens on [`current`](mmu_source::current) may come too late. To be sound, the
 //! source would have to count an event before reading it, and each look-up would have to compare
 //! that count with the handled events, as [`Options::kernel`] does. Even then the source would miss
 //! truncation, copy on write after a fork, and other processes, which the kernel source sees.

@@ -1,12 +1,12 @@
 //! The slow path of a request that found no region.
 //!
-//! Before the registrar is called, the region gets its place and is put on the list of those being
-//! registered. An invalidation that begins afterwards marks the region. If an invalidation is
-//! already running, the region is marked at once, because the memory may change after the registrar
-//! has looked at it. After the registrar has returned, a marked region does not enter the look-up:
-//! it is deregistered and the request tries again. If that happens too often, or the invalidation
-//! is still running, the caller gets a lease of a region that is in no look-up, as if the request
-//! had come just before the invalidation.
+//! Before the registrar is called, the region gets its place and is put on the list of
+//! registrations in progress. An invalidation of the region that begins afterwards marks the
+//! region. If an invalidation is already running, the region is marked at once, because the memory
+//! may change after the registrar has looked at it. After the registrar has returned, a marked
+//! region does not enter the look-up: the region is deregistered, and the request tries again. If
+//! that happens too often, or the invalidation is still running, the caller gets a lease of a
+//! region that no look-up finds, as if the request had come just before the invalidation.
 
 use crate::cache::{Cache, Registered};
 use crate::error::Refusal;
@@ -22,7 +22,7 @@ use mmu_notifier::VaRange;
 /// How often a request tries again because an invalidation overlapped its registration.
 const TRIES: u32 = 8;
 
-/// A lease, or in a few words why there is none.
+/// A lease, or the reason why there is none.
 type Outcome<'a, R> = Result<Held<'a>, Refusal<<R as Registrar>::Error>>;
 
 /// The history of one request.
@@ -33,14 +33,14 @@ struct Past {
     evicted: Option<u64>,
     /// Whether to register the request alone, without its neighbours.
     alone: bool,
-    /// Whether it is already known that this thread may sleep.
+    /// Whether this request has already checked that its thread may sleep.
     may_sleep: bool,
     /// Whether this thread has other work on the cache in progress. Then it must not sleep until
     /// that work is done.
     is_nested: bool,
 }
 
-/// Ends the registration if the registrar panics.
+/// Undoes the registration if the kernel source cannot arm the range, or if the registrar panics.
 struct Open<'a, R: Registrar> {
     cache: &'a Cache<R>,
     region: u32,
@@ -146,7 +146,8 @@ impl<R: Registrar> Cache<R> {
             cache: self,
             region,
         };
-        // The region is on the list, so every change that begins from now on marks it.
+        // The region is on the list of registrations in progress, so every change that begins from
+        // now on marks it.
         let armed = match self.freshness.arm(target) {
             Ok(armed) => armed,
             Err(error) => return Some(Err(error.into())),
@@ -155,7 +156,7 @@ impl<R: Registrar> Cache<R> {
             .registrar
             .register(target)
             .map_err(|error| (self.registrar.cause(&error), error));
-        // The registrar did not panic.
+        // The registrar did not panic, so `registered` or `refused` ends the registration.
         std::mem::forget(open);
         match result {
             Ok(handle) => self.registered(region, Registered { handle, armed }, replaces, past),
@@ -184,9 +185,9 @@ impl<R: Registrar> Cache<R> {
         // SAFETY: the region must belong to this request and have no lease. This request took the
         // region's place, and the region was never live.
         unsafe { self.handles.put(region, registered) };
-        // Here the callbacks of all changes that began since the region was armed mark the region.
-        // Later changes are counted, and no look-up trusts the region before their callbacks have
-        // run.
+        // `settle` runs the callbacks of all changes so far, which mark the region if a change of
+        // its range began after the range was armed. A change after `settle` is counted, and no
+        // look-up trusts the region until the callbacks of that change have run.
         let settled = self.freshness.settle();
         let mut state = self.lock();
         state.counts.registered += 1;
@@ -251,7 +252,7 @@ impl<R: Registrar> Cache<R> {
             .into()));
         }
         self.wake(state);
-        // The failure may be due to the merged neighbours only.
+        // The registrar may have refused only the merged neighbours, so try the request alone.
         if target != range && !past.alone {
             past.alone = true;
             return None;

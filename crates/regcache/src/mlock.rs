@@ -1,8 +1,8 @@
 //! A registrar that locks memory, so that it is never paged out.
 //!
 //! # Safety
-//! `mlock` and `munlock` do not change the content or the protection of memory, whatever their
-//! arguments.
+//! `mlock`, `munlock` and `msync(MS_ASYNC)` do not change the content or the protection of memory,
+//! whatever their arguments.
 
 use crate::{Cause, Registrar};
 use mmu_notifier::VaRange;
@@ -17,9 +17,10 @@ use std::sync::{Mutex, PoisonError};
 
 /// Locks memory with `mlock`, so that no access waits for a page to be read.
 ///
-/// The kernel does not count locks of a page. Regions may overlap, so this registrar counts: a page
-/// is unlocked when its last region is deregistered. If the program itself has locked such a page,
-/// that lock is lost too.
+/// The kernel does not count how often a page was locked: one `munlock` undoes all locks. Regions
+/// may overlap, so this registrar counts the regions of each page, and unlocks the page when its
+/// last region is deregistered. If the program itself has locked such a page, that lock is lost
+/// too.
 ///
 /// # Signal handlers
 ///
@@ -64,7 +65,7 @@ impl Mlock {
     }
 }
 
-/// Unlocks those of `pages` that are in no region, with one call for each contiguous run.
+/// Unlocks those of `pages` that are in no region, with one system call for each contiguous run.
 fn unlock_others(pages: Range<u64>, counts: &BTreeMap<u64, u32>) {
     let mut from = pages.start;
     for page in counts
@@ -73,7 +74,7 @@ fn unlock_others(pages: Range<u64>, counts: &BTreeMap<u64, u32>) {
         .chain([pages.end])
     {
         if from < page {
-            // SAFETY: as in `register`.
+            // SAFETY: the call has no preconditions: see the module docs.
             let _ = unsafe { munlock(place(from), bytes(&(from..page))) };
         }
         from = page + 1;
@@ -87,8 +88,8 @@ fn pages(range: VaRange) -> Range<u64> {
     range.start().get() / size..range.last().get() / size + 1
 }
 
-/// Returns the length in bytes, at most one page less than the whole address space: for a greater
-/// length the kernel's rounding would overflow to zero.
+/// Returns the length in bytes. The length is at most one page less than the whole address space,
+/// because the kernel's rounding of a greater length would overflow to zero.
 fn bytes(pages: &Range<u64>) -> usize {
     let all = u64::MAX / page_size() as u64;
     ((pages.end - pages.start).min(all) as usize) * page_size()
@@ -105,15 +106,15 @@ impl Registrar for Mlock {
     fn register(&self, range: VaRange) -> io::Result<VaRange> {
         let (start, len) = (place(pages(range).start), bytes(&pages(range)));
         let mut counts = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-        // `mlock` returns the same errno for a limit and for a hole. `msync` returns it only for a
-        // hole, and has no other effect (since Linux 2.6.19).
+        // `mlock` returns `ENOMEM` both for a limit and for a hole. `msync` returns `ENOMEM` only
+        // for a hole, and has no other effect (since Linux 2.6.19).
         // SAFETY: the call has no preconditions: see the module docs.
         if unsafe { msync(start, len, MsyncFlags::ASYNC) } == Err(Errno::NOMEM) {
             return Err(Errno::FAULT.into());
         }
-        // SAFETY: as above.
+        // SAFETY: the call has no preconditions: see the module docs.
         if let Err(error) = unsafe { mlock(start, len) } {
-            // The call may have locked the first pages.
+            // `mlock` may have locked the first pages before it failed.
             unlock_others(pages(range), &counts);
             return Err(error.into());
         }
@@ -132,7 +133,7 @@ impl Registrar for Mlock {
                 counts.remove(&page);
                 // If the page is not mapped any more, the call fails, and the page is not locked
                 // either.
-                // SAFETY: as above.
+                // SAFETY: the call has no preconditions: see the module docs.
                 let _ = unsafe { munlock(place(page), page_size()) };
             }
         }

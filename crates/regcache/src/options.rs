@@ -11,9 +11,9 @@ use std::sync::Arc;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Merge {
-    /// Each request alone. Registrations may overlap. But every look-up has to pass all overlapping
-    /// regions, so if 64 of them overlap in one place, the next request there is registered
-    /// together with them.
+    /// Each request alone. Registrations may overlap. But a look-up may have to examine every
+    /// region that overlaps its first address. So if 64 regions overlap there, the next request is
+    /// registered together with them.
     Never,
     /// Together with the regions that the request overlaps. The new region replaces them.
     #[default]
@@ -22,8 +22,8 @@ pub enum Merge {
     Adjacent,
 }
 
-/// Returns the exact number of bytes of a range. The whole address space has 2^64 bytes, and sums
-/// are even larger, so 64 bits do not suffice.
+/// Returns the exact size of a range in bytes. The whole address space has 2^64 bytes, and the sum
+/// of several regions can be larger, so 64 bits do not suffice.
 pub(crate) fn size(range: VaRange) -> u128 {
     u128::from(range.last().get() - range.start().get()) + 1
 }
@@ -33,12 +33,12 @@ pub(crate) fn within(bytes: u128, limit: u64) -> bool {
     limit == u64::MAX || bytes <= limit.into()
 }
 
-/// Returns a number of bytes for a report, capped at 64 bits.
+/// Returns a size in bytes for a report, capped at 64 bits.
 pub(crate) fn reported(bytes: u128) -> u64 {
     bytes.try_into().unwrap_or(u64::MAX)
 }
 
-/// The limits of a cache, and whether it merges.
+/// The limits of a cache, how it merges requests, and whether it uses the kernel source.
 ///
 /// # Examples
 /// ```
@@ -77,10 +77,10 @@ impl Options {
     }
 
     /// Sets the largest number of registered regions. Leased regions that look-ups no longer find
-    /// count too.
+    /// count too. The value is clamped to the range from 1 to 2^26.
     ///
-    /// Each region reserves 80 bytes of address space; memory is used only when the region is. At
-    /// least 1 and at most 2^26.
+    /// For each region the cache reserves 48 bytes of address space, and room for the registrar's
+    /// handle. The kernel allocates memory for it only when the region is used for the first time.
     pub const fn max_regions(mut self, regions: u32) -> Self {
         self.max_regions = if regions == 0 {
             1
@@ -94,8 +94,8 @@ impl Options {
         self
     }
 
-    /// Sets the largest number of registered bytes, where each region counts separately. `u64::MAX`
-    /// means no limit.
+    /// Sets the largest number of registered bytes. Bytes in which regions overlap count once for
+    /// each region. `u64::MAX` means no limit.
     pub const fn max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = bytes;
         self
@@ -108,13 +108,13 @@ impl Options {
         self
     }
 
-    /// Makes every look-up ask the kernel source first whether there are changes that the cache
-    /// does not know of.
+    /// Makes every look-up first ask the kernel source whether memory has changed without a
+    /// callback so far.
     ///
-    /// Without a kernel source, the cache knows only what callbacks report. With it, the cache
-    /// misses no change of a translation, whichever process or kernel thread makes the change. Such
-    /// caches must be opened for [`mmu_source::current`], the address space that the kernel source
-    /// reports on.
+    /// Without a kernel source, the cache knows only the changes for which other sources run its
+    /// callbacks. With it, the cache misses no change of a translation, whichever process or kernel
+    /// thread makes the change. Such caches must be opened for [`mmu_source::current`], the address
+    /// space that the kernel source reports on.
     #[cfg(feature = "kernel")]
     pub fn kernel(mut self, kernel: Arc<Kernel>) -> Self {
         self.kernel = Some(kernel);

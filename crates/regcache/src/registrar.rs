@@ -26,29 +26,29 @@ use std::error::Error;
 /// }
 /// ```
 pub trait Registrar: Send + Sync + 'static {
-    /// The handle of a registration, such as a key or an index. Every lease of the region can read
-    /// it.
+    /// The handle of a registration, such as a key or an index. The holders of the region's leases
+    /// can read the handle.
     type Handle: Send + Sync + 'static;
     /// Why a registration failed.
     type Error: Error + Send + Sync + 'static;
 
     /// Registers a range of this process's memory.
     ///
-    /// The cache calls it without a lock, on several threads at once, and for ranges that may
-    /// overlap. The registrar must not use the cache that calls it.
+    /// The cache calls `register` without a lock, on several threads at once, and for ranges that
+    /// may overlap. The registrar must not use the cache that calls it.
     ///
     /// # Errors
-    /// Any error of the device; [`cause`](Self::cause) tells the cache how to handle it. After an
-    /// error, none of the range may stay registered.
+    /// Any error of the device. [`cause`](Self::cause) decides how the cache handles the error.
+    /// After an error, no part of the range may stay registered.
     fn register(&self, range: VaRange) -> Result<Self::Handle, Self::Error>;
 
     /// Undoes a registration that has no lease any more.
     ///
-    /// The cache calls it without a lock. The function cannot fail, because the cache could not do
-    /// anything about a failure.
+    /// The cache calls `deregister` without a lock. The function cannot fail, because the cache
+    /// could not do anything about a failure.
     fn deregister(&self, handle: Self::Handle);
 
-    /// Tells what an error of [`register`](Self::register) means for the cache.
+    /// Returns the cause of an error of [`register`](Self::register).
     fn cause(&self, error: &Self::Error) -> Cause {
         let _ = error;
         Cause::Other
@@ -58,16 +58,16 @@ pub trait Registrar: Send + Sync + 'static {
     /// that a region that is not leased is deregistered before the memory goes away.
     ///
     /// Such a callback can run in the middle of `free`, with the allocator's lock held. If this
-    /// returns true, `deregister` and the drop of the handle must not allocate, free, unmap, or
-    /// wait for a lock whose holder may be doing so. If it returns false, the callback only takes
-    /// such a region out of the look-up, and the next miss, flush, [`reap`](crate::RegCache::reap)
-    /// or end of a lease deregisters it.
+    /// function returns true, `deregister` and the drop of the handle must not allocate, free or
+    /// unmap, and must not wait for a lock whose holder may be doing so. If this function returns
+    /// false, the callback only removes the region from the look-up. Then the next miss, flush,
+    /// [`reap`](crate::RegCache::reap) or end of a lease deregisters the region.
     fn deregisters_in_callbacks(&self) -> bool {
         false
     }
 }
 
-/// What a failed registration means for the cache.
+/// The cause of a failed registration, which decides what the cache does next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Cause {

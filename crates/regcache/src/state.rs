@@ -24,7 +24,8 @@ use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use open::Open;
 
-/// How many regions may overlap in one place. Further ones are merged, whatever the options say.
+/// How many regions may overlap in one granule. If there are as many, a further request is merged
+/// with them, even with `Merge::Never`.
 const MAX_OVERLAPPING: usize = 64;
 
 /// The counters of events so far.
@@ -56,7 +57,7 @@ pub(crate) enum Target {
 pub(crate) struct State {
     entries: Array<Entry>,
     free: u32,
-    /// How many places were ever used.
+    /// How many places were ever used: the places with the numbers below this one.
     high: u32,
     live: List,
     /// The live region that the eviction examines next.
@@ -65,8 +66,9 @@ pub(crate) struct State {
     killed: u32,
     scan: u32,
     summary: Summary,
-    /// The number of places that are not free, and the bytes in them.
+    /// The number of places that are not free.
     pub(crate) regions: u32,
+    /// The bytes of the regions in these places.
     pub(crate) bytes: u128,
     pub(crate) live_regions: u32,
     pub(crate) live_bytes: u128,
@@ -122,7 +124,7 @@ impl State {
         self.entries[region as usize].status
     }
 
-    /// Returns the regions that are or were registered, for the end of the cache.
+    /// Returns all places that were ever used, with their statuses. For the drop of the cache.
     pub(crate) fn used(&self) -> impl Iterator<Item = (u32, Status)> {
         (0..self.high).map(|region| (region, self.status(region)))
     }
@@ -162,7 +164,8 @@ impl State {
     }
 
     /// Calls `f` with every granule that may have an entry of a region that overlaps `range`. Gives
-    /// up if there are more such granules than regions.
+    /// up if there are more such granules than regions (plus 64), because then it is cheaper to
+    /// examine every region.
     fn walk(&mut self, range: VaRange, f: impl FnMut(&mut Self, Granule)) -> Walked {
         let limit = u64::from(self.high) + 64;
         walk(self, |state| &state.summary, range, limit, f)
@@ -302,11 +305,12 @@ impl State {
             .is_some_and(|table| table.has_room(MAX_GRANULES as usize))
     }
 
-    /// Publishes a region that was just registered. If it replaces other regions, removes those
-    /// that it covers from the look-up.
+    /// Publishes a region that was just registered. If `replaces` is set, removes the other regions
+    /// that the new region covers from the look-up.
     ///
-    /// The request decided before the registration which regions to replace. Since then no region
-    /// that it covers was published, because a request for such a region waits for this one.
+    /// `replaces` was decided before the registration. It is still right: since then no other
+    /// region inside this one was published, because a request for such a region waits until this
+    /// registration ends.
     pub(crate) fn publish(&mut self, index: &Index, region: u32, replaces: bool) {
         let range = index.region(region).range();
         if replaces {
@@ -327,7 +331,7 @@ impl State {
         }
     }
 
-    /// Tells look-ups which levels are in use.
+    /// Stores which levels are in use, and which one has the most regions, where look-ups read it.
     fn tell_levels(&mut self, index: &Index) {
         index.page.set_lead(lead(self.summary.find_largest()));
         index
@@ -336,7 +340,8 @@ impl State {
             .store(self.summary.levels(), Ordering::Relaxed);
     }
 
-    /// Makes a registered region belong to the caller's lease alone.
+    /// Keeps a registered region out of the look-up. Only the caller's lease keeps the region
+    /// registered.
     pub(crate) fn keep_for_lease(&mut self, region: u32) {
         self.entry(region).status = Status::Leased;
     }
@@ -461,7 +466,8 @@ impl State {
         chain
     }
 
-    /// Moves the leased regions to the list of killed ones, so that they are scanned again.
+    /// Moves the leased dead regions to the list of killed regions, so that the next scan checks
+    /// them again.
     #[cold]
     fn ask_again(&mut self) {
         for region in 0..self.high {
@@ -517,12 +523,13 @@ impl State {
         self.registering.head != 0
     }
 
-    /// Handles the end of a lease of a region that was already dead. Another region may have got
-    /// its place meanwhile.
+    /// Handles the end of a lease of a region that was already dead. Another region may have taken
+    /// over its place meanwhile, so the status in the place decides.
     pub(crate) fn lease_ended(&mut self, index: &Index, region: u32) -> Chain {
         match self.status(region) {
-            // This needs no fence. No new lease of the region can begin, and every other thread
-            // that ends a lease of it has taken this lock or is going to.
+            // This scan needs no fence. No new lease of the region can begin. If the scan still
+            // sees another lease, the thread that ends that lease takes the lock later and scans
+            // again.
             Status::Leased => {
                 let mut chain = Chain(0);
                 self.scan_leases(index);

@@ -5,8 +5,8 @@ use std::fmt;
 /// Counters since the cache was opened, and its present content. From
 /// [`RegCache::stats`](crate::RegCache::stats).
 ///
-/// The counters are read one after the other while other threads continue. Each is right at some
-/// moment, but sums of them may be inconsistent.
+/// Other threads continue while the counters are read. Each counter is right at some moment, but
+/// the counters may be of different moments, so their sums may be inconsistent.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
@@ -20,7 +20,8 @@ pub struct Stats {
     pub registered: u64,
     /// Registrations that the registrar undid.
     pub deregistered: u64,
-    /// Registrations that the registrar refused.
+    /// Registrations that failed: the registrar returned an error or panicked, or the kernel source
+    /// could not arm the range.
     pub failed: u64,
     /// Regions removed from the look-up because their memory was about to change.
     pub invalidated: u64,
@@ -33,7 +34,7 @@ pub struct Stats {
     /// Registrations that an invalidation overlapped, and that did not enter the look-up.
     pub collisions: u64,
     /// Records that the kernel source has lost. After each loss the cache removes every region
-    /// once.
+    /// from the look-up once.
     pub lost: u64,
     /// Registered regions, including those that look-ups no longer find.
     pub regions: u64,

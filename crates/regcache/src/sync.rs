@@ -87,8 +87,8 @@ pub(crate) fn is_locking() -> bool {
 /// Marks that this thread works on a cache, under its lock or in its registrar. A signal handler
 /// that finds the mark must not sleep until that work is done.
 ///
-/// Only the innermost cache is marked. If a registrar uses another cache, that one hides the outer
-/// one.
+/// Only the innermost cache is marked. If a registrar uses a second cache, the mark of the second
+/// cache replaces that of the first until the work on the second cache ends.
 #[derive(Debug)]
 pub(crate) struct AtWork {
     before: u64,

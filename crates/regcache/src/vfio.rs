@@ -1,8 +1,8 @@
 //! A registrar for devices that the program drives itself through VFIO.
 //!
 //! # Safety
-//! The system calls get pointers to locals that outlive the call, with their lengths in `argsz`.
-//! The kernel checks the user's addresses itself, and pins the pages.
+//! The system calls get pointers to local variables that outlive the call, with their sizes in
+//! `argsz`. The kernel checks the addresses of the memory itself, and pins the pages.
 
 mod gaps;
 mod info;
@@ -17,7 +17,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// Maps memory for the devices of a VFIO container, at I/O virtual addresses that it chooses.
+/// Maps memory for the devices of a VFIO container, and chooses the I/O virtual addresses.
 ///
 /// A device behind an IOMMU accesses memory by *I/O virtual addresses*. The handle of a region
 /// gives the region's addresses: [`DmaMapping::iova`]. A `Vfio` works with any container of type 1,
@@ -60,7 +60,7 @@ pub enum DmaAccess {
 /// The I/O virtual addresses of a region. From [`Vfio`].
 #[derive(Debug)]
 pub struct DmaMapping {
-    /// The region, in kernel pages.
+    /// The addresses of the region, rounded outwards to whole kernel pages.
     memory: Range<u64>,
     /// The I/O virtual address of the region's first byte.
     iova: u64,
@@ -113,9 +113,9 @@ unsafe fn control<const CALL: Opcode, T>(
     container: &OwnedFd,
     argument: &mut T,
 ) -> Result<(), Errno> {
-    // SAFETY: the caller promises this.
+    // SAFETY: `CALL` takes a pointer to a `T`, because the caller promises so (see # Safety).
     let call = unsafe { Updater::<CALL, T>::new(argument) };
-    // SAFETY: the caller promises this.
+    // SAFETY: the call has no forbidden effect on memory, because the caller promises so.
     unsafe { ioctl(container, call) }
 }
 
@@ -186,7 +186,8 @@ impl Registrar for Vfio {
         let size = page_size() as u64;
         // The kernel's pages may be larger than the range's granules.
         let start = range.start().get() / size * size;
-        // No mapping contains the last address of all.
+        // The end of a mapping must fit in 64 bits. So the last page of the address space, which
+        // no program can map, is refused.
         let last = range.last().get() / size * size + (size - 1);
         let end = last.checked_add(1).ok_or(Errno::FAULT)?;
         let iova = self.free.take(end - start).ok_or(Errno::NOSPC)?;
@@ -226,8 +227,8 @@ impl Registrar for Vfio {
         };
         // SAFETY: the call reads and writes a `struct vfio_iommu_type1_dma_unmap`.
         let unmapped = unsafe { control::<UNMAP_DMA, _>(&self.container, &mut unmap) };
-        // When the call returns, no device can use the addresses any more, so they may be reused.
-        // If the call fails, they are not reused, and the mapping ends with the container.
+        // If the call succeeds, no device can use the addresses any more, so they may be reused. If
+        // the call fails, the addresses are not reused, and the mapping ends with the container.
         if unmapped.is_ok() && unmap.size == size {
             self.free.give(mapping.iova, size);
         }

@@ -34,7 +34,7 @@ impl Summary {
         }
     }
 
-    /// Adds a region. Returns whether look-ups must be told.
+    /// Adds a region. Returns whether the levels that look-ups read may have to be updated.
     pub(crate) fn add(&mut self, range: VaRange) -> Levels {
         let before = self.in_use;
         let level = self.change(range, 1);
@@ -92,12 +92,12 @@ impl Summary {
     }
 }
 
-/// What a new region changes for look-ups.
+/// Whether a new region changes the levels that look-ups read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Levels {
     /// The levels in use and the largest level are the same.
     Same,
-    /// They may have changed.
+    /// The levels in use or the largest level may have changed.
     Others,
 }
 
@@ -110,8 +110,8 @@ pub(crate) enum Walked {
     TooFar,
 }
 
-/// Calls `ask` with the granules of `range` that may have regions. Gives up after about `budget` of
-/// them.
+/// Calls `ask` with the granules of `range` that may have regions. Gives up after about `budget`
+/// granules.
 ///
 /// `ask` may remove regions, but must not add any.
 #[inline]

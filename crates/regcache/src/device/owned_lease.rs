@@ -10,7 +10,7 @@ use std::mem::ManuallyDrop;
 /// A lease that keeps its cache alive. From [`RegCache::get_owned`].
 #[must_use = "the region may be deregistered when the lease is dropped"]
 pub struct OwnedLease<R: Registrar> {
-    /// Borrows from the cache of the handle, so it is dropped first.
+    /// The lease borrows from the cache behind the field `cache`, so `drop` ends the lease first.
     lease: ManuallyDrop<Lease<'static, R>>,
     cache: RegCache<R>,
 }
@@ -44,8 +44,8 @@ impl<R: Registrar> OwnedLease<R> {
 impl<R: Registrar> Drop for OwnedLease<R> {
     #[expect(unsafe_code, reason = "the lease ends before the handle")]
     fn drop(&mut self) {
-        // SAFETY: the lease must not be dropped twice or used afterwards. This is the drop of its
-        // only owner.
+        // SAFETY: the lease must not be dropped twice or used afterwards. `self` is the only owner
+        // of the lease, and its drop runs once.
         unsafe { ManuallyDrop::drop(&mut self.lease) };
     }
 }

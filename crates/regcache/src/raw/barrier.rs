@@ -22,8 +22,8 @@ use rustix::thread::{MembarrierCommand, MembarrierQuery, membarrier, membarrier_
 #[inline(always)]
 pub(crate) fn light() {
     if cfg!(mmun_loom) {
-        // ORDER(cache-lease, cache-unlease): in models this fence stands for the pairs named at the
-        // callers.
+        // ORDER(cache-lease, cache-unlease): in models this fence is the light side of the pairs
+        // that the callers name.
         fence(Ordering::SeqCst);
     }
     compiler_barrier();
@@ -32,8 +32,8 @@ pub(crate) fn light() {
 /// The side of a reader that does not rely on `membarrier`. This fence also pairs with `heavy`,
 /// which is a full fence on its own thread.
 pub(crate) fn full() {
-    // ORDER(cache-lease, cache-unlease): the side of counted leases in the pairs named at the
-    // callers.
+    // ORDER(cache-lease, cache-unlease): for counted leases, this fence is the reader's side of the
+    // pairs that the callers name.
     if !crate::sync::mutant("no_fence_when_counted") {
         fence(Ordering::SeqCst);
     }
@@ -60,7 +60,7 @@ const MEMBARRIER: usize = 1;
 #[cfg(not(mmun_loom))]
 const FENCES: usize = 2;
 
-/// Prepares the process, and tells whether `light` is enough.
+/// Registers the process for `membarrier`, and tells whether `light` is enough for readers.
 #[cfg(not(mmun_loom))]
 pub(crate) fn prepare() -> bool {
     let mut mode = MODE.load(Ordering::Relaxed);
@@ -84,8 +84,8 @@ pub(crate) fn prepare() -> bool {
     true
 }
 
-/// The side of an invalidation or eviction. If it returns false, the kernel could not execute the
-/// fence now, and the caller must not conclude anything.
+/// The side of an invalidation or eviction. If the result is false, the kernel could not execute
+/// the fence now, and the caller must not conclude that a region has no lease.
 #[cfg(not(mmun_loom))]
 pub(crate) fn heavy() -> bool {
     if MODE.load(Ordering::Relaxed) == MEMBARRIER {

@@ -47,7 +47,8 @@ impl<T> Handles<T> {
         // SAFETY: no code may write to the place. A leased region is registered, and is
         // deregistered only after its last lease.
         let place = unsafe { &*self.0[region as usize].0.get() };
-        // SAFETY: the value must be initialised, which it is for a registered region.
+        // SAFETY: the value must be initialised. `put` has written the handle of every registered
+        // region.
         unsafe { place.assume_init_ref() }
     }
 
@@ -58,8 +59,8 @@ impl<T> Handles<T> {
     pub(crate) unsafe fn take(&self, region: u32) -> T {
         // SAFETY: the caller promises that no other code uses the place.
         let place = unsafe { &*self.0[region as usize].0.get() };
-        // SAFETY: the value must be initialised and must not be read again. The caller promises
-        // both.
+        // SAFETY: the value must be initialised and must not be read again. `put` has written it,
+        // because the region is registered, and the caller promises to take it only once.
         unsafe { place.assume_init_read() }
     }
 }

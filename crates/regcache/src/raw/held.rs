@@ -1,7 +1,7 @@
-//! A lease in one word. With it a `Lease` has two words, which compilers return in registers.
-//! Compilers would return three words in memory and read them back in other sizes than they were
-//! written in. A processor cannot forward such stores to the loads, and that stall would cost more
-//! than the look-up.
+//! A lease in one word. So a `Lease` has two words, which compilers return in registers. Compilers
+//! would return three words in memory, and read them back in other sizes than they were written in.
+//! A processor cannot forward such stores to the loads, and the stall would cost more than the
+//! look-up.
 
 use super::region::Region;
 use super::threads::Slot;

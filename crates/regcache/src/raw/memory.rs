@@ -3,12 +3,12 @@
 use std::ops::Deref;
 use std::ptr::NonNull;
 
-/// Types for which all bits zero are a valid value.
+/// A type for which all bits zero are a valid value.
 ///
 /// # Safety
-/// That must be true of the type, and the type must need no drop.
+/// All bits zero must be a valid value of the type, and the type must need no drop.
 pub(crate) unsafe trait Zero {
-    /// Makes that value for models, whose atomics are not plain memory.
+    /// Makes the zero value for models, whose atomics are not plain memory.
     #[cfg_attr(not(mmun_loom), expect(dead_code, reason = "models only"))]
     fn zero() -> Self;
 }
@@ -20,12 +20,12 @@ unsafe impl Zero for u32 {
     }
 }
 
-/// An array of zeroes. If it is larger than a huge page, it uses huge pages: look-ups access random
-/// places in it, and would otherwise wait for a page table walk each time.
+/// An array of zeroes. An array of at least the size of a huge page uses huge pages: look-ups
+/// access random places in it, and with small pages each access would wait for a page table walk.
 ///
 /// # Invariants
-/// `elements` are live, and freed with the array. If `mapped` is set, they are in that mapping,
-/// which the array owns. Otherwise they are a leaked box.
+/// `elements` are live, and freed with the array. If `mapped` is set, the elements are in that
+/// mapping, which the array owns. Otherwise the elements are a leaked box.
 #[derive(Debug)]
 pub(crate) struct Array<T> {
     elements: NonNull<[T]>,

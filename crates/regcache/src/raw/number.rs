@@ -1,6 +1,7 @@
-//! A small number for every thread that takes leases. The number is the thread's number in `srcu`,
-//! and is free again when the thread ends. Claiming a number allocates nothing, because a signal
-//! handler or code inside an allocator may do it.
+//! A small number for every thread that takes leases, which selects the thread's block of slots.
+//! The number is the thread's number in `srcu`. After the thread has ended, another thread may
+//! claim the number. Claiming a number allocates nothing, because a signal handler or code inside
+//! an allocator may claim one.
 
 #[cfg(not(mmun_loom))]
 mod imp {
@@ -9,17 +10,17 @@ mod imp {
     pub(in crate::raw) const MAX: usize = 4096;
 
     mmu_notifier::thread_word! {
-        /// This thread's number, once it has asked for a block. Before that, the largest word.
+        /// This thread's number, once the thread has claimed one. Before that, `u64::MAX`.
         static MINE: u64 = u64::MAX;
     }
 
-    /// Returns this thread's number. If it has none, returns a number beyond [`MAX`].
+    /// Returns this thread's number. If the thread has none, returns a number beyond [`MAX`].
     #[inline(always)]
     pub(in crate::raw) fn mine() -> usize {
         MINE.get() as usize
     }
 
-    /// Returns one more than the highest number in use.
+    /// Returns one more than the highest number that was ever in use.
     #[inline]
     pub(in crate::raw) fn high() -> usize {
         // A caller that needs the latest value has executed a heavy fence or holds the lock of a
@@ -29,8 +30,9 @@ mod imp {
 
     /// Returns this thread's number, and stores it for [`mine`].
     pub(in crate::raw) fn claim() -> usize {
-        // ORDER(cache-number): `thread_number` takes the number over with a full fence, so the
-        // writes of its former owner to the blocks are visible. Partner: the end of that thread.
+        // ORDER(cache-number): `thread_number` locks the robust mutex of the number, which the
+        // kernel released at the end of the former owner. So that owner's writes to the blocks are
+        // visible. Partner: the end of that thread.
         let number = mmu_notifier::thread_number();
         MINE.set(number as u64);
         number

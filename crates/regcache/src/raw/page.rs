@@ -8,8 +8,7 @@ use std::io;
 use std::ops::Deref;
 use std::ptr::NonNull;
 
-/// The content of the page. The page is rarely written, so every processor keeps its own cached
-/// copy.
+/// The content of the page. The page is rarely written, so it stays in every processor's cache.
 #[repr(C, align(64))]
 #[derive(Debug)]
 pub(crate) struct Fields {
@@ -60,8 +59,8 @@ impl Page {
         })
     }
 
-    /// Returns the fields that look-ups read. Call it once for each look-up, because the compiler
-    /// would reload the pointer after every fence.
+    /// Returns the fields that look-ups read. Call this function once for each look-up, because
+    /// the compiler would reload the pointer to the page after every fence.
     #[inline(always)]
     pub(crate) fn fields(&self) -> Shown<'_> {
         // INVARIANT: only `install` stores a non-null `table`, and it points into a table that
@@ -104,8 +103,9 @@ impl Page {
 }
 
 impl Fields {
-    /// Returns the constants that hash addresses at the level with the most regions. While they are
-    /// being changed, the result can be half old and half new; then the look-up finds nothing.
+    /// Returns the constants that hash addresses at the level with the most regions. If `set_lead`
+    /// runs at the same time, the result can have the mask of one level and the factor of another.
+    /// Then the fast path fails, and the slow path searches all levels.
     #[inline(always)]
     pub(crate) fn lead(&self) -> Lead {
         Lead {
@@ -198,7 +198,8 @@ impl Drop for Mapped {
 
     #[cfg(mmun_loom)]
     fn drop(&mut self) {
-        // SAFETY: the pointer came from a box, and its owner is being dropped.
+        // SAFETY: `from_raw` needs the unique pointer of a leaked box. `new` leaked the box, and
+        // `self`, its only owner, is being dropped.
         drop(unsafe { Box::from_raw(self.0.as_ptr()) });
     }
 }

@@ -12,15 +12,15 @@ use mmu_notifier::{Va, VaRange};
 pub(crate) struct Region {
     first: AtomicU64,
     last: AtomicU64,
-    /// `LIVE` if look-ups find the region. `VISITED` if it was used since the eviction's hand last
-    /// passed.
+    /// `LIVE` is set if look-ups find the region. `VISITED` is set if the region was used since the
+    /// eviction hand last passed it.
     state: AtomicU32,
     /// The number of leases that are in no slot.
     counted: AtomicU32,
 }
 
 const VISITED: u32 = 1;
-/// Look-ups find the region. This is the higher bit, so that one comparison tests it.
+/// Look-ups find the region. `LIVE` is the higher bit, so that one comparison tests it.
 const LIVE: u32 = 2;
 
 // SAFETY: zeroes are valid integers.
@@ -75,8 +75,8 @@ impl Region {
         self.state.load(Ordering::Acquire)
     }
 
-    /// Tells whether the region is live and covers `range`, and if so records a use. Writes only if
-    /// the eviction's hand has passed since the last use.
+    /// Tells whether the region is live and covers `range`. If so, records a use. The record is
+    /// written only if the eviction hand has passed since the last use.
     #[inline(always)]
     pub(crate) fn visit(&self, range: VaRange) -> bool {
         // The state must be loaded before the range: see `state`.
@@ -91,8 +91,8 @@ impl Region {
     #[cold]
     #[inline(never)]
     fn mark(&self) -> bool {
-        // Relaxed: a hint. The hint does no harm to a region that has died or has been replaced
-        // meanwhile.
+        // Relaxed: `VISITED` is only a hint for the eviction. If the region has died meanwhile, or
+        // its place belongs to another region now, the hint does no harm.
         self.state.fetch_or(VISITED, Ordering::Relaxed);
         true
     }
@@ -114,17 +114,17 @@ impl Region {
     pub(crate) fn set_dead(&self) {
         // Relaxed: the heavy fence orders this store, ORDER(cache-lease).
         // ORDER(cache-use): the store comes before the change, because the system call that makes
-        // the change begins later. Partner: the fence in `Lease::is_current`. This is a swap
-        // instead of a store for the sake of loom: loom would not order an overwritten `mark`
-        // before a plain store, and would still show the mark.
+        // the change begins later. Partner: the fence in `Lease::is_current`. The swap could be a
+        // store, but loom would not order the read-modify-write in `mark` before a plain store, and
+        // would still show its result afterwards.
         self.state.swap(0, Ordering::Relaxed);
     }
 
     /// Counts a lease for which there is no slot, and orders the count before the caller's next
     /// reads.
     pub(crate) fn count(&self) {
-        // Only forgotten leases can be so many. If the count wrapped around, a region would be
-        // deregistered under its leases.
+        // Only forgotten leases can reach this count. If the count wrapped around, the region would
+        // be deregistered under its leases.
         if self.counted.fetch_add(1, Ordering::Relaxed) > u32::MAX / 2 {
             std::process::abort();
         }
@@ -162,14 +162,14 @@ fn range(first: u64, last: u64) -> VaRange {
 pub(crate) enum Status {
     /// 1. Unused: on the free list, or never used so far.
     Free = 0,
-    /// 2. The registrar is registering it. On the list of registrations in progress.
+    /// 2. The registrar is registering the region. On the list of registrations in progress.
     Registering = 1,
     /// 3. Registered, and look-ups find it. On the eviction list.
     Live = 2,
     /// 4. Out of the look-up. The slots have not been scanned for its leases yet. On the list of
     ///    killed regions.
     Killed = 3,
-    /// 5. Out of the look-up, and leased. The end of its last lease moves it on. On no list.
+    /// 5. Out of the look-up, and leased. The end of the last lease makes it `Reaping`. On no list.
     Leased = 4,
     /// 6. Without a lease. The owner of the chain that contains it deregisters it and frees its
     ///    place.

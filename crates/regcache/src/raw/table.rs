@@ -18,7 +18,8 @@ use std::ptr::{self, NonNull};
 const PER_LINE: usize = 8;
 /// The size of the smallest table, as a power of two.
 pub(super) const SMALLEST: u32 = if cfg!(mmun_loom) { 3 } else { 9 };
-/// The size of the largest table. The hash has bits left to distinguish entries.
+/// The size of the largest table, as a power of two. The position of an entry is then 31 bits of
+/// its hash, and one more bit distinguishes entries.
 const LARGEST: u32 = 31;
 
 /// A cache line of entries.
@@ -54,7 +55,7 @@ pub(crate) struct Tables(AtomicPtr<Table>);
 ///
 /// # Invariants
 /// `first` points to the first of the live entries. Before the entries is the line that [`Table`]
-/// describes, with their number, a power of two.
+/// describes. Its last word is the number of entries, a power of two.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
     first: NonNull<AtomicU64>,
@@ -79,14 +80,15 @@ impl<'a> View<'a> {
 
     #[inline(always)]
     fn len(self) -> usize {
-        // SAFETY: the result must be inside the allocation. There is a line before the entries.
+        // SAFETY: the result must be inside the allocation. By the invariant there is a line before
+        // the entries.
         let len = unsafe { self.first.sub(1) };
-        // SAFETY: a reference needs a live integer. This is the last one of that line.
+        // SAFETY: a reference needs a live integer. `len` points to the last word of that line.
         unsafe { len.as_ref() }.load(Ordering::Relaxed) as usize
     }
 
-    /// Returns the position where a hash belongs. The position is the hash's upper bits, taken by a
-    /// multiplication, because a shift by a variable is slow on some processors.
+    /// Returns the position at which the search for a hash begins: the hash's upper bits. A
+    /// multiplication extracts them, because a shift by a variable is slow on some processors.
     #[inline(always)]
     fn home(self, hash: u32) -> usize {
         ((u64::from(hash) * self.len() as u64) >> 32) as usize
@@ -123,7 +125,7 @@ impl<'a> View<'a> {
     ) -> Option<T> {
         let mut at = self.home(hash);
         // SAFETY: `at` must be less than `len`. `home` returns a 32-bit hash times `len`, divided
-        // by 2^32.
+        // by 2^32, which is less than `len`.
         let mut entry = unsafe { self.at_unchecked(at) }.load(Ordering::Relaxed);
         // The loop ends: at least half of the entries are empty.
         while entry != 0 {
@@ -206,7 +208,8 @@ impl Table {
         self.used.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Removes the entry of a region under `hash`, and moves up the entries that it had displaced.
+    /// Removes the entry of a region under `hash`, and moves the entries that it had displaced
+    /// closer to their home positions.
     pub(crate) fn remove(&self, hash: u32, region: u32) {
         let entries = self.view();
         let mask = entries.len() - 1;
@@ -263,13 +266,13 @@ impl Tables {
         // ORDER: Relaxed: a writer of the table holds the lock, under which the table was
         // installed.
         let newest = NonNull::new(self.0.load(Ordering::Relaxed))?;
-        // SAFETY: a reference needs a live table without a `&mut` to it. The invariant says that it
-        // lives, and tables are only shared.
+        // SAFETY: a reference needs a live table without a `&mut` to it. By the invariant the
+        // newest table lives as long as `self`, and after `install` no code makes a `&mut` to it.
         Some(unsafe { newest.as_ref() })
     }
 
-    /// Makes `table` the current table. The old one is kept for the look-ups that read it. The
-    /// caller holds the lock of the cache.
+    /// Makes `table` the current table. The old table is kept for the look-ups that still read it.
+    /// The caller holds the lock of the cache.
     pub(super) fn install(&self, table: Box<Table>) -> &Table {
         if let Some(previous) = self.newest() {
             table.take_over(previous);
@@ -280,7 +283,8 @@ impl Tables {
         let table = Box::into_raw(table);
         // INVARIANT: `table` is now the newest and leads to the others.
         self.0.store(table, Ordering::Relaxed);
-        // SAFETY: as in `newest`.
+        // SAFETY: a reference needs a live table without a `&mut` to it. The table was just leaked,
+        // and lives as long as `self`.
         unsafe { &*table }
     }
 }
@@ -289,8 +293,8 @@ impl Drop for Tables {
     fn drop(&mut self) {
         let mut next = self.0.load(Ordering::Relaxed);
         while let Some(table) = NonNull::new(next) {
-            // SAFETY: `from_raw` needs the unique pointer of a leaked box. `install` leaked it, and
-            // its owner is being dropped.
+            // SAFETY: `from_raw` needs the unique pointer of a leaked box. `install` leaked the
+            // box, and `self`, its only owner, is being dropped.
             let table = unsafe { Box::from_raw(table.as_ptr()) };
             next = table.previous.load(Ordering::Relaxed);
         }

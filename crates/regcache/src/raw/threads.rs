@@ -1,10 +1,11 @@
-//! Counts leases without a shared write. Each thread has a block of slots, and each slot names one
-//! region or none.
+//! Records leases without a write to memory that several threads write to. Each thread has a block
+//! of slots, and each slot names one region or none.
 //!
-//! Only the slot's own thread writes a region into it. The thread that ends the lease, which may be
-//! another one, empties it. A lease is counted in the region itself in three cases: if all slots of
-//! the thread are in use, if the thread has no number, and if a signal handler has interrupted the
-//! thread between checking a free slot and writing to it (see [`Block::begin`]).
+//! Only the slot's own thread writes a region's name into the slot. The thread that ends the lease,
+//! which may be another thread, empties the slot. A lease is counted in the region itself in three
+//! cases: if the thread finds no free slot, if the thread has no number, and if a signal handler
+//! has interrupted the thread between checking a free slot and writing to it (see
+//! [`Block::begin`]).
 
 use super::barrier::light;
 use super::memory::{Zero, boxed};
@@ -24,9 +25,9 @@ const PROBES: usize = if cfg!(mmun_loom) { 1 } else { 8 };
 pub(crate) struct Block {
     /// Twice the number of hits, plus one while the thread takes a slot.
     hits: AtomicU64,
-    /// The slot that the owner examines if the first one is in use.
+    /// The index of the slot that the owner examines if the first slot is in use.
     cursor: AtomicU32,
-    /// The last slot that was ever used.
+    /// The highest index of a slot that was ever used.
     last: AtomicU32,
     slots: [Slot; SLOTS],
 }
@@ -47,16 +48,16 @@ unsafe impl Zero for Block {
 #[derive(Debug)]
 pub(crate) struct Slot(AtomicU32);
 
-/// The blocks of all threads with a number. The blocks reserve address space. A block uses memory
-/// only when its thread uses it.
+/// The blocks of all threads with a number, in reserved address space. The kernel allocates memory
+/// for a block when its thread first uses the block.
 #[derive(Debug)]
 pub(crate) struct Threads {
-    /// Empty if slots cannot be used.
+    /// Empty if the process has no `membarrier`, without which slots cannot be used.
     blocks: Box<[Block]>,
 }
 
 impl Slot {
-    /// Names a region, and orders that before the caller's next reads.
+    /// Writes a region's name into the slot, and orders that store before the caller's next reads.
     #[inline(always)]
     pub(crate) fn publish(&self, name: u32) {
         self.publish_locked(name);
@@ -69,7 +70,8 @@ impl Slot {
         }
     }
 
-    /// Names a region. The caller holds the lock of the cache.
+    /// Writes a region's name into the slot, without the fence. The caller holds the lock of the
+    /// cache, or executes the fence itself.
     #[inline(always)]
     pub(crate) fn publish_locked(&self, name: u32) {
         // ORDER(cache-done): Release here and Acquire in `is_free`. This store overwrites the end
@@ -82,7 +84,7 @@ impl Slot {
     /// Returns the name of the region. The caller holds the lease.
     #[inline(always)]
     pub(crate) fn name(&self) -> u32 {
-        // Relaxed: no other thread writes to the slot meanwhile.
+        // Relaxed: no other thread writes to the slot until the lease ends.
         self.0.load(Ordering::Relaxed)
     }
 
@@ -93,15 +95,16 @@ impl Slot {
         self.0.load(unless("is_free_relaxed", Ordering::Acquire)) == 0
     }
 
-    /// Empties the slot, and orders that before the caller's next reads.
+    /// Empties the slot, and orders that store before the caller's next reads.
     #[inline(always)]
     pub(crate) fn clear(&self) {
         // ORDER(cache-done): Release, for the accesses under the lease. Partner: the Acquire in
         // `each`. If weaker, the deregistration could overtake the last use.
         self.0.store(0, unless("clear_relaxed", Ordering::Release));
-        // ORDER(cache-unlease): the end comes before the load of the region's state. Partner: the
-        // heavy fence in `harvest`. Without it, each side could leave the deregistration to the
-        // other. Model: loom `the_last_lease_deregisters`.
+        // ORDER(cache-unlease): the store comes before the load of the region's state. Partner: the
+        // heavy fence in `harvest`. Without it, this thread could find the region live while the
+        // scan still finds the lease, and neither would deregister the region. Model: loom
+        // `the_last_lease_deregisters`.
         if !crate::sync::mutant("no_fence_in_drop") {
             light();
         }
@@ -109,10 +112,10 @@ impl Slot {
 }
 
 impl Block {
-    /// Returns the slot to take, if it is free: the first one, whose address is known without a
-    /// load, or the one that was used last. Some processors do not execute loads before a store
-    /// whose address is unknown; they are twice as fast with a known address. The caller is the
-    /// block's thread.
+    /// Returns the first slot if it is free, otherwise the slot at the cursor if that is free. The
+    /// address of the first slot is known without a load. Some processors do not execute loads
+    /// before a store whose address is still unknown, and are twice as fast with a known address.
+    /// The caller is the block's thread.
     #[inline(always)]
     pub(crate) fn next_slot(&self) -> Option<&Slot> {
         if self.slots[0].is_free() {
@@ -129,8 +132,8 @@ impl Block {
         self.next_slot().or_else(|| self.search())
     }
 
-    /// Searches a few slots further. If a thread has very many leases, its cursor reaches free
-    /// slots over several calls.
+    /// Searches a few slots after the cursor, and moves the cursor along. So if a thread has very
+    /// many leases, its cursor reaches a free slot after several calls.
     #[cold]
     #[inline(never)]
     fn search(&self) -> Option<&Slot> {
@@ -148,8 +151,8 @@ impl Block {
         None
     }
 
-    /// Begins to take a slot. Returns `None` if this thread is already doing so and a signal
-    /// handler has interrupted it. Then the handler's lease is counted in its region: the
+    /// Begins to take a slot. Returns `None` in a signal handler that has interrupted this thread
+    /// while it was taking a slot. Then the handler's lease must be counted in its region: the
     /// interrupted code may have seen any slot as free, and would overwrite it. The caller is the
     /// block's thread.
     #[inline(always)]
@@ -169,7 +172,7 @@ impl Block {
     }
 }
 
-/// This thread is taking a slot, until `end`.
+/// A mark that this thread is taking a slot, until [`end`](Self::end).
 #[must_use = "all later leases would be counted in their regions"]
 #[derive(Debug)]
 pub(crate) struct Taking<'a> {
@@ -183,7 +186,7 @@ impl<'a> Taking<'a> {
         self.block
     }
 
-    /// Ends the taking, whether a slot was taken or not. Counts a hit if `hit`.
+    /// Clears the mark, whether a slot was taken or not. Counts a hit if `hit` is true.
     #[inline(always)]
     pub(crate) fn end(self, hit: bool) {
         // ORDER: the write to the slot comes before the mark is cleared, as in `begin`.
@@ -215,8 +218,8 @@ impl Threads {
         self.blocks.get(number::mine())
     }
 
-    /// Returns this thread's block, and gives the thread a number if necessary. Returns `None` if
-    /// there are too many threads.
+    /// Returns this thread's block, and claims a number for the thread if necessary. Returns `None`
+    /// if the number is too high, or slots cannot be used.
     #[cold]
     pub(crate) fn join(&self) -> Option<&Block> {
         if self.blocks.is_empty() {

@@ -9,8 +9,9 @@ impl State {
     /// Evicts regions that have not been used lately, to make room for `size` more bytes and a few
     /// future regions.
     ///
-    /// SIEVE: the hand moves from the oldest region to the newest. The hand spares a region that
-    /// was used since its last pass, evicts a region that was not, and stays there.
+    /// SIEVE: the hand moves from the oldest region to the newest, and then starts again. The hand
+    /// spares a region that was used since its last pass, and evicts a region that was not. After
+    /// an eviction the hand keeps its position.
     pub(crate) fn evict(&mut self, index: &Index, options: &Options, size: u128) -> u64 {
         let Some(table) = index.page.tables().newest() else {
             return 0;
@@ -36,7 +37,7 @@ impl State {
         self.evict_some(index, table, wanted_regions.into(), wanted_bytes)
     }
 
-    /// Evicts regions of `wanted` bytes together, at least one region.
+    /// Evicts regions until they have `wanted` bytes together, and at least one region.
     pub(crate) fn evict_bytes(&mut self, index: &Index, wanted: u128) -> u64 {
         let Some(table) = index.page.tables().newest() else {
             return 0;
@@ -51,10 +52,11 @@ impl State {
         wanted_regions: u64,
         wanted_bytes: u128,
     ) -> u64 {
-        // A hint only: evicting a leased region would not free anything.
+        // This scan is only a hint, so it needs no fence: it avoids the eviction of leased regions,
+        // which would free nothing.
         self.scan_leases(index);
         let (mut regions, mut freed) = (0, 0);
-        // Twice around the list, because the first time may only clear uses.
+        // Twice around the list, because the first round may only clear the marks of uses.
         for _ in 0..2 * u64::from(self.live_regions) {
             if regions >= wanted_regions && freed >= wanted_bytes {
                 break;

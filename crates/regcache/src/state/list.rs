@@ -10,7 +10,8 @@ pub(super) struct List {
     pub(super) tail: u32,
 }
 
-/// Regions without a lease. The holder of the chain deregisters them one by one.
+/// A singly linked list of dead regions without a lease. The holder of the chain deregisters them
+/// one by one.
 #[derive(Debug, Default)]
 #[must_use = "only the holder deregisters them"]
 pub(crate) struct Chain(pub(super) u32);

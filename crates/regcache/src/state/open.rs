@@ -2,10 +2,12 @@
 
 use mmu_notifier::VaRange;
 
-/// How many are recorded exactly. More are open only if more threads than this change memory at the
-/// same moment.
+/// How many open invalidations are recorded with their exact ranges. More are open only if more
+/// than 16 threads change memory at the same moment.
 const EXACT: usize = 16;
 
+/// The open invalidations.
+///
 /// # Invariants
 /// Each open invalidation is one of `exact[..len]`, or one of the `others`, whose ranges are inside
 /// `around`.
@@ -55,7 +57,8 @@ impl Open {
         }
     }
 
-    /// Tells whether an open invalidation overlaps `range`. May say so wrongly.
+    /// Tells whether an open invalidation overlaps `range`. If more than [`EXACT`] are open, the
+    /// result may be true although none overlaps.
     pub(super) fn overlaps(&self, range: VaRange) -> bool {
         self.exact[..self.len]
             .iter()

@@ -5,15 +5,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Hands out free addresses by first fit.
 ///
-/// While the lock is held, the allocator is never called. The allocator may map or unmap memory;
-/// then a source calls the cache back, and the cache may deregister a region, which takes this
-/// lock.
+/// While the lock is held, the allocator is never called. The allocator may unmap memory, and then
+/// a source runs the cache's callback on this thread. So such a callback never finds this lock held
+/// by its own thread, even if it deregisters a region.
 #[derive(Debug)]
 pub(super) struct Gaps(Mutex<List>);
 
 #[derive(Debug)]
 struct List {
-    /// The first address and the length of each gap, in ascending order. No two gaps touch.
+    /// The first address and the length of each gap, by ascending addresses. No two gaps touch.
     ///
     /// The capacity is at least the number of gaps plus the number of regions, because each
     /// returned region may become a gap of its own.

@@ -1,7 +1,8 @@
 //! Asks a container about its IOMMU: `struct vfio_iommu_type1_info`.
 //!
 //! # Safety
-//! The call gets a buffer that outlives it. The first word of the buffer is its length.
+//! The system call gets a buffer that outlives the call. The first word of the buffer is the
+//! buffer's length in bytes.
 
 use rustix::io::{self, Errno};
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
@@ -14,8 +15,8 @@ use std::os::fd::OwnedFd;
 const HEAD: usize = 6;
 /// In the flags: the structure is followed by a chain of capabilities.
 const CAPS: u32 = 2;
-/// The capability that lists the addresses that the IOMMU translates: a count, a reserved word, and
-/// pairs of a first and a last address.
+/// The kind of the capability that lists the addresses that the IOMMU translates. After the head of
+/// the capability come a count, a reserved word, and pairs of a first and a last address.
 const IOVA_RANGES: u32 = 1;
 
 /// `VFIO_IOMMU_GET_INFO`, with the buffer that the kernel fills.
@@ -44,13 +45,14 @@ unsafe impl Ioctl for GetInfo<'_> {
 /// not say.
 pub(super) fn translated(container: &OwnedFd) -> io::Result<Vec<Range<u64>>> {
     ranges_of(|words| {
-        // SAFETY: see `GetInfo`. The call changes nothing else.
+        // SAFETY: the call changes only the buffer, and `ranges_of` has written the buffer's length
+        // to its first word.
         unsafe { ioctl(container, GetInfo(words)) }
     })
 }
 
-/// Asks with as much room as the kernel needs. If the room does not suffice, the kernel leaves the
-/// chain out and returns the length that it needs.
+/// Calls `ask` with a buffer as long as the kernel needs. If a buffer is too short, the kernel
+/// leaves the chain out and stores the needed length in the first word.
 fn ranges_of(ask: impl Fn(&mut [u32]) -> io::Result<()>) -> io::Result<Vec<Range<u64>>> {
     let mut words = vec![0; HEAD];
     loop {
@@ -116,7 +118,7 @@ mod tests {
         words
     }
 
-    /// Does what `vfio_iommu_type1` does if the room does not suffice.
+    /// Behaves as `vfio_iommu_type1` does, also for a buffer that is too short.
     fn kernel(answer: &[u32]) -> impl Fn(&mut [u32]) -> io::Result<()> {
         move |words| {
             assert_eq!(words[0] as usize, 4 * words.len());
