@@ -2,7 +2,8 @@
 //!
 //! Every instruction has four bytes, including `svc #0`. So the branch to the trampoline replaces
 //! the `svc` itself, and no other instruction has to move. The trampoline finds the number of the
-//! call in `x8`. The instructions before the `svc` only decide whether the place is worth a patch.
+//! call in `x8`. The scan examines the instructions before a `svc` only to decide whether the `svc`
+//! makes a hooked call.
 
 #[cfg(target_arch = "aarch64")]
 mod call_handler;
@@ -27,7 +28,7 @@ pub(super) const REACH: u64 = (1 << 27) - (1 << 20);
 /// `brk #5`, which the kernel writes for uprobes.
 pub(super) const BREAKPOINT: [u8; 4] = 0xd420_00a0_u32.to_le_bytes();
 
-/// Returns the trampoline of a site, for the place `at`.
+/// Returns the trampoline of a site, to be placed at the address `at`.
 #[cfg(target_arch = "aarch64")]
 pub(super) fn trampoline(at: u64, found: &Found, _: Code64<'_>) -> Option<Vec<u8>> {
     let table = std::ptr::from_ref(&super::handler::IS_HOOKED).expose_provenance() as u64;

@@ -42,7 +42,7 @@ impl Arena {
                 used: 0,
             }),
             Ok(elsewhere) => {
-                // A kernel that does not know the flag treats the address as a hint.
+                // A kernel without `MAP_FIXED_NOREPLACE` treats the address as a hint.
                 // SAFETY: the range was mapped just now, and no code uses it.
                 let _ = unsafe { raw::munmap(elsewhere, length) };
                 None
@@ -75,7 +75,8 @@ impl Arena {
 
     /// Makes the trampolines executable and read-only.
     pub(super) fn seal(self) -> Result<(), i32> {
-        // SAFETY: no code writes to the range any more, because `place` needs the arena.
+        // SAFETY: no code writes to the range any more, because only `place` does, and it needs the
+        // arena, which this function consumes.
         unsafe { raw::mprotect(self.start, self.length, libc::PROT_READ | libc::PROT_EXEC) }?;
         // SAFETY: the range is mapped and never unmapped.
         unsafe { machine::synchronize_code(self.start, self.length) };

@@ -36,8 +36,8 @@ pub(super) struct Edit {
 /// pages. Allocates nothing.
 ///
 /// # Safety
-/// For every thread that executes it, each `to` does what its `from` does. The pages are code of a
-/// module that stays loaded.
+/// For every thread that executes the code, each `to` does what its `from` does. The pages are code
+/// of a module that stays loaded.
 pub(super) unsafe fn apply(
     mut edits: impl Iterator<Item = Edit> + Clone,
     hidden: &[Hidden],

@@ -33,7 +33,7 @@ pub(super) const CALLS: &[(libc::c_long, &str)] = &[
     (libc::SYS_migrate_pages, "migrate_pages"),
 ];
 
-/// Which numbers are hooked. `syscall(2)` may be called with any number.
+/// Which system call numbers are hooked. `syscall(2)` may be called with any number.
 pub(super) static IS_HOOKED: [bool; 512] = {
     let mut table = [false; 512];
     let mut at = 0;
@@ -63,7 +63,8 @@ pub(super) unsafe extern "C" fn enter(number: u64, args: &[u64; 6]) -> u64 {
 /// because the thread that reached the function's entry was about to call the function.
 pub(super) unsafe extern "C" fn enter_function(number: u64, args: &[u64; 6], next: Next) -> u64 {
     let [a0, a1, a2, a3, a4, a5] = *args;
-    // SAFETY: the caller follows the rules of the function.
+    // SAFETY: the caller follows the rules of the function, which `next` replaces with the same
+    // rules.
     bracketed(number, args, || unsafe { next(a0, a1, a2, a3, a4, a5) })
 }
 
@@ -77,7 +78,7 @@ fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
     let (Some(first), Some(mm)) = (ranges.first, current_if_made()) else {
         return call();
     };
-    // SAFETY: the function has no preconditions.
+    // SAFETY: `__errno_location` has no preconditions.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: this is the thread's own `errno`. The variable lives as long as the thread, and no
     // other code writes to it during this function.
@@ -98,7 +99,7 @@ fn bracketed(number: u64, args: &[u64; 6], call: impl FnOnce() -> u64) -> u64 {
 /// has.
 pub(super) type Next = unsafe extern "C" fn(u64, u64, u64, u64, u64, u64) -> u64;
 
-/// Computes what a call is about to invalidate.
+/// Adds the ranges that a call is about to invalidate, and returns the event of the bracket.
 #[inline(always)]
 fn plan(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
     let [a0, a1, ..] = *args;
@@ -210,7 +211,7 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
     }
 }
 
-/// Adds the vectors of `process_madvise`. A vector that cannot be read may name anything.
+/// Adds the vectors of `process_madvise`. A vector that cannot be read may name any address.
 fn vectors(ranges: &mut Ranges, address: u64, count: u64, advice: u64) {
     const AT_ONCE: u64 = 64;
     let count = count.min(ranges::UIO_MAXIOV);
@@ -233,7 +234,7 @@ fn vectors(ranges: &mut Ranges, address: u64, count: u64, advice: u64) {
     }
 }
 
-/// The ranges of one call. Each gets a bracket. From the third range on, they are merged into the
+/// The ranges of one call. Each gets a bracket. All ranges from the third on are merged into the
 /// second.
 #[derive(Debug, Default)]
 struct Ranges {

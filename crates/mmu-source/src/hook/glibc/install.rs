@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 /// The number of installed hooks. Only the holder of the lock changes it.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// Returns the lock, which a thread holds for microseconds. Meanwhile it allocates nothing and
-/// calls no code of the program.
+/// Returns the lock. Its holder keeps it for microseconds, allocates nothing and calls no code of
+/// the program.
 fn lock() -> &'static Lock {
     &marks().hook_patch
 }
@@ -82,8 +82,8 @@ fn prepare() {
     unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
 }
 
-/// Runs in the child of a fork. The parent's thread that was patching does not exist there, so the
-/// patches may be incomplete.
+/// Runs in the child of a fork. If a thread of the parent was patching during the fork, it does not
+/// exist in the child, so the patches may be incomplete.
 extern "C" fn in_child() {
     // A client may subscribe while a call is under way, so the address space must exist before the
     // call.
@@ -94,7 +94,7 @@ extern "C" fn in_child() {
         return;
     }
     if is_installed {
-        // SAFETY: as in `install`.
+        // SAFETY: each trampoline does what the replaced instruction did, and libc stays loaded.
         let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::patch), &plan.hidden) };
     } else {
         take_out(plan);

@@ -61,8 +61,9 @@ impl Segment {
 
     /// Returns the code without breakpoints, and the breakpoints.
     ///
-    /// The kernel recognises the breakpoint of a uprobe by the file that is mapped at its address.
-    /// The kernel kills a thread that executes a copy of the breakpoint elsewhere.
+    /// The kernel recognises the breakpoint of a uprobe by the file that is mapped at its address,
+    /// and kills a thread that executes the same breakpoint elsewhere. So a copy must have the
+    /// original code.
     ///
     /// # Errors
     /// The errors of `mmap`.
@@ -233,7 +234,7 @@ fn hidden(
 /// Finds the code of libc and of the loader, or that of the program itself if it is statically
 /// linked.
 ///
-/// `dl_iterate_phdr` would return everything, but it takes a lock that `fork` does not release in
+/// `dl_iterate_phdr` would list all modules, but it takes a lock that `fork` does not release in
 /// the child. If another thread forked during the call, the child's own call would wait for ever.
 /// `fork` does release the locks of the loader functions that are used here.
 pub(super) fn segments() -> Vec<Segment> {
@@ -277,9 +278,9 @@ struct Headers {
 
 /// Returns the headers of the module whose file's first page is mapped at `base`.
 fn headers_at(base: u64) -> Option<Headers> {
-    // SAFETY: the memory must be readable and must stay mapped. The loader says that libc, or the
-    // loader, begins there; or the kernel says so of the program. Each of them begins with this
-    // header.
+    // SAFETY: the memory must be readable and must stay mapped. `base` is where libc or the loader
+    // begins, as the loader reports it, or where the program begins, as the kernel reports it. Each
+    // of them begins with this header.
     let file = unsafe { &*ptr::with_exposed_provenance::<libc::Elf64_Ehdr>(base as usize) };
     if file.e_ident[..4] != *b"\x7fELF" {
         return None;

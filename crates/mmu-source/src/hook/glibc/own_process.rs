@@ -52,8 +52,8 @@ pub(super) fn top() -> Result<u64, i32> {
     Ok(top)
 }
 
-/// Tells whether `number` names this process in a call that moves pages. The number of any of its
-/// threads does.
+/// Tells whether `number`, an argument of a call that moves pages, is 0 or the id of a thread of
+/// this process. Both name this process.
 pub(super) fn is_own_task(number: i32) -> bool {
     number == 0 || raw::is_thread_of(raw::getpid(), number)
 }
@@ -81,8 +81,8 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
     // If `fdinfo` has neither line, the descriptor is not a pidfd.
     let mut number = None;
     let read = lines(file, |line| {
-        // `NSpid`, which some kernels lack, comes after `Pid`. The last number of `NSpid` is the
-        // process's number in its own namespace.
+        // `NSpid`, which some kernels lack, comes after `Pid`. The last field of `NSpid` is the pid
+        // in the process's own namespace.
         if let Some(numbers) = line
             .strip_prefix(b"Pid:")
             .or_else(|| line.strip_prefix(b"NSpid:"))
@@ -94,7 +94,7 @@ pub(super) fn is_own_pidfd(fd: i32) -> bool {
         }
         true
     });
-    // A number below one means that the process has ended, or is not visible from this namespace.
+    // A pid below one means that the process has ended, or is not visible from this namespace.
     read.is_err() || number.is_some_and(|number| number > 0 && is_own_task(number))
 }
 

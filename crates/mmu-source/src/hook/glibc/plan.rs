@@ -54,10 +54,11 @@ static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 ///
 /// Calls `prepare` when it makes the plan. At that time nothing is patched, so no callback runs.
 pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
-    // This code uses neither a lock nor a `OnceLock`: the child of a fork would wait for ever for a
-    // thread that only its parent has. And making the plan takes the loader's lock, which is held
-    // while a library's constructor runs: a constructor that waited for the plan would never get
-    // it. Two threads may each make a plan.
+    // This code uses neither a lock nor a `OnceLock`, for two reasons. In the child of a fork, a
+    // thread that only the parent has could hold the lock for ever. And the loader holds its own
+    // lock while a constructor of a library runs: if the constructor waited for a thread that makes
+    // the plan, and that thread for the loader's lock, both would wait for ever. So two threads may
+    // each make a plan.
     let made = look().unwrap_or_else(|| {
         let made = Box::into_raw(Box::new(make().inspect(|_| prepare())));
         // ORDER(hook-plan): Release, for the content. Partner: the load in `look`. If two threads
@@ -155,13 +156,14 @@ fn functions() -> Vec<Function> {
         .collect()
 }
 
-/// If one of these cannot be patched, installing fails, because users rely on the hook to see them.
+/// The calls that users rely on the hook to see. If one of them cannot be patched, installing
+/// fails.
 const NEEDED: &[&str] = &[
     "munmap", "mmap", "mremap", "madvise", "brk", "mprotect", "syscall",
 ];
 
-/// Makes the trampolines of a segment. Also returns the names of the functions of `rest` that have
-/// no jump of another program.
+/// Makes the trampolines of a segment. Also returns the names of the functions of `rest` whose
+/// entry has no known jump of another program.
 fn build(
     segment: &Segment,
     code: Code64<'_>,
@@ -238,7 +240,7 @@ fn build(
     Ok((sites, unknown))
 }
 
-/// Explains why a function that must be watched cannot be.
+/// Returns the error for functions of [`NEEDED`] that cannot be patched.
 fn lack(segments: &[Segment], missing: &[&str], sites: &[Site]) -> Lack {
     let mut missing = missing.to_vec();
     missing.sort_unstable();
@@ -322,7 +324,7 @@ impl Site {
     /// Tells whether nothing is left to do: the site is in the wanted state, or has another
     /// program's patch.
     pub(super) fn is_settled(&self, is_installed: bool) -> bool {
-        // SAFETY: as in `describe`.
+        // SAFETY: the site is in the code of libc or of the loader, which stay loaded.
         let now: [u8; PATCH] = unsafe { code_pages::read(self.address) };
         now != if is_installed {
             self.original
@@ -364,7 +366,7 @@ impl Site {
         else {
             return false;
         };
-        // SAFETY: a function of libc or of the loader, which stay loaded.
+        // SAFETY: the entry is in the code of libc or of the loader, which stay loaded.
         let now = unsafe { code_pages::read(function.entry) };
         Foreign::read(function.entry, now).is_some()
     }

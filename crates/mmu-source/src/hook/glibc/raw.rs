@@ -22,7 +22,7 @@ pub(super) fn check(result: u64) -> Result<u64, i32> {
     }
 }
 
-/// Maps memory. If there is room, it is near `hint`.
+/// Maps memory. If `hint` is free, the kernel maps it there.
 pub(super) fn mmap(hint: u64, length: u64, protection: i32, flags: i32) -> Result<u64, i32> {
     let flags = flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     assert_eq!(
@@ -31,7 +31,7 @@ pub(super) fn mmap(hint: u64, length: u64, protection: i32, flags: i32) -> Resul
         "it would replace what is mapped there"
     );
     let args = [hint, length, protection as u64, flags as u64, u64::MAX, 0];
-    // SAFETY: a new mapping that replaces nothing.
+    // SAFETY: without `MAP_FIXED`, which was checked above, a new mapping replaces no other one.
     check(unsafe { syscall(libc::SYS_mmap as u64, args) })
 }
 
@@ -61,7 +61,8 @@ pub(super) unsafe fn mprotect(address: u64, length: u64, protection: i32) -> Res
 /// No code uses `from` any more, and all code that uses `to` works with the content of `from`.
 pub(super) unsafe fn move_over(from: u64, length: u64, to: u64) -> Result<(), i32> {
     let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
-    // SAFETY: the caller promises both.
+    // SAFETY: the caller promises that no code uses `from` any more, and that all code that uses
+    // `to` works with the content of `from`.
     check(unsafe {
         syscall(
             libc::SYS_mremap as u64,
@@ -81,7 +82,7 @@ pub(super) fn getpid() -> u64 {
     unsafe { syscall(libc::SYS_getpid as u64, [0; 6]) }
 }
 
-/// Tells whether the process has a thread with this number.
+/// Tells whether the process has a thread with this thread id.
 pub(super) fn is_thread_of(process: u64, thread: i32) -> bool {
     const PROBE: u64 = 0;
     // SAFETY: takes integers. Signal 0 is only checked and not sent.
