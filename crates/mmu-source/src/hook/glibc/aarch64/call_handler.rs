@@ -1,11 +1,11 @@
 //! Calls [`enter`](super::super::handler::enter) from patched code, and preserves everything that a
 //! system call preserves.
 //!
-//! A trampoline calls a stub with the call's number in `x8` and the arguments in the registers of
-//! the system call. Like the `svc` instruction, the stub changes `x0` and nothing else that the
-//! site may still need. `x16`, `x17` and `x30` belong to the trampoline. Of each vector register
-//! `v0` to `v31`, the stub preserves 128 bits. So does the kernel: any system call discards the
-//! upper part that SVE adds.
+//! A trampoline calls a stub with the system call number in `x8` and the arguments in the registers
+//! of the system call. Like the `svc` instruction, the stub changes `x0` and nothing else that the
+//! site may still need. `x16`, `x17` and `x30` belong to the trampoline. The stub preserves the low
+//! 128 bits of each vector register `v0` to `v31`. The kernel preserves no more: a system call
+//! discards the upper part that SVE adds.
 
 #![allow(unsafe_code, reason = "assembly")]
 
@@ -118,7 +118,7 @@ mod tests {
 
     type Stub = unsafe extern "C" fn();
 
-    /// The registers before and after a stub: `v0` to `v31`, `x0` to `x15`, the flags.
+    /// The registers before and after a stub: `v0` to `v31`, `x0` to `x15`, the flags, `x18`.
     #[repr(C, align(16))]
     #[derive(Debug, Clone, PartialEq)]
     struct Registers {

@@ -1,4 +1,5 @@
-//! The protection of a page of code, apart from read and execute.
+//! The protection of a page of code: read and execute, and the landing-pad check if the page has
+//! it.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -16,7 +17,8 @@ pub(in crate::hook::glibc) fn protection(address: u64) -> i32 {
     }
 }
 
-/// Reads the flags of the mapping that contains `address`.
+/// Tells whether the mapping that contains `address` has the landing-pad check. Returns `None` if
+/// that cannot be read.
 fn has_landing_pads(address: u64) -> Option<bool> {
     let maps = BufReader::new(File::open("/proc/self/smaps").ok()?);
     let mut is_here = false;

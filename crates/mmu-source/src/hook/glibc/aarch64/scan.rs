@@ -33,8 +33,8 @@ impl Code64<'_> {
     /// Finds all sites. `starts` has the starts of functions. `is_generic` tells whether an address
     /// is in `syscall(2)`.
     ///
-    /// Data could look like a site. But a site needs a `mov` of the number before the `svc`, and
-    /// such data would do harm only if a thread executed it.
+    /// Data could look like a site. But a site needs a `mov` of a hooked number a few instructions
+    /// before the `svc`, which data hardly ever contains.
     pub(in crate::hook::glibc) fn sites(
         self,
         starts: Starts<'_>,

@@ -8,7 +8,7 @@ use std::arch::asm;
 /// instructions already, so other threads also need a `membarrier`.
 ///
 /// The kernel does the same when it makes a page executable for the first time. Otherwise the
-/// architecture requires it of the program that writes the code.
+/// architecture requires these steps of the program that writes the code.
 ///
 /// # Safety
 /// The range is mapped and readable.

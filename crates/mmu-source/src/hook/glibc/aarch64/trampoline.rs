@@ -22,10 +22,10 @@ pub(in crate::hook::glibc) fn branch(from: u64, to: u64) -> Option<[u8; 4]> {
     fits.then(|| (B | field).to_le_bytes())
 }
 
-/// Returns the trampoline of a site, for the place `at`. The trampoline looks up the number of the
-/// call in `table`, which has 512 bytes, and calls `stub` if the number is hooked. The trampoline
-/// makes any other call itself, with the registers and the stack of the site, because such a call
-/// may return twice or on another stack.
+/// Returns the trampoline of a site, to be placed at the address `at`. The trampoline looks up the
+/// number of the call in `table`, which has 512 bytes, and calls `stub` if the number is hooked.
+/// The trampoline makes any other call itself, with the registers and the stack of the site,
+/// because such a call may return twice or on another stack.
 pub(super) fn of_call(at: u64, stub: u64, table: u64, resume: u64) -> Option<Vec<u8>> {
     const WORDS: [u32; 16] = [
         0xa9bf_47f0, //  0: stp  x16, x17, [sp, #-16]!

@@ -25,11 +25,12 @@ pub(in crate::hook::glibc) const PATCH: usize = 5;
 pub(in crate::hook::glibc) struct Found {
     /// The address of the instruction to replace.
     pub(in crate::hook::glibc) address: u64,
-    /// The address of the `syscall` instruction. The instructions before it run in the trampoline.
+    /// The address of the `syscall` instruction. The instructions from `address` up to it run in
+    /// the trampoline.
     pub(in crate::hook::glibc) syscall: u64,
     /// The number of the call. `None` if only the caller knows it: `syscall(2)`.
     pub(in crate::hook::glibc) number: Option<u32>,
-    /// What the code after the call still needs.
+    /// What the stub must preserve for the code after the call.
     pub(in crate::hook::glibc) keep: Keep,
 }
 
@@ -102,7 +103,7 @@ impl<'a> Code64<'a> {
     }
 
     /// Returns the functions to decode: those near the bytes of a `syscall` instruction that has a
-    /// site's instructions before it. A short jump into a site can only come from these.
+    /// site's instructions before it. A short jump into a site can only come from these functions.
     fn regions(self, starts: Starts<'_>, is_generic: &impl Fn(u64) -> bool) -> Vec<Range<u64>> {
         const SYSCALL: [u8; 2] = *b"\x0f\x05";
         const SHORT_JUMP: u64 = 128;
@@ -130,7 +131,8 @@ impl<'a> Code64<'a> {
 
     /// Returns every index of a pair of bytes.
     fn occurrences(self, [first, second]: [u8; 2]) -> impl Iterator<Item = usize> {
-        // Few chunks contain the pair. This checks a whole chunk without a branch for each byte.
+        // Few chunks contain the pair. This loop checks a whole chunk without a branch for each
+        // byte.
         const CHUNK: usize = 64;
         let is_here = move |(a, b): (&u8, &u8)| (*a == first) & (*b == second);
         (0..self.bytes.len()).step_by(CHUNK).flat_map(move |start| {
