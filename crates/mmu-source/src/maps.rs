@@ -54,8 +54,8 @@ pub(crate) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<Va
     }
 }
 
-/// Collects what `shmdt(address)` detaches: the pieces of one segment that still lie where
-/// attaching the segment at `address` put them.
+/// Collects the mappings that `shmdt(address)` detaches: the pieces of one segment that still lie
+/// where attaching the segment at `address` put them.
 ///
 /// # Source
 /// `ksys_shmdt`, ipc/shm.c. A piece is detached if it belongs to the same segment and its offset
@@ -96,6 +96,7 @@ pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
 }
 
 /// Returns the end of the heap. A mapping that the kernel has merged with the heap counts as heap.
+/// If the mappings cannot be read, returns the highest address of a page.
 pub(crate) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
     let Ok(maps) = maps else {
         return Some(page::down(u64::MAX));

@@ -35,7 +35,8 @@ impl Queue {
         // ORDER(source-queue-free): Acquire: the consumer has copied the slot. Partner: the store
         // in `advance`.
         if at - self.read.load(Ordering::Acquire) >= SLOTS as u64 {
-            // ORDER(source-queue): Release, for the entries before. Partner: the load in `untold`.
+            // ORDER(source-queue): Release, for the entries before the loss. Partner: the load in
+            // `untold`.
             self.lost.fetch_add(1, Ordering::Release);
             return;
         }
@@ -61,7 +62,7 @@ impl Queue {
     /// Removes the oldest entry. The caller has run its callbacks.
     pub(super) fn advance(&self) {
         // ORDER(source-queue-free): Release: the slot has been copied, and the callbacks have run.
-        // Partner: the loads in `push` and `is_empty`.
+        // Partner: the loads in `push` and `read`.
         self.read
             .store(self.read.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
@@ -88,7 +89,7 @@ impl Queue {
     }
 
     pub(super) fn written(&self) -> u64 {
-        // ORDER(source-queue): Acquire, as in `peek`.
+        // ORDER(source-queue): Acquire: the entries are in the queue. Partner: the store in `push`.
         self.written.load(Ordering::Acquire)
     }
 

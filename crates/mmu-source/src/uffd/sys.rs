@@ -1,12 +1,12 @@
 //! The system calls of the source.
 //!
-//! The source makes four system calls, so it does without the crate `userfaultfd`. That crate does
-//! not know `WP_ASYNC`, drops the errno of a failed call, hides events behind Cargo features, and
-//! allocates a buffer for each read.
+//! The source needs only a few system calls, so it does without the crate `userfaultfd`. That crate
+//! does not know `WP_ASYNC`, drops the errno of a failed call, hides events behind Cargo features,
+//! and allocates a buffer for each read.
 //!
 //! # Safety
 //! This is the only module of the source with unsafe code. The calls take integers, and pointers to
-//! locals whose size the kernel is told.
+//! local variables that are as large as the call expects.
 
 #![allow(
     unsafe_code,
@@ -35,7 +35,7 @@ const FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 12 | 1 << 15;
 /// An event from the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Message {
-    /// The kernel is about to take the pages away.
+    /// The kernel is about to discard the pages.
     Remove { start: u64, end: u64 },
     /// The pages have been unmapped.
     Unmap { start: u64, end: u64 },
@@ -103,7 +103,7 @@ pub(super) fn is_mapped(range: VaRange) -> io::Result<()> {
 }
 
 /// Closes a userfaultfd: the kernel unregisters all of its memory, and every thread that waits for
-/// it continues. Afterwards its descriptor refers to the file of `event`.
+/// it continues. Afterwards the descriptor refers to the file of `event`.
 pub(super) fn replace(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
     // SAFETY: both descriptors are open. The owner of the first one owns an open descriptor
     // afterwards too.
