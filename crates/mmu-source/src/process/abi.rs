@@ -87,8 +87,8 @@ pub(super) enum Abi {
 }
 
 impl Abi {
-    /// Returns the ABI of a call, from its `AUDIT_ARCH_*` value and its number, and the number
-    /// without `X32_BIT`.
+    /// Returns the ABI of a call, and the call's number without `X32_BIT`. `arch` is the
+    /// `AUDIT_ARCH_*` value of the call.
     pub(super) fn of(arch: u32, number: u64) -> Option<(Abi, u64)> {
         match arch {
             ARCH_NATIVE if number & X32_BIT != 0 && number < 2 * X32_BIT => {

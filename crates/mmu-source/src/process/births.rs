@@ -6,7 +6,7 @@ use super::abi::Call;
 use super::{Pid, maps};
 use crate::{page, ranges};
 
-/// The mapping that a call makes if it succeeds. The result of the call is an address in it.
+/// The mapping that a call makes if it succeeds, relative to the result of the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Birth {
     /// This many bytes, starting at the result.
@@ -30,8 +30,8 @@ impl Birth {
         }
     }
 
-    /// Returns the range that is mapped after the call of `tid` has returned `result`, or `None` if
-    /// the call failed.
+    /// Returns the range that is mapped after the call of `tid` has returned `result`. Returns
+    /// `None` if the call failed, or if `/proc` does not show the mapping.
     pub(super) fn range(self, tid: Pid, result: u64) -> Option<VaRange> {
         if result == 0 || (-4095..0).contains(&(result as i64)) {
             return None;

@@ -11,9 +11,9 @@ use super::kinds::{Registers, Task};
 pub struct Current {
     /// The task that made the call. The call may act on another address space (`process_madvise`).
     pub task: Task,
-    /// The name of the system call, or `"exit"` or `"detach"`. While a bracket opens or closes, it
-    /// is the call that the task made: `"clone"` if libc implements `fork` by `clone`. For a new
-    /// task whose parent's call the tracer has not seen, it is the kernel's event: `"fork"`,
+    /// The name of the system call, or `"exit"` or `"detach"`. While a bracket opens or closes,
+    /// this is the call that the task made: `"clone"` if libc implements `fork` by `clone`. For a
+    /// new task whose parent's call the tracer has not seen, this is the kernel's event: `"fork"`,
     /// `"vfork"` or `"clone"`.
     pub cause: &'static str,
     /// The raw return value (`-errno` on failure), while the brackets of the call close. `None` at

@@ -59,8 +59,8 @@ impl Entry {
     /// Returns what the call is about to invalidate, as far as its arguments and `/proc` say.
     /// Returns `None` if the call invalidates nothing.
     ///
-    /// This function rounds up when in doubt: even if the kernel will refuse the call, the
-    /// arguments give a range whenever one can be formed.
+    /// The ranges are rounded up when in doubt. This function does not check whether the kernel
+    /// will accept the call: it reports a range whenever the arguments can form one.
     pub(super) fn plan(&self, context: Context<'_>, ranges: &mut Vec<VaRange>) -> Option<Plan> {
         let [a0, a1, a2, a3, a4, a5] = self.args;
         let mut cause = self.call.name();
@@ -298,7 +298,7 @@ impl Entry {
         Ok(bytes[..read].chunks_exact(size).map(word).collect())
     }
 
-    /// Reads 64 bits, in any ABI. Returns `None` if they are not mapped.
+    /// Reads 64 bits, in any ABI. Returns `None` if a part of the eight bytes is not mapped.
     fn read_u64(&self, address: u64) -> io::Result<Option<u64>> {
         let mut bytes = [0; 8];
         Ok((sys::read_memory(self.tid, address, &mut bytes)? == 8)

@@ -4,7 +4,7 @@
 //! translation, and `SECCOMP_RET_ALLOW` for every other call. The filter works in these steps:
 //!
 //! 1. Load the architecture. Continue at 2 for the native one, at 4 for the 32-bit one. Trace a
-//!    call of any other architecture, so that the tracer can report that it cannot decode it.
+//!    call of any other architecture: the tracer cannot decode it, but reports it.
 //! 2. Load the number. On x86-64, trace every number with the x32 bit; the tracer decodes it.
 //! 3. Search the native table for the number. If the table lacks the number, allow the call.
 //!    Otherwise test the call's arguments.
@@ -88,8 +88,8 @@ fn when(call: Call, traced: Traced) -> When {
             arg: 0,
             values: [IPC_SHMAT as u32, IPC_SHMDT as u32],
         },
-        // These calls have their flags in memory, or any of their arguments may change a
-        // translation.
+        // Either these calls have their flags in memory, or they may change a translation whatever
+        // their arguments are.
         Call::OldMmap
         | Call::Clone3
         | Call::ProcessMadvise

@@ -17,8 +17,8 @@ pub trait Observer {
     /// A task has appeared in `mm`, or has just entered it by `execve`. The task has not run there
     /// yet.
     ///
-    /// Other tasks of `mm` may have open brackets. So a method may share a notifier that exists,
-    /// but registering another one may fail because it would deadlock.
+    /// Other tasks of `mm` may have open brackets. So this method may subscribe to a notifier that
+    /// is registered already, but registering another one may fail because it would deadlock.
     fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held;
 
     /// A task ends, leaves its address space by `execve`, or is detached.
@@ -26,10 +26,11 @@ pub trait Observer {
     /// All brackets of the task are closed by then. If the task was the last one in the address
     /// space, the address space exits next: `release` runs for each notifier that is registered
     /// then. `release` does not run for a notifier whose last [`mmu_notifier::Subscription`] was
-    /// put here.
+    /// put in this method.
     fn leave(&mut self, task: Task, held: Self::Held);
 
-    /// Something happened to a task.
+    /// Reports that a task was made, changed its address space, ended, or made a call worth
+    /// reporting.
     fn event(&mut self, event: &TaskEvent<'_>) {
         let _ = event;
     }
@@ -95,7 +96,7 @@ pub enum TaskEvent<'a> {
     Detach {
         /// The task.
         task: Task,
-        /// The address space it is in.
+        /// The address space that the task is in.
         mm: &'a Mm,
     },
     /// A task made a system call in an ABI that this source does not know. If the call changed the

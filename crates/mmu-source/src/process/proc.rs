@@ -61,7 +61,8 @@ pub(super) fn traces(tracer: Pid, pid: Pid) -> bool {
     false
 }
 
-/// Tells whether `tracer` traces any task. Searches all of `/proc`.
+/// Tells whether `tracer` traces any task. Searches all of `/proc`. Returns `None` if `/proc` may
+/// hide tasks.
 pub(super) fn has_tracees(tracer: Pid) -> Option<bool> {
     if proc_is_foreign() {
         return None;
@@ -113,7 +114,7 @@ fn pid_namespace(tid: Pid) -> Option<PathBuf> {
 
 /// Returns the process or thread that a pidfd of task `tid` refers to.
 ///
-/// The kernel translates the number into the pid namespace of this `/proc`.
+/// The kernel translates the pid into the pid namespace of this `/proc`.
 pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
     if is_self_pidfd(fd) {
         return Named::Task(tid);
@@ -122,7 +123,7 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
         return Named::Anyone;
     };
     match fs::read_to_string(name) {
-        // Not a pidfd, or its process has ended or has no number in this pid namespace.
+        // Not a pidfd, or its process has ended or has no pid in this pid namespace.
         Ok(text) => match field(&text, "Pid").and_then(|pid| pid.parse().ok()) {
             Some(pid) if pid > 0 => Named::Task(pid),
             _ => Named::Stranger,
@@ -138,13 +139,14 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
 pub(super) enum Named {
     /// The task with this identifier.
     Task(Pid),
-    /// A task that is not traced.
+    /// No task, or a task that is not traced.
     Stranger,
     /// Unknown: it may be any task.
     Anyone,
 }
 
-/// Returns the task among `candidates` that has `number` in the pid namespace of task `tid`.
+/// Returns the task among `candidates` that has the pid `number` in the pid namespace of task
+/// `tid`.
 ///
 /// The result is `number` itself unless `tid` is in another pid namespace than the tracer.
 pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = Pid>) -> Named {
@@ -161,8 +163,8 @@ pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = P
     };
     let mut found = Named::Stranger;
     for candidate in candidates {
-        // A task's NSpid field lists its numbers from this pid namespace inwards. The last one is
-        // the number in the task's own namespace.
+        // A task's NSpid field lists its pids from this pid namespace inwards. The last one is the
+        // pid in the task's own namespace.
         let innermost = || {
             status_field(candidate, "NSpid")?
                 .split_whitespace()

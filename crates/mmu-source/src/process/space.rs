@@ -5,8 +5,8 @@ use std::rc::{Rc, Weak};
 
 use mmu_notifier::MmWithUser;
 
-/// An address space and the tracer's state for it. The tasks of the address space share it. When
-/// the last of them drops its share, the address space exits.
+/// An address space and the tracer's state for it. The tasks of the address space share this value.
+/// When the last of them drops its share, the address space exits.
 #[derive(Debug)]
 pub(super) struct Space {
     pub(super) mm: MmWithUser,
@@ -47,7 +47,7 @@ impl Space {
         self.perhaps.take();
     }
 
-    /// Tells whether the two may be the same address space.
+    /// Tells whether the two values may stand for the same address space.
     pub(super) fn may_be(&self, other: &Space) -> bool {
         let names = |a: &Space, b: &Space| {
             a.perhaps
@@ -69,12 +69,12 @@ impl Space {
 /// What the tracer knows of the program break.
 ///
 /// In a process with one thread, a call that grows the heap does not stop at its exit, so the
-/// tracer does not learn whether the call succeeded. If it must know, or if calls of several
-/// threads have overlapped, it reads `/proc`.
+/// tracer does not learn whether the call succeeded. If the tracer must know the break, or if calls
+/// of several threads have overlapped, it reads `/proc`.
 ///
 /// # Invariants
 /// If `sure` is known, the break lies between `sure` and `high`. `high` is at least the address
-/// that any call in flight asked for.
+/// that any call in flight has requested.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Break {
     sure: Option<u64>,

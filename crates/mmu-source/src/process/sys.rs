@@ -1,10 +1,10 @@
 //! The system calls of the tracer: ptrace, wait, fork and exec, and reading a tracee's memory.
 //!
 //! # Safety
-//! This is the only module of the source with unsafe code. ptrace and wait take integers, and
-//! pointers to local buffers whose size the kernel is told, so the functions here are safe for any
-//! caller. Between `fork` and `execve` the child runs [`Child::run`]. `run` makes only system calls
-//! on memory prepared before the fork: no allocation, no lock, no unwinding.
+//! Of this source only this module and its submodules have unsafe code. ptrace and wait take
+//! integers, and pointers to local buffers together with their sizes, so the functions here are
+//! safe for any caller. Between `fork` and `execve` the child runs [`Child::run`]. `run` makes only
+//! system calls on memory prepared before the fork: no allocation, no lock, no unwinding.
 
 #![allow(
     unsafe_code,

@@ -66,12 +66,13 @@ impl Options {
 pub enum Done {
     /// No tracee is left.
     AllExited,
-    /// `stop` was true. A tracee stops at its next call and stays stopped until the tracer runs
+    /// `stop` was true. A tracee stops at its next event and stays stopped until the tracer runs
     /// again or detaches.
     Stopped,
 }
 
-/// Traces processes, and tells the subscribers of their address spaces what is about to change.
+/// Traces processes, and notifies the subscribers of their address spaces before and after each
+/// change.
 ///
 /// A tracer cannot leave the thread that made it:
 ///
@@ -155,8 +156,8 @@ impl<O: Observer> Tracer<O> {
     /// Serves the tracees until none is left or `stop` is true.
     ///
     /// A signal handler can set `stop`, because the signal interrupts the wait. If the signal
-    /// arrives just before the wait begins, `stop` takes effect only at the next event. If the
-    /// handler cannot wait for that event, a timer must repeat the signal.
+    /// arrives just before the wait begins, `stop` takes effect only at the next event. If that is
+    /// too late, a timer must repeat the signal.
     ///
     /// # Blocking
     /// Sleeps until a tracee stops. Runs the callbacks of subscribers and the methods of the
