@@ -90,8 +90,8 @@ impl Child<'_> {
             unsafe { libc::execve(candidate.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
             match errno() {
                 // As a shell does, continue the search, but remember that a file exists and may not
-                // be executed. `EACCES` because a directory may not be searched does not count as a
-                // file.
+                // be executed. An `EACCES` that only means that a directory may not be searched
+                // does not count.
                 libc::EACCES if self.candidates.len() == 1 || is_there(candidate) => {
                     refused = libc::EACCES
                 }

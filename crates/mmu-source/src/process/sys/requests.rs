@@ -130,7 +130,8 @@ struct RawInfo {
     words: [u64; 8],
 }
 
-/// Returns which system call a tracee is stopped at, and on which side. Needs Linux 5.3.
+/// Returns which system call a tracee is stopped at, and whether at its entry or its exit. Needs
+/// Linux 5.3.
 pub(in super::super) fn syscall_info(tid: Pid) -> io::Result<Option<SyscallInfo>> {
     let mut raw = RawInfo::default();
     let asked = ptrace(

@@ -81,8 +81,9 @@ pub(in super::super) fn wait_for(pid: Pid) -> io::Result<Wait> {
 ///
 /// If a task makes a child and is killed before its event can name the child, no event names that
 /// child. So such a tracee may exist. This function does not wait for children of this thread that
-/// are not tracees: if only those exist, it returns [`Wait::NoTracee`]. If `/proc` does not say
-/// which children are tracees, it waits for all of them; then this thread must have no others.
+/// are not tracees: if the thread has only such children, it returns [`Wait::NoTracee`]. If `/proc`
+/// does not say which children are tracees, it waits for all of them; then this thread must have no
+/// children that are not tracees.
 pub(in super::super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
         // No event and no tracee: this source must not wait for the existing children.

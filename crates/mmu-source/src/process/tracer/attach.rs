@@ -11,15 +11,16 @@ use super::start::ptrace_options;
 use super::{Error, ExitStatus, Observer, Pid, Task, Tracer};
 
 /// How often the tracer tries to seize a task that is alive and cannot be seized. Each try waits
-/// for an `execve` in progress, so only a program that runs `execve` again and again uses them up.
+/// for an `execve` in progress, so only a program that runs `execve` again and again uses up all
+/// tries.
 const TRIES: u32 = 200;
 
 impl<O: Observer> Tracer<O> {
     /// Traces a running process, with all its threads. Each of them stops at every system call.
     ///
-    /// The observer learns of the threads at once. The tracer sees the calls of a thread from its
-    /// first stop on, which [`Tracer::run`] serves. The tracer does not see a call that the thread
-    /// is in until then.
+    /// The observer learns of the threads at once. Each thread stops for the first time during
+    /// [`Tracer::run`], and the tracer sees its calls from then on. The tracer does not see the
+    /// call that the thread is making when it stops for the first time.
     ///
     /// # Blocking
     /// Sleeps while the process is in `execve`.
@@ -27,7 +28,7 @@ impl<O: Observer> Tracer<O> {
     /// [`Error::Attach`], whose source is:
     /// * `ESRCH` if no such process exists;
     /// * `EPERM` if tracing the process is refused or it already has a tracer;
-    /// * an error without a number, of the kind [`io::ErrorKind::InvalidInput`], if `pid` is a
+    /// * an error without an errno, of the kind [`io::ErrorKind::InvalidInput`], if `pid` is a
     ///   thread of another process; the message names that process;
     /// * [`io::ErrorKind::Deadlock`] if the process traces this one, directly or through other
     ///   tracers, because each would stop and wait for the other;

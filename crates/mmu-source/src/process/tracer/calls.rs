@@ -109,7 +109,7 @@ impl<O: Observer> Tracer<O> {
     }
 
     /// Returns the address spaces that a call by a task in `own` acts on: whether `own` is one of
-    /// them, and the others. Returns `None` if it acts on no traced address space.
+    /// them, and the others. Returns `None` if the call acts on no traced address space.
     fn targets(&self, own: &Rc<Space>, then: Then) -> Option<(bool, Vec<Rc<Space>>)> {
         let (here, mut others) = match then {
             Then::Elsewhere(Named::Stranger) => return None,

@@ -150,13 +150,14 @@ impl Keeper {
         while self.step() {}
     }
 
-    /// Like [`Keeper::serve`], but also returns when `is_done` says so, which lets the caller wait
-    /// for work of other threads. The keeper asks `is_done` before each event, and whenever a
-    /// signal handler interrupts the wait. So the caller needs a timer.
+    /// Like [`Keeper::serve`], but also returns when `is_done` returns true, which lets the caller
+    /// wait for work of other threads. The keeper calls `is_done` before each event, and whenever a
+    /// signal handler interrupts the wait. So the caller needs a timer whose signal interrupts the
+    /// wait.
     ///
     /// # Blocking
     /// Sleeps until an event or a signal, as long as tracees exist. If a child of a tracee has not
-    /// reported yet, sleeps even if `is_done` would say so.
+    /// reported yet, sleeps even if `is_done` would return true.
     pub fn serve_until(&mut self, mut is_done: impl FnMut() -> bool) {
         if !self.is_needed() {
             return;

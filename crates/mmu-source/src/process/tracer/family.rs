@@ -25,8 +25,8 @@ pub(super) struct Parked {
     family: Family,
     /// The time of the task's first report, on the tracer's clock.
     since: u64,
-    /// Whether the tasks that could name it were interrupted, so that each of them reports once
-    /// more.
+    /// Whether the tasks that could name the child were interrupted, so that each of them reports
+    /// once more.
     asked: bool,
 }
 
@@ -85,7 +85,8 @@ impl<O: Observer> Tracer<O> {
         Ok(())
     }
 
-    /// Asks `/proc`. If that does not say, asks the kernel about each known process.
+    /// Looks up the process and the parent of a task in `/proc`. If `/proc` does not say, asks the
+    /// kernel about each known process.
     fn family(&self, tid: Pid) -> Family {
         if let Some((process, parent)) = proc::family(tid) {
             return Family {
@@ -161,7 +162,8 @@ impl<O: Observer> Tracer<O> {
             .find(|tracee| tracee.task.pid == pid && tracee.space().is_some());
         let known = of_process.and_then(|tracee| tracee.space().cloned());
         let space = known.or_else(|| self.space_shared_with(tid).ok());
-        // The parent has left the table, and the table may be empty.
+        // The parent has left the table, and the table may be empty. If the process spawned last
+        // has a filter and no task in the table lacks one, the child has inherited the filter.
         let filtered = self.filters && self.tasks.values().all(|tracee| tracee.filtered);
         let is_new = space.is_none();
         let space = space.unwrap_or_else(|| self.space_of_its_own(tid));
@@ -191,8 +193,8 @@ impl<O: Observer> Tracer<O> {
         Err(unknown)
     }
 
-    /// Makes an address space for `tid`, which shares no known one. If the kernel does not say
-    /// whether it is the same as another one, both stay in doubt.
+    /// Makes an address space for `tid`, which shares no known address space. If the kernel does
+    /// not say whether two address spaces are the same, both stay in doubt.
     fn space_of_its_own(&mut self, tid: Pid) -> Rc<Space> {
         let unknown = self.space_shared_with(tid).err().unwrap_or_default();
         self.in_doubt |= !unknown.is_empty();
@@ -273,8 +275,8 @@ impl<O: Observer> Tracer<O> {
         if !tracee.may_be_forking() || tracee.call.is_none() {
             return;
         }
-        // The result is the child's number in the parent's pid namespace. That number differs from
-        // the number here only if the parent is in another pid namespace than the tracer.
+        // The result is the child's pid in the parent's pid namespace. It differs from the child's
+        // pid here only if the parent is in another pid namespace than the tracer.
         if tracee.numbers_agree.is_none() {
             tracee.numbers_agree = proc::shares_pid_namespace(parent);
         }

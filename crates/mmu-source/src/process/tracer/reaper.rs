@@ -61,8 +61,8 @@ impl Reaper {
         self.shared.lock().tids.push(tid);
     }
 
-    /// Returns the threads that were reaped since the last call. The numbers of these threads may
-    /// be in use again.
+    /// Returns the threads that were reaped since the last call. Their thread ids may be in use
+    /// again.
     pub(super) fn ended(&self) -> Vec<(Pid, ExitStatus)> {
         mem::take(&mut self.shared.lock().ended)
     }
@@ -98,7 +98,7 @@ impl Shared {
         while !work.is_over {
             let Work { tids, ended, .. } = &mut *work;
             // Reap under the lock, so that the tracer learns of the end before it can see the
-            // number again.
+            // thread id again.
             tids.retain(|tid| match sys::take_status(*tid) {
                 Some(status) => {
                     ended.push((*tid, status));

@@ -32,8 +32,8 @@ impl<O: Observer> Tracer<O> {
         let (go_read, go_write) = sys::pipe(0).map_err(spawn_error("pipe2"))?;
         let (report_read, report_write) =
             sys::pipe(libc::O_NONBLOCK).map_err(spawn_error("pipe2"))?;
-        // Copy the descriptors to numbers above 2, so that setting up one standard stream does not
-        // overwrite the source of the next.
+        // Copy the descriptors to descriptors above 2, so that setting up one standard stream does
+        // not overwrite the source of the next.
         let mut copies = Vec::new();
         let mut stdio = [None; 3];
         for (slot, fd) in stdio.iter_mut().zip(&command.stdio) {

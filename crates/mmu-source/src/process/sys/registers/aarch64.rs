@@ -99,7 +99,7 @@ fn code_mask(tid: Pid) -> u64 {
 /// `ENOSYS`.
 ///
 /// Without a call number, the result of the call is the value of the first register. That register
-/// still holds the first argument, so this function also sets it.
+/// still holds the first argument, so this function also stores `ENOSYS` in the register.
 pub(in super::super::super) fn skip_call(tid: Pid) -> io::Result<Option<()>> {
     let number = NO_CALL;
     let at = (&raw const number).expose_provenance();
