@@ -262,7 +262,7 @@ fn rounds(count: u32) {
         assert_ne!(page, libc::MAP_FAILED);
         // SAFETY: the page was mapped writable just now.
         unsafe { page.cast::<u8>().write_volatile(1) };
-        // SAFETY: it was mapped just now, and nothing points into it.
+        // SAFETY: the page was mapped just now, and no reference points into it.
         unsafe { libc::munmap(page, 4096) };
     }
 }
@@ -276,7 +276,7 @@ fn quiet() {
                 black_box(hash.rotate_left(5) ^ (round + step)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         }
         if round % 8 == 0 {
-            // SAFETY: it has no preconditions.
+            // SAFETY: `getppid` has no preconditions.
             hash ^= unsafe { libc::getppid() } as u64;
         }
     }

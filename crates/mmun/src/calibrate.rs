@@ -15,16 +15,16 @@ use crate::output::Output;
 use crate::recorder::{Recorder, Settings};
 use crate::sys;
 
-/// How many calls are measured.
+/// The count of measured calls.
 const CALLS: usize = 201;
 /// Smaller differences count as none, in nanoseconds.
 const ERROR: u64 = 500;
 
 /// Measures the time of calls that do nothing; `None` if the measurement fails.
 pub(crate) fn overhead(options: Options) -> Option<Overhead> {
-    // In a separate thread, because this sets the thread's CPU affinity. The kernel remembers an
-    // affinity that was set, and children inherit it: they would not get processors that their
-    // cpuset gains later.
+    // In a separate thread, because the measurement sets its thread's CPU affinity. The kernel
+    // remembers an affinity that was set, and children inherit the affinity: they would not get
+    // processors that their cpuset gains later.
     let measure = || measure(options);
     let result = std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().spawn_scoped(scope, measure);

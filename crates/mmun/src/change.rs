@@ -15,7 +15,7 @@ pub(crate) struct Change {
     /// When it began and ended, in nanoseconds since the trace began.
     pub(crate) began: u64,
     pub(crate) ended: u64,
-    /// `None`: the task died in the call.
+    /// `None`: the call did not return, because the task died or the trace ended.
     pub(crate) result: Option<i64>,
     pub(crate) seen: Seen,
     /// The time that the task ran in the call. If a call has several ranges, only the range that
@@ -56,8 +56,8 @@ impl Change {
         u64::try_from(self.span.end() - u128::from(self.span.start())).unwrap_or(u64::MAX)
     }
 
-    /// How many bytes in memory the call removed or changed; 0 if the call failed or the number is
-    /// not known.
+    /// How many bytes in memory the call removed or changed; 0 if the call failed or did not
+    /// return, or if the count is not known.
     pub(crate) fn resident(&self) -> u64 {
         self.seen
             .pages
@@ -74,14 +74,14 @@ impl Change {
 /// whole heap and a page of data in one call.
 #[derive(Debug, Default)]
 pub(crate) struct Shares {
-    /// For each call whose last range has not ended: the mappings of the other ranges, and their
-    /// weights.
+    /// For each task whose call has ended some of its ranges but not all: the mappings of the ended
+    /// ranges, and their weights.
     open: HashMap<Pid, Vec<(Option<Name>, u64)>>,
 }
 
 impl Shares {
     /// Takes the next change. `time` is the time of the call, if this change represents the call.
-    /// As soon as that is known, `add` gets each range's share of the time, with its mapping.
+    /// As soon as the time is known, `add` gets each range's mapping and its share of the time.
     pub(crate) fn take(
         &mut self,
         change: &Change,
@@ -135,7 +135,7 @@ impl Pairs {
         self.open.entry(record.task.tid).or_default().push(open);
     }
 
-    /// `None` if the trace does not have its start.
+    /// Returns the change that ends now; `None` if the trace does not have its start.
     pub(crate) fn end(
         &mut self,
         t: u64,

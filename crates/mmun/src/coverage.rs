@@ -126,7 +126,7 @@ pub(crate) fn library_cell(args: &LibraryCellArgs) -> Outcome {
     sys::exit_now(i32::from(written.is_err()))
 }
 
-/// A child of a cell, which traces it.
+/// Runs in the child of a cell, while the cell traces the child.
 pub(crate) fn tracee(args: &TraceeArgs) -> Outcome {
     if let Some(operation) = ops::named(&args.operation) {
         traced::tracee(operation);

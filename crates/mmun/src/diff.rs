@@ -140,8 +140,8 @@ fn compare(before: &Recording, after: &Recording, wall: bool, sort: Sort) -> Vec
 }
 
 /// Identifies a place in both runs: the function, and its module, which is empty for the programs
-/// themselves. The line number is ignored, because a line that is added above it changes the
-/// number.
+/// themselves. The line number is ignored, because a line that is added above the place changes
+/// the number.
 type Place = (String, String);
 
 struct Places<'a> {
@@ -243,13 +243,13 @@ fn write_text(out: &mut Vec<u8>, pairs: &[Pair], args: &DiffArgs) -> io::Result<
     writeln!(out, "{} places: {new} new, {gone} gone.", pairs.len())
 }
 
-/// A column: the number of a row that it shows, and the format of the number.
+/// A column: the value of a row that the column shows, and the format of the value.
 type Column = (fn(&Row) -> Option<u64>, fn(u64) -> String);
 
 /// The widths of the columns and of their changes.
 const WIDTHS: [usize; 4] = [10, 8, 11, 11];
 
-/// Writes the line of a place: its numbers in the second run, and their changes.
+/// Writes the line of a place: its totals in the second run, and their changes.
 fn line(out: &mut Vec<u8>, pair: &Pair) -> io::Result<()> {
     let (before, after) = (
         pair.before.unwrap_or_default(),
@@ -342,7 +342,7 @@ mod tests {
         Recording::read(text.as_bytes()).expect("it is a trace")
     }
 
-    /// Lines differ between two versions.
+    /// A factor that gives the two programs different line numbers, like those of two versions.
     fn pages_of(program: &str) -> u64 {
         program.len() as u64
     }

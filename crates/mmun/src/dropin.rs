@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 const NAME: &str = "libmmun_dropin.so";
 
-/// The library: the file of `MMUN_DROPIN`, or else the file beside this program, or else that in
-/// `../lib`.
+/// The library: the file of `MMUN_DROPIN`. Without that variable, the first file that exists beside
+/// this program, in `../lib`, or in `../lib/mmun`.
 ///
 /// # Errors
 /// One line with the folders that were searched.

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::builder::{PossibleValue, TypedValueParser};
 use mmu_notifier::Event;
 
-/// The names of all events, in the order of their numbers here.
+/// The names of all events. The index of a name is the event's number in this program.
 pub(crate) const NAMES: [&str; 8] = [
     "unmap",
     "clear",
@@ -18,7 +18,7 @@ pub(crate) const NAMES: [&str; 8] = [
     "exclusive",
 ];
 
-/// The positions of two of them.
+/// The positions of some of these names.
 pub(crate) const UNMAP: usize = 0;
 pub(crate) const CLEAR: usize = 1;
 pub(crate) const RELEASE: usize = 5;

@@ -184,7 +184,7 @@ mod tests {
         Recording::read(TRACE.as_bytes()).expect("it is a trace")
     }
 
-    /// The same, but a `vfork` child made the mapping.
+    /// The same trace, but a `vfork` child made the mapping.
     pub(super) fn by_another() -> Recording {
         let map = r#""t":3000,"kind":"map","pid":7,"tid":7,"#;
         let text = TRACE.replace(map, r#""t":3000,"kind":"map","pid":9,"tid":9,"#);

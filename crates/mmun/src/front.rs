@@ -23,8 +23,9 @@ pub(crate) struct Front {
 }
 
 impl Front {
-    /// Lets the front end. If the tracer does not stay, the front reaps it, because a process 1
-    /// that does not reap would leave a zombie.
+    /// Sends the outcome to the front, which then ends. Without `stays`, the tracer ends as well,
+    /// and the front reaps it first. Otherwise process 1 would have to reap the tracer, and a
+    /// zombie would stay if it does not.
     pub(crate) fn tell(mut self, outcome: Outcome, stays: bool) {
         let mut message = [u8::from(stays); 6];
         message[..5].copy_from_slice(&outcome.to_bytes());

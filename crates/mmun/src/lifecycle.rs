@@ -35,7 +35,7 @@ impl Lifecycle {
         }
     }
 
-    /// The latest process with this number.
+    /// The latest process with this pid.
     fn process(&mut self, pid: Pid, comm: &str) -> &mut Process {
         let at = self
             .processes

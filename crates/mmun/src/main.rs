@@ -102,7 +102,7 @@ fn main() {
     outcome.end()
 }
 
-/// Which of its file's capabilities a command keeps.
+/// Which capabilities of this program's file a command keeps.
 fn rights(command: &Command) -> Rights {
     match command {
         // The cells of a library load files that environment variables name.
@@ -149,7 +149,7 @@ fn explain(error: &mmu_source::Error) -> String {
     explain_with(error, None)
 }
 
-/// The same with a hint that replaces the error's own.
+/// Like [`explain`]; `hint`, if given, replaces the error's own hint.
 fn explain_with(error: &mmu_source::Error, hint: Option<&str>) -> String {
     let mut line = error.to_string();
     if let Some(source) = std::error::Error::source(error) {
@@ -163,7 +163,7 @@ fn explain_with(error: &mmu_source::Error, hint: Option<&str>) -> String {
     line
 }
 
-/// One line on standard error; if that is closed, the line is lost.
+/// Writes one line to standard error. If standard error is closed, the line is lost.
 fn complain(line: &str) {
     let _ = writeln!(io::stderr(), "mmun: {line}");
 }

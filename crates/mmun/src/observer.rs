@@ -70,7 +70,8 @@ impl Drop for TraceNotifier {
     }
 }
 
-/// How many last subscriptions wait to be put, and for how long while anything happens.
+/// The maximum count of last subscriptions that wait to be put, and the time after which the next
+/// event puts them.
 const MOST_LAST: usize = 32;
 const LONGEST_LAST: Duration = Duration::from_millis(20);
 
@@ -82,9 +83,10 @@ pub(crate) struct TraceObserver {
     /// chance to end. The kernel has the same order: an exiting task first drops its `mm`, which
     /// runs `release`, and then closes its files, which put.
     leaving: Vec<(Task, Subscription<TraceNotifier>)>,
-    /// The last subscriptions of address spaces that have ended. They are put a few at a time: each
-    /// put wakes the thread that waits for a grace period, and its barriers interrupt this one,
-    /// which costs a program that forks all the time a tenth of its speed.
+    /// The last subscriptions of address spaces that have ended. They are put several at a time,
+    /// because each put wakes the thread that waits for a grace period, and the barriers of that
+    /// thread interrupt this thread. Separate puts cost a program that forks all the time a tenth
+    /// of its speed.
     last: Vec<Subscription<TraceNotifier>>,
     /// When the first of `last` came.
     since: Instant,
@@ -180,7 +182,8 @@ impl Observer for TraceObserver {
 
     fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held {
         self.put_left();
-        // Another task may enter after all: then the count must be that of the tasks.
+        // A further task may enter such an address space. Put the last subscription first, so that
+        // the count is that of the tasks.
         if self.last.iter().any(|last| last.mm().id() == mm.id()) {
             self.put_last();
         }

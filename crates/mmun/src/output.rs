@@ -20,7 +20,7 @@ pub(crate) struct Output {
     file: File,
     /// For messages.
     name: String,
-    /// The file's path, if there was none before.
+    /// The file's path, if the file did not exist before.
     made: Option<PathBuf>,
     terminal: bool,
     /// Whether the file still has its old content.
@@ -33,7 +33,7 @@ pub(crate) struct Output {
 const FULL: usize = 1 << 16;
 /// A record is shorter than this.
 const ROOM: usize = 4096;
-/// After the trace is asked to end: how long the reader may read nothing before the rest is
+/// After a request to end the trace: how long the reader may read nothing before the rest is
 /// discarded.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -41,7 +41,8 @@ impl Output {
     /// The name of standard error in messages.
     pub(crate) const STDERR: &str = "standard error";
 
-    /// Standard error without a path. A file that exists is emptied by the first flush.
+    /// Opens `path`, or standard error if there is no path. A file that exists is emptied by the
+    /// first flush.
     ///
     /// # Errors
     /// The file cannot be created, or there is no such stream.
@@ -80,12 +81,12 @@ impl Output {
         self.name.clone()
     }
 
-    /// Writes the buffer if it is full, or at once to a terminal. `true` if that failed just now.
+    /// Writes the buffer if it is full, or at once to a terminal. `true` if this write failed.
     pub(crate) fn settle(&mut self) -> bool {
         (self.terminal || self.buffer.len() >= FULL) && self.flush()
     }
 
-    /// Writes the buffer. `true` if that failed just now.
+    /// Writes the buffer. `true` if this write failed.
     pub(crate) fn flush(&mut self) -> bool {
         let mut failed_now = false;
         if self.failed.is_none() && (self.stale || !self.buffer.is_empty()) {
@@ -155,7 +156,7 @@ pub(crate) fn open_or_make(path: &Path) -> io::Result<(File, bool)> {
 /// keeps its old content. For a pipe or a device, just writes.
 ///
 /// # Errors
-/// What the kernel says.
+/// The errors of the kernel.
 pub(crate) fn replace(file: &mut File, text: &[u8]) -> io::Result<()> {
     let about = file.metadata()?;
     if about.is_file() {
@@ -212,7 +213,8 @@ fn write_all(
 }
 
 fn wait_for_room(file: &File, stop: &AtomicBool, patience: Duration) -> io::Result<()> {
-    // The flag can be set while this thread sleeps and another one takes the signal.
+    // If another thread takes the signal, this thread continues to sleep although the flag is set.
+    // So the sleep has a time limit.
     const LOOK: Timespec = Timespec {
         tv_sec: 0,
         tv_nsec: 50_000_000,

@@ -127,12 +127,12 @@ pub(crate) struct Extra<'a> {
     pub(crate) own: Option<u64>,
 }
 
-/// Bytes of a range, by what they are.
+/// The bytes of a range, by the kind of their pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pages {
     /// In memory, in total.
     pub(crate) resident: u64,
-    /// Of these, of a file or shared.
+    /// Of these, those of a file or of shared memory.
     pub(crate) file: u64,
     /// Of these, in huge pages.
     pub(crate) huge: u64,

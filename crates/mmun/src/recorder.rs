@@ -212,8 +212,9 @@ impl Inner {
         self.begin.elapsed().as_nanos() as u64
     }
 
-    /// Examines a task that is stopped before or after a call. The clock of the trace does not
-    /// count this time.
+    /// Examines a task that is stopped before or after a call. The time of the record is read
+    /// afterwards, so the time between a start and its end does not include the examination before
+    /// the start.
     fn look(&mut self, record: &Record) -> Option<Seen> {
         let Record { task, mm, .. } = *record;
         let capture = self.capture.as_mut()?;
@@ -370,7 +371,7 @@ impl Inner {
     }
 }
 
-/// Errors cannot be cloned; those of writing have a number.
+/// Copies an error, because `io::Error` is not `Clone`. An error of a write has an error code.
 fn copy(error: &io::Error) -> io::Error {
     error
         .raw_os_error()

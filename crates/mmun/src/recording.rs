@@ -28,7 +28,7 @@ pub(crate) struct Recording {
     pub(crate) end: u64,
     /// The address spaces by their numbers.
     pub(crate) spaces: BTreeMap<u64, Space>,
-    /// Every range that a call changed, in the order in which they ended.
+    /// Every range that a call changed, in the order of the ends.
     pub(crate) changes: Vec<Changed>,
     /// Every mapping that was made, if births were recorded.
     pub(crate) births: Vec<Born>,
@@ -47,7 +47,7 @@ pub(crate) struct Recording {
 pub(crate) struct Space {
     /// The first process in it.
     pub(crate) pid: i32,
-    /// The latest known name of its task, as a number of the [`Recording`].
+    /// The latest known name of its task, in the names of the [`Recording`].
     pub(crate) comm: Name,
     /// The path of its program, empty if it is not known.
     pub(crate) program: Name,

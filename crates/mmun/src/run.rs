@@ -58,7 +58,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
             return FAILED;
         }
     };
-    // From here on something is left to be done when the program has ended.
+    // From here on this process must outlive the program, to merge the reports and to remove
+    // temporary files.
     sys::keep_signals();
     let folder = match folder() {
         Ok(folder) => folder,
@@ -115,7 +116,8 @@ fn inherited() -> Option<Watch> {
     <Watch as ValueEnum>::from_str(&value, false).ok()
 }
 
-/// Waits until the program has ended. Stops when it stops, if a shell waits for that.
+/// Waits until the program has ended. If the program stops and a shell waits for that, this process
+/// stops as well.
 fn wait(program: &Relay) -> Outcome {
     let number = program.0.id() as i32;
     let pid = Pid::from_raw(number).expect("a child's pid is positive");
@@ -156,7 +158,7 @@ fn ended(status: WaitStatus) -> Option<Outcome> {
     code.or_else(|| status.terminating_signal().map(Outcome::Signal))
 }
 
-/// Whether the process is stopped, by `/proc`.
+/// Whether the process is stopped, according to `/proc`.
 fn is_stopped(pid: i32) -> bool {
     let stat = shown(pid, "stat").and_then(|file| fs::read_to_string(file).ok());
     let stat = stat.unwrap_or_default();

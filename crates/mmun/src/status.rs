@@ -10,11 +10,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Progress {
     pub(crate) events: u64,
-    /// The processes that are alive.
+    /// The tasks that are alive.
     pub(crate) tasks: u64,
 }
 
-/// The line.
+/// The status line.
 #[derive(Debug)]
 pub(crate) struct Status {
     begin: Instant,
@@ -28,7 +28,8 @@ const EVERY: Duration = Duration::from_secs(1);
 const ERASE: &str = "\r\x1b[K";
 
 impl Status {
-    /// Shows nothing unless it is `wanted` and standard error is a terminal that can erase a line.
+    /// Shows nothing unless the line is `wanted`, and standard error is a terminal that can erase a
+    /// line.
     pub(crate) fn new(wanted: bool) -> Status {
         let is_dumb = std::env::var_os("TERM").is_none_or(|terminal| terminal == "dumb");
         let begin = Instant::now();
@@ -79,9 +80,9 @@ fn thousands(number: u64) -> String {
     groups.join(",")
 }
 
-/// Writes `text`; returns whether it did. It does not write to a terminal that ^S has stopped,
-/// because the write would block. In the background it writes nothing, because the terminal belongs
-/// to the shell.
+/// Writes `text`, and returns whether the text was written. Does not write to a terminal that ^S
+/// has stopped, because the write would block. In the background this writes nothing, because the
+/// terminal belongs to the shell.
 fn write(text: &str) -> bool {
     let mut error = io::stderr();
     if !crate::sys::has_terminal(&error) {

@@ -31,7 +31,7 @@ pub(crate) struct Wanted {
     pub(crate) wall: bool,
 }
 
-/// The texts behind the numbers of names and stacks.
+/// The texts to which the indices of names and stacks refer.
 #[derive(Debug)]
 pub(crate) struct Sources<'a> {
     pub(crate) names: Option<&'a Names>,
@@ -122,7 +122,7 @@ impl Row {
         self.longest = self.longest.max(other.longest);
     }
 
-    /// `None` if it is known of no range.
+    /// `None` if the resident size is known of no range.
     pub(crate) fn known_resident(&self) -> Option<u64> {
         (self.sized > 0 || self.ranges == 0).then_some(self.resident)
     }
@@ -311,7 +311,7 @@ impl Summary {
     }
 }
 
-/// The numbers of a row, as members of a JSON object.
+/// Writes the totals of a row, as members of a JSON object.
 pub(crate) fn write_row(out: &mut Vec<u8>, row: &Row) {
     let Row {
         calls,

@@ -26,9 +26,9 @@ use rustix::process::{Pid, Signal};
 
 /// Set when the trace must end early. Relaxed, because it publishes no data.
 pub(crate) static STOP: AtomicBool = AtomicBool::new(false);
-/// The signal that asked for it; 0 if none did.
+/// The signal that requested the early end; 0 if no signal did.
 static ASKED_BY: AtomicI32 = AtomicI32::new(0);
-/// Where the front forwards its signals.
+/// The pid of the tracer, to which the front forwards its signals.
 static TRACER: AtomicI32 = AtomicI32::new(0);
 
 /// The signals that ask a program to end.
@@ -149,7 +149,7 @@ pub(crate) fn stop_with(front: Option<Pid>) {
 ///
 /// The tracing thread sleeps in `waitpid`. A signal would be lost if it arrived after that thread
 /// has read [`STOP`] and before it sleeps. A signal that the kernel delivers to another thread
-/// would not wake it either. So a timer sends signals until [`stop_seen`].
+/// would not wake the tracing thread either. So a timer sends signals until [`stop_seen`].
 pub(crate) fn request_stop() {
     STOP.store(true, Relaxed);
     ring();
@@ -220,7 +220,7 @@ pub(crate) fn die_of(signal: i32) -> ! {
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     set_handler(signal, libc::SIG_DFL);
     change_mask(libc::SIG_UNBLOCK, &set_of(&[signal]));
-    // SAFETY: `raise` takes any number.
+    // SAFETY: `raise` takes any integer.
     unsafe { libc::raise(signal) };
     // The signal did not kill: this process is the init of a container, or the signal's default
     // action is harmless.
@@ -229,7 +229,7 @@ pub(crate) fn die_of(signal: i32) -> ! {
 
 /// Ends this process at once: nothing is flushed, no handler runs.
 pub(crate) fn exit_now(status: i32) -> ! {
-    // SAFETY: it takes an integer.
+    // SAFETY: `_exit` takes any integer.
     unsafe { libc::_exit(status) }
 }
 
@@ -248,7 +248,7 @@ pub(crate) fn die_with(parent: Option<Pid>) {
 /// # Source
 /// clock_getcpuclockid(3). For a stopped process the time is exact to the nanosecond.
 pub(crate) fn process_time(pid: i32) -> Option<u64> {
-    /// `CPUCLOCK_SCHED`, include/linux/posix-timers_types.h: time in the run queue's own unit.
+    /// `CPUCLOCK_SCHED` of include/linux/posix-timers_types.h: the scheduler's count of run time.
     const SCHED: libc::clockid_t = 2;
     // An invalid pid would name another clock.
     if !(1..1 << 28).contains(&pid) {
@@ -259,7 +259,8 @@ pub(crate) fn process_time(pid: i32) -> Option<u64> {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: it writes one `timespec` to a local; an invalid clock is refused.
+    // SAFETY: `clock_gettime` writes one `timespec` to a local variable, and refuses an invalid
+    // clock.
     if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
         return None;
     }
@@ -269,8 +270,8 @@ pub(crate) fn process_time(pid: i32) -> Option<u64> {
         .checked_add(u64::try_from(time.tv_nsec).ok()?)
 }
 
-/// For a process that may crash: an error ends it without a message. It may allocate `memory` more
-/// bytes than it has.
+/// For a process that may crash: an error ends it without a message. The process may allocate
+/// `memory` more bytes than it has.
 pub(crate) fn be_expendable(parent: Option<Pid>, memory: u64) {
     die_with(parent);
     // `std` handles the first two signals, and would print a message about a stack overflow.
@@ -301,9 +302,9 @@ pub(crate) fn be_expendable(parent: Option<Pid>, memory: u64) {
     }
 }
 
-/// Ends this process after `seconds`, unless it is called again; see [`be_expendable`].
+/// Ends this process after `seconds`, unless this function is called again; see [`be_expendable`].
 pub(crate) fn end_in(seconds: u32) {
-    // SAFETY: it takes an integer.
+    // SAFETY: `alarm` takes any integer.
     unsafe { libc::alarm(seconds) };
 }
 
@@ -358,7 +359,7 @@ extern "C" fn on_orphaned(_: i32) {
 
 /// Makes a memory call that does nothing: its address is not aligned.
 pub(crate) fn idle_call() {
-    // SAFETY: the kernel refuses the call whatever is mapped.
+    // SAFETY: the kernel refuses an address that is not aligned, so this unmaps nothing.
     unsafe { libc::munmap(std::ptr::without_provenance_mut(1), 4096) };
 }
 
@@ -369,7 +370,7 @@ extern "C" fn on_alarm(_: i32) {}
 extern "C" fn on_full_file(_: i32) {}
 
 extern "C" fn on_forward(signal: i32) {
-    // SAFETY: `kill` takes any numbers. The tracer's pid is not reused, because no code reaps the
+    // SAFETY: `kill` takes any integers. The tracer's pid is not reused, because no code reaps the
     // tracer while this handler is installed.
     keeping_errno(|| unsafe { libc::kill(TRACER.load(Relaxed), signal) });
 }
@@ -388,7 +389,7 @@ fn set_timer(every_us: i64) {
 }
 
 fn keeping_errno(call: impl FnOnce() -> i32) {
-    // SAFETY: it always returns this thread's own, valid location.
+    // SAFETY: `__errno_location` always returns this thread's own, valid location.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: valid and this thread's own, see above.
     let before = unsafe { errno.read() };
@@ -399,14 +400,14 @@ fn keeping_errno(call: impl FnOnce() -> i32) {
 
 fn set_of(signals: &[i32]) -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
-    // SAFETY: the pointer is to room for a set, which this fills.
+    // SAFETY: the pointer is to room for a set, which `sigemptyset` fills.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     for signal in signals {
         // SAFETY: the set was initialised by `sigemptyset`; a bad number is an error, not
         // undefined.
         unsafe { libc::sigaddset(set.as_mut_ptr(), *signal) };
     }
-    // SAFETY: `sigemptyset` initialised it.
+    // SAFETY: `sigemptyset` initialised the set.
     unsafe { set.assume_init() }
 }
 
@@ -420,7 +421,8 @@ fn change_mask(how: i32, set: &libc::sigset_t) -> libc::sigset_t {
 
 fn is_ignored(signal: i32) -> bool {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: a null new action only asks; the other pointer is to room for an action.
+    // SAFETY: with a null new action `sigaction` changes nothing; the other pointer is to room for
+    // an action.
     unsafe { libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr()) };
     // SAFETY: an action may be all zeroes, and the call has filled it in.
     unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN

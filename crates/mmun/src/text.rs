@@ -58,13 +58,13 @@ struct Found {
     site: Option<u32>,
 }
 
-/// The name of a task, cut to what the kernel keeps.
+/// The name of a task, cut to the 15 bytes that the kernel keeps, and its length.
 type Comm = ([u8; 15], u8);
 
 /// Starts of one task, in order, and the ends of some.
 ///
-/// A call can have as many ranges as there are mappings. They end in reverse order, so matching
-/// them needs no search.
+/// A call can have as many ranges as there are mappings. The ranges end in reverse order, so
+/// matching starts with ends needs no search.
 #[derive(Debug, Default)]
 struct Opens {
     list: Vec<Open>,

@@ -11,8 +11,8 @@ use crate::record::Kind;
 /// The known names of tasks.
 ///
 /// A task sets its name after it was made, and the tracer gets no event for that. So the name is
-/// read when the task appears, and again at its 8th, 64th, 512th record and so on. So a task that
-/// makes calls is soon known by its new name, at almost no cost.
+/// read when the task appears, and again at its 8th, 64th, 512th record and so on. A task that
+/// makes calls is therefore soon known by its new name, at almost no cost.
 #[derive(Debug, Default)]
 pub(crate) struct Who {
     tasks: HashMap<Pid, Named>,
@@ -58,7 +58,7 @@ impl Who {
         &named.name
     }
 
-    /// The known name.
+    /// The name that was read last; empty if no name was read.
     #[cfg(test)]
     pub(crate) fn known(&self, tid: Pid) -> &str {
         self.tasks.get(&tid).map_or("", |named| &named.name)
@@ -66,7 +66,7 @@ impl Who {
 }
 
 /// The path of a file in `/proc` about a task. `None` if `/proc` belongs to another pid namespace,
-/// where another task has that number.
+/// where another task has that tid.
 pub(crate) fn shown(tid: Pid, file: &str) -> Option<String> {
     (!proc_is_foreign()).then(|| format!("/proc/{tid}/{file}"))
 }

@@ -18,7 +18,7 @@ pub(crate) struct Vma {
     pub(crate) offset: u64,
     pub(crate) device: (u32, u32),
     pub(crate) inode: u64,
-    /// A path, `[heap]` and the like, or nothing.
+    /// A path, or a name such as `[heap]`; empty if the mapping has no name.
     pub(crate) name: String,
 }
 
@@ -90,7 +90,7 @@ pub(crate) const IS_SWAPPED: u64 = 1 << 4;
 pub(crate) const IS_ZERO: u64 = 1 << 5;
 pub(crate) const IS_HUGE: u64 = 1 << 6;
 
-/// Asks `/proc/PID/pagemap` which pages of a range are present or swapped, and calls `found` for
+/// Asks `/proc/PID/pagemap` which pages of a range are present or swapped, and calls `tell` for
 /// consecutive pages of one kind.
 ///
 /// # Errors

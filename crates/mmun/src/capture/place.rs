@@ -18,13 +18,13 @@ use crate::who::shown;
 pub(crate) struct Place {
     maps: File,
     pagemap: File,
-    /// The kernel has no `PROCMAP_QUERY` or no `PAGEMAP_SCAN`.
+    /// The kernel has no `PROCMAP_QUERY`, or (`old_pagemap`) no `PAGEMAP_SCAN`.
     old_maps: bool,
     old_pagemap: bool,
 }
 
-/// The end of user addresses with four levels of page tables. On most machines there is nothing
-/// above it.
+/// The end of user addresses with four levels of page tables. On most machines no mapping lies
+/// above this address.
 const TOP: u64 = if cfg!(target_arch = "aarch64") {
     1 << 48
 } else {
@@ -92,7 +92,7 @@ impl Place {
         self.read_pagemap(start, end).ok()
     }
 
-    /// One word a page: bit 63 is present, 62 swapped, 61 of a file or shared.
+    /// The file has one word a page. Bit 63: present; bit 62: swapped; bit 61: of a file or shared.
     fn read_pagemap(&self, start: u64, end: u64) -> io::Result<Pages> {
         let mut pages = Pages::default();
         let mut words = [0; 1 << 13];

@@ -1,16 +1,17 @@
 //! The time that a task itself ran in a call.
 //!
 //! The kernel counts the time for every process (its CPU clock) and for every task
-//! (`/proc/PID/schedstat`, the first number). The tracer reads it while the task is stopped, before
-//! the call and after it. If a process has one task, the process's clock is used, because reading
-//! it costs a third of reading the file.
+//! (the first field of `/proc/PID/task/TID/schedstat`). The tracer reads one of these counters
+//! while the task is stopped before the call, and again while the task is stopped after the call.
+//! If a process has one task, the tracer uses the process's clock, because reading the clock costs
+//! a third of reading the file.
 //!
 //! Between the two reads the task also leaves one stop and enters the next. That overhead is
 //! measured with calls that do nothing, and subtracted. It is a microsecond or two if the task and
 //! the tracer run on the same processor. On different processors the task must also wake the
 //! tracer's processor with an interrupt, which takes some thirty microseconds in a virtual machine.
-//! The scheduler can move either of them at any time, so the processors are compared after each
-//! call.
+//! The scheduler can move the task and the tracer at any time, so the processors are compared after
+//! each call.
 
 mod files;
 
@@ -24,9 +25,9 @@ use crate::sys;
 
 #[derive(Debug)]
 pub(crate) struct Runtime {
-    /// The first number is the time, in nanoseconds.
+    /// The first field is the time, in nanoseconds.
     schedstat: Files,
-    /// The 39th is the processor that the task ran on.
+    /// The 39th field is the processor that the task ran on last.
     stat: Files,
     /// How many tasks each process has; `None` if a process may have tasks that are not traced.
     tasks: Option<HashMap<Pid, u32>>,
@@ -197,8 +198,8 @@ mod tests {
         };
         let begun = ran();
         while ran() - begun < 5_000_000 {}
-        // The kernel updates the count of a running task at its ticks; that of a stopped task is
-        // exact.
+        // The kernel updates the count of a running task at timer ticks. The count of a stopped
+        // task is exact.
         rustix::thread::sched_yield();
         runtime.end(task);
         assert!(runtime.take(task.tid).is_some_and(|own| own > 1_000_000));

@@ -71,10 +71,10 @@ pub(crate) fn open(operation: &Operation, watched: usize) -> Result<Page, Unavai
 
 /// The source's counter and the state of the page at one moment, with no change under way.
 ///
-/// The counter is read before and after the state. The kernel may move the page by itself: if it
-/// begins in between, the state is older than the counter. If it has begun before (`quiesce` waits
-/// for that), the state is that of a page on its way. Either would look like a change that was not
-/// counted.
+/// The kernel may move the page by itself. If such a move begins between the two reads of the
+/// counter, the counter and the state belong to different moments. The reads then differ, and are
+/// repeated. If the move has begun before, `quiesce` waits for its end: otherwise the state would
+/// be that of a page on its way. Either case would look like a change that was not counted.
 fn at_rest(
     generation: impl Fn() -> Option<u64>,
     quiesce: impl Fn() -> Result<(), Unavailable>,
@@ -91,13 +91,13 @@ fn at_rest(
     }
 }
 
-/// Runs `change`, and returns whether the translation was ever seen changed before the source's
-/// counter moved.
+/// Runs `change`, and returns whether a reader ever saw the changed translation together with the
+/// old value of the source's counter.
 ///
 /// During the change, a thread repeatedly reads the state of the page and then the counter. If the
 /// counter moves first, as it must, the thread never sees a changed page with the old count. This
-/// can refute the order but not prove it: a change may take less time than one read, or block
-/// readers of `/proc`.
+/// check can refute the order but not prove it: a change may take less time than one read, or it
+/// may block readers of `/proc`.
 fn watch_beside(
     generation: impl Fn() -> Option<u64> + Sync,
     page: &Page,
@@ -139,7 +139,8 @@ mod tests {
     use super::super::region::Region;
     use super::*;
 
-    /// Whether `watch_beside` finds a counter late that moves before or after a page is discarded.
+    /// Whether `watch_beside` finds the counter late. With `moves_first` the counter moves before a
+    /// page is discarded, otherwise after.
     fn looks_late(moves_first: bool) -> bool {
         let region = Region::anonymous(1).unwrap();
         let pid = rustix::process::getpid().as_raw_nonzero().get();
@@ -175,7 +176,7 @@ mod tests {
         let pid = rustix::process::getpid().as_raw_nonzero().get();
         let page = Page::open(pid, region.page(0), Judge::Frame).unwrap();
         let (counter, moves) = (AtomicU64::new(7), AtomicBool::new(true));
-        // The kernel moves the page, and counts it, just before the counter is first read.
+        // The kernel moves the page, and counts the move, just before the counter is first read.
         let generation = || {
             if moves.swap(false, Relaxed) {
                 counter.fetch_add(1, Relaxed);
@@ -192,7 +193,7 @@ mod tests {
         let region = Region::anonymous(1).unwrap();
         let pid = rustix::process::getpid().as_raw_nonzero().get();
         let page = Page::open(pid, region.page(0), Judge::Frame).unwrap();
-        // The kernel has taken the page away, and counted that; it ends the move here.
+        // The kernel has taken the page away and counted the move. `arrive` ends the move.
         region.advise(libc::MADV_DONTNEED).unwrap();
         let arrive = || {
             region.touch();

@@ -52,7 +52,7 @@ impl Column {
         }
     }
 
-    /// Why the column does not work here.
+    /// Why the column does not work here; `None` if it does.
     fn lack(self) -> Option<String> {
         let sources: &[Source] = match self {
             Column::Shipped => &[],
@@ -148,7 +148,7 @@ pub(crate) fn main(library: Library, wait: u64, json: bool) -> Outcome {
     }
 }
 
-/// Arguments of a child, for the runner.
+/// Runs the cell that the arguments of this child name.
 pub(crate) fn cell_of(args: &LibraryCellArgs) -> Report {
     match ops::named(&args.operation) {
         None => Report::broken("there is no such operation"),

@@ -24,8 +24,8 @@ pub(crate) struct Matrix {
     sources: Vec<Source>,
     /// One report for each operation and source.
     reports: Vec<Vec<Option<Report>>>,
-    /// The places of the reports of cells that are run, by index. The reports of unusable sources
-    /// are entered at the start.
+    /// The row and the column of each cell that is run, by the index of its place. The reports of
+    /// unusable sources are entered at the start.
     places: Vec<(usize, usize)>,
     form: Form,
     /// The number of rows that are written already.
@@ -188,7 +188,7 @@ impl Matrix {
         lines
     }
 
-    /// The common reason of all reports of a source, if there are several reports.
+    /// The reason that all reports of a source have in common, if there are several reports.
     fn common_reason(&self, column: usize) -> Option<&str> {
         let mut reasons = self.reports.iter().map(|row| {
             let report = row[column].as_ref()?;

@@ -13,7 +13,7 @@ pub(crate) struct Other {
 }
 
 impl Other {
-    /// Starts a child that runs `act` once, with two numbers from `Other::act`.
+    /// Starts a child that runs `act` once, with the two integers that `Other::act` sends.
     pub(crate) fn start(act: impl FnOnce(usize, usize) -> io::Result<()>) -> io::Result<Other> {
         let (mut orders, order) = sys::pipe()?;
         let (answer, mut answers) = sys::pipe()?;
@@ -40,7 +40,7 @@ impl Other {
         }
     }
 
-    /// Sends the numbers and waits until the child has acted.
+    /// Sends the two integers, and waits until the child has acted.
     ///
     /// # Errors
     /// The error of the child.

@@ -15,7 +15,7 @@ use super::region;
 pub(crate) enum Judge {
     /// Whether the page is present, and its frame: `/proc/PID/pagemap`.
     Frame,
-    /// The same, and whether the frame is mapped exclusively. Once a child shares the frame, a
+    /// As `Frame`, and whether the frame is mapped exclusively. Once a child shares the frame, a
     /// write must fault.
     Exclusive,
     /// Whether the kernel may drop the frame without saving it (`MADV_FREE`): `/proc/kpageflags`.

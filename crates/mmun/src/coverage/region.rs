@@ -3,9 +3,9 @@
 //!
 //! # Safety
 //! A [`Region`] is mapped here, and no Rust reference to its bytes ever exists: they are read and
-//! written by volatile accesses of this module alone. A change of its translations therefore
-//! touches no Rust object, and the functions that change them are safe. A function that takes
-//! memory away takes the `Region` by value, or leaves pages that read as zeros.
+//! written only by volatile accesses and system calls of this module. A change of the region's
+//! translations therefore touches no Rust object, and the functions that change them are safe. A
+//! function that takes memory away takes the `Region` by value, or leaves pages that read as zeros.
 #![expect(
     unsafe_code,
     reason = "maps, changes and unmaps raw memory; see the Safety section"
@@ -62,7 +62,7 @@ impl Region {
         Ok(region)
     }
 
-    /// The same, not touched.
+    /// New memory, private and zero, not touched.
     pub(crate) fn untouched(pages: usize) -> io::Result<Region> {
         Region::map(pages, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
     }
@@ -276,7 +276,7 @@ impl Region {
 
     /// `mlock` of libc.
     pub(crate) fn lock(&self) -> io::Result<()> {
-        // SAFETY: it changes no byte.
+        // SAFETY: `mlock` changes no byte.
         check(unsafe { libc::mlock(pointer(self.start), self.len) })
     }
 
@@ -353,7 +353,7 @@ pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -
 }
 
 fn new_segment(pages: usize) -> io::Result<i32> {
-    // SAFETY: it takes integers.
+    // SAFETY: `shmget` takes integers only.
     let id = unsafe {
         libc::shmget(
             libc::IPC_PRIVATE,
@@ -370,7 +370,7 @@ fn discard_segment(id: i32) {
     unsafe { libc::shmctl(id, libc::IPC_RMID, null_mut()) };
 }
 
-/// A function of libc that may be too new for it.
+/// A function of libc; `None` if this libc is too old to have the function.
 pub(crate) fn symbol(name: &CStr) -> Option<*mut c_void> {
     // SAFETY: the name is a live string that ends in a zero byte.
     let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, name.as_ptr()) };
@@ -389,8 +389,8 @@ pub(crate) fn takes_a_write(pid: i32, address: usize) -> bool {
         iov_base: pointer(address),
         iov_len: 1,
     };
-    // SAFETY: it reads one byte of a local. The byte that it writes belongs to a region, and has
-    // the value `MARK` already.
+    // SAFETY: the kernel reads one byte of a local variable. The byte that it writes belongs to a
+    // region, and has the value `MARK` already.
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == 1 }
 }
 
@@ -414,7 +414,8 @@ pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
     }
 }
 
-/// Writes to memory of this process, if it is writable. For the page of an operation that was run.
+/// Writes to memory of this process, if the memory is writable. For the page that an operation has
+/// changed.
 pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     let local = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -429,7 +430,7 @@ pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
 }
 
-/// Reads memory of this process, if it is readable.
+/// Reads memory of this process, if the memory is readable.
 pub(crate) fn get(address: usize, bytes: &mut [u8]) -> bool {
     let local = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),
@@ -440,6 +441,6 @@ pub(crate) fn get(address: usize, bytes: &mut [u8]) -> bool {
         iov_len: bytes.len(),
     };
     let pid = rustix::process::getpid().as_raw_nonzero().get();
-    // SAFETY: the local bytes are written, and no others.
+    // SAFETY: the kernel writes only to `bytes`, which this function borrows exclusively.
     unsafe { libc::process_vm_readv(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
 }

@@ -25,14 +25,14 @@ const ABREAST: usize = 2;
 /// longer.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How often an operation is run of which the source `kernel` seems to tell too late.
+/// How often to run an operation that the source `kernel` seems to report too late.
 const TRIES: usize = 3;
 
 /// One cell of the matrix.
 pub(crate) type Place = (&'static Operation, Source);
 
 /// Runs every place in a separate child. Calls `done` with each report and the index of its place.
-/// Ends early if `done` breaks.
+/// Ends early if `done` returns `Break`.
 pub(crate) fn run(places: &[Place], done: impl FnMut(usize, Report) -> ControlFlow<()>) {
     let command = |index: usize| {
         let (operation, source) = &places[index];
@@ -41,8 +41,9 @@ pub(crate) fn run(places: &[Place], done: impl FnMut(usize, Report) -> ControlFl
         Ok(command)
     };
     // `munmap` takes a mapping out of the kernel's list of mappings before the change is announced.
-    // In between, `/proc` shows no page any more although the page tables are as they were. To meet
-    // that moment is rare, and a counter that moves too late is found out each time.
+    // In between, `/proc` shows no page any more although the page tables are as they were. The
+    // thread that reads the state rarely meets that moment. A counter that really moves too late is
+    // found in every run. So a late report is measured again.
     let report = |index: usize| {
         let is_late =
             |report: &Report| report.seen == Seen::After && places[index].1 == Source::Kernel;
@@ -58,7 +59,7 @@ pub(crate) fn run(places: &[Place], done: impl FnMut(usize, Report) -> ControlFl
     run_each(places.len(), report, done);
 }
 
-/// The same for any `count` commands that write a report.
+/// Like [`run`], for any `count` commands that write a report.
 pub(crate) fn run_commands(
     count: usize,
     command: impl Fn(usize) -> io::Result<Command> + Sync,
@@ -88,7 +89,7 @@ fn run_each(
                 loop {
                     let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
                     let Some(index) = next else { return };
-                    // If `done` is closed, the receiver has ended.
+                    // This fails only if `done` has returned `Break`, which ends the receiver.
                     let _ = sender.send((index, report(index)));
                 }
             });
@@ -104,7 +105,7 @@ fn run_each(
 }
 
 /// Runs `command`, which must write a report and end within `limit`. Then kills every process that
-/// it has started.
+/// is still in the group of `command`.
 fn supervise(mut command: Command, limit: Duration) -> io::Result<Report> {
     // Files, not pipes, because processes that the child leaves behind would keep a pipe open.
     let mut output = File::from(memfd_create("coverage-output", MemfdFlags::CLOEXEC)?);

@@ -27,7 +27,7 @@ const TRIES: usize = 3;
 ///
 /// After the tracee has read the state of the page and before its call, the kernel may move the
 /// page by itself, to make room for a huge page. Then the state differs although the call has not
-/// begun. Such a move is rare, but a source that is late is late every time: so the operation is
+/// begun. Such a move is rare, but a late source is late every time. So the operation is
 /// repeated.
 pub(crate) fn run(operation: &'static Operation) -> Report {
     let run =

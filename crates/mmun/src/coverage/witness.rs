@@ -50,14 +50,15 @@ impl Notifier for Witness {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         let Some(before) = self.before() else { return };
         if range.range().contains(Va::new(self.page.address() as u64)) {
-            // That of a page of this process can always be read: the file is open.
+            // The state of a page of this process can always be read, because its files are open.
             let now = self.page.state();
             let seen = if now.is_ok_and(|now| now == before) {
                 Seen::Before
             } else {
                 Seen::After
             };
-            // The first time counts: what is told once is let go of.
+            // Only the first callback counts, because a real subscriber would have dropped its
+            // entry then.
             let _ = self.seen.set(seen);
         }
     }

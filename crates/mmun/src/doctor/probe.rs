@@ -109,7 +109,8 @@ fn lack(error: &Error) -> Lack {
 
 /// Traces a program that ends at once.
 fn process() -> (Vec<Lack>, Vec<String>) {
-    // Discard the version that the program prints. If `/dev/null` cannot be opened, it is printed.
+    // Discard the version that the program prints. If `/dev/null` cannot be opened, the
+    // version is printed.
     let null = fs::File::options().write(true).open("/dev/null");
     let mut program = Command::new("/proc/self/exe").arg("--version");
     if let Ok(null) = null {

@@ -53,7 +53,8 @@ fn of_chrome(recording: &Recording) -> Vec<Shown> {
 
 fn of_perfetto(recording: &Recording) -> Vec<Shown> {
     let mut events = perfetto::read_back(&perfetto::make(recording));
-    // Chrome has no tracks for address spaces, whose lives stand as steps in both.
+    // Chrome's format has no tracks for address spaces, so Perfetto's are left out here. Both
+    // formats show the lives of address spaces as instant events as well.
     events.retain(|event| event.tid.is_some() || event.kind == 4);
     let mut all: Vec<Shown> = Vec::new();
     let mut open: BTreeMap<u64, Vec<usize>> = BTreeMap::new();

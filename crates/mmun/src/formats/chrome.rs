@@ -89,7 +89,7 @@ pub(crate) fn make(recording: &Recording) -> Vec<u8> {
     out
 }
 
-/// Microseconds, to the nanosecond.
+/// Writes a time in microseconds, with three decimals.
 fn time(out: &mut Vec<u8>, key: &str, ns: u64) {
     out.put(key);
     // Writing to memory cannot fail.

@@ -303,14 +303,14 @@ pub(super) struct ReadBack {
     pub(super) name: String,
     pub(super) category: String,
     pub(super) pid: u64,
-    /// That of a thread's track.
+    /// The thread id of a thread's track.
     pub(super) tid: Option<u64>,
     pub(super) counter: u64,
     pub(super) details: BTreeMap<String, String>,
 }
 
-/// All events, in order, with what the descriptions of their tracks say. A counter has the name of
-/// its track, and the process that is the parent of that.
+/// All events, in order, each with the pid and the thread id of its track. A counter's event has
+/// the name of its track, and the pid of the process that is the track's parent.
 #[cfg(test)]
 pub(super) fn read_back(trace: &[u8]) -> Vec<ReadBack> {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).expect("text");

@@ -131,7 +131,7 @@ pub(super) fn read(
 /// The version of the format that is read.
 const VERSION: u64 = 1;
 
-/// Whether lines of this kind are read. Others are ignored.
+/// Whether lines of this kind are read. Lines of other kinds are ignored.
 fn is_read(kind: Option<LineKind>) -> bool {
     kind.is_some_and(|kind| kind != LineKind::Summary)
 }
@@ -285,11 +285,13 @@ fn want<T>(value: Option<T>, key: &str) -> Result<T, String> {
 /// System calls by their names.
 ///
 /// A running trace has the names from a table of the tracer. A recorded trace may come from another
-/// version with other names. So its names are leaked, to live as long as the program.
+/// version with other names. So the names of a recorded trace are leaked, to live as
+/// long as the program.
 #[derive(Debug, Default)]
 pub(super) struct Causes(Vec<&'static str>);
 
-/// The limits of the names. There are fewer calls that change memory, and their names are shorter.
+/// The limits of the names: their count and their length. Fewer system calls change memory, and
+/// their names are shorter.
 const MOST_CAUSES: usize = 256;
 const LONGEST_CAUSE: usize = 64;
 

@@ -10,7 +10,7 @@ use super::totals;
 use crate::intern::Name;
 use crate::recording::{Changed, Space};
 
-/// Addresses are in pages, times in nanoseconds, texts by their numbers.
+/// Addresses are in pages, times in nanoseconds. A text is its index in the page's strings.
 #[derive(Debug, Serialize)]
 pub(super) struct Lane {
     pub(super) mm: u64,
@@ -19,26 +19,27 @@ pub(super) struct Lane {
     pub(super) program: u32,
     began: u64,
     ended: u64,
-    /// The number of all changes, including those that are not shown one by one.
+    /// The count of all changes, including those that are not shown one by one.
     changes: usize,
     left_out: (usize, usize),
-    /// First page, number of pages, mapping.
+    /// A row for each band: first page, count of pages, name of the mapping.
     bands: Vec<(u64, u64, u32)>,
     lives: Vec<LifeRow>,
     marks: Vec<Mark>,
-    /// Part of the time, event, calls, time, resident: of all changes.
+    /// Rows over all changes: part of the time, event, calls, time, resident bytes.
     strip: Vec<(usize, usize, u64, u64, u64)>,
     /// For each band, a digit for each part of the time: how full the band was of lives that are
-    /// not shown one by one, and how many such changes it had.
+    /// not shown one by one. `haze` has such digits for the count of changes that are not shown one
+    /// by one.
     shade: Vec<String>,
     haze: Vec<String>,
 }
 
-/// First page, number of pages, begin, end, mapping, stack of the birth (-1: not known), birth,
+/// First page, count of pages, begin, end, mapping, stack of the birth (-1: not known), birth,
 /// fate.
 type LifeRow = (u64, u64, u64, u64, u32, i64, u8, u8);
 
-/// Begin, elapsed time, time in the call, task, its name, call, event, first page, number of pages,
+/// Begin, elapsed time, time in the call, task, its name, call, event, first page, count of pages,
 /// resident bytes, mapping, stack, result.
 type Mark = (
     u64,
@@ -69,7 +70,7 @@ pub(super) struct Material<'a> {
     pub(super) shown: Vec<bool>,
 }
 
-/// Gives texts their numbers.
+/// Adds texts to the page's strings, and returns their indices.
 pub(super) trait Text {
     fn name(&mut self, name: Option<Name>) -> u32;
     fn text(&mut self, text: &str) -> u32;
@@ -156,7 +157,7 @@ impl Lane {
     }
 }
 
-/// First page and number of pages of a range.
+/// The first page of a range, and its count of pages.
 fn pages_of(changed: &Changed) -> (u64, u64) {
     (
         changed.change.span.start() / PAGE,
@@ -223,7 +224,7 @@ impl Parts {
         (at as usize).min(PARTS - 1)
     }
 
-    /// How full each band is of these lives, as digits: 9 is full.
+    /// How full of these lives each band is in each part of the time, as digits: 9 is full.
     fn shade(self, bands: &[Band], lives: &[Life]) -> Vec<String> {
         if lives.is_empty() {
             return Vec::new();
@@ -257,7 +258,8 @@ impl Parts {
         digits(&grid, digit)
     }
 
-    /// How many of these changes each band has, as digits: each step is a factor of four.
+    /// How many of these changes each band has in each part of the time, as digits: each step is a
+    /// factor of four.
     fn haze(self, bands: &[Band], changes: &[&Changed]) -> Vec<String> {
         if changes.is_empty() {
             return Vec::new();

@@ -19,7 +19,7 @@ pub(super) struct Life {
     pub(super) began: u64,
     pub(super) ended: u64,
     pub(super) what: Option<Name>,
-    /// The stack that made it.
+    /// The stack of the call that made the mapping.
     pub(super) site: Option<u32>,
     pub(super) birth: Birth,
     pub(super) fate: Fate,
@@ -125,7 +125,7 @@ fn follow(worlds: &mut HashMap<u64, World>, lived: &Lived) {
 #[derive(Debug)]
 struct World {
     began: u64,
-    /// By first address; they do not overlap.
+    /// The live mappings by their first address; they do not overlap.
     live: BTreeMap<u64, Live>,
     lives: Vec<Life>,
     /// Whether the trace has births.

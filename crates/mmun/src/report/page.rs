@@ -29,8 +29,8 @@ const SCRIPT: &str = concat!(
 const STYLE_HASH: &str = "/STgijkjwNPcYsl1SVtUX93jHYjP1CUOoMMRn9NA1fY=";
 const SCRIPT_HASH: &str = "RfbOqtfgTB/q8L2JGbLN2/hdAXGQEulpP02pav+jL2U=";
 
-/// The maximum number of changes that are shown one by one. The heaviest are shown; the totals
-/// include all.
+/// The maximum number of changes that are shown one by one. The heaviest changes are shown; the
+/// totals include all changes.
 const MOST_CHANGES: usize = 20_000;
 const MOST_LIVES: usize = 20_000;
 /// The maximum number of address spaces with a picture.
@@ -70,7 +70,8 @@ struct Data<'a> {
     strings: Vec<&'a str>,
 }
 
-/// The numbers of changes and lives that are not shown one by one.
+/// How many changes and lives are not shown one by one, and how many address spaces, places and
+/// leaves are left out.
 #[derive(Debug, Default, Serialize)]
 struct LeftOut {
     changes: usize,
@@ -80,7 +81,7 @@ struct LeftOut {
     leaves: usize,
 }
 
-/// The texts of the page by number; 0 stands for an unknown text.
+/// The strings of the page; index 0 stands for an unknown text.
 struct Strings<'a> {
     all: Names,
     recorded: &'a Names,

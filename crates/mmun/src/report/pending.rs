@@ -41,7 +41,7 @@ impl Product {
         }
     }
 
-    /// The command that makes it from kept records.
+    /// The command that makes the product from kept records.
     fn command(self) -> &'static str {
         match self {
             Product::Page => "mmun report -o FILE.html",

@@ -71,8 +71,8 @@ pub(super) fn is_removal(changed: &Changed) -> bool {
     matches!(changed.change.span.event, events::UNMAP | events::CLEAR) && changed.change.is_done()
 }
 
-/// The time in the call itself, or else the elapsed time. Of several ranges of a call only one has
-/// it.
+/// The time in the call itself; the elapsed time if that is not known. If a call has several
+/// ranges, all of them but one have the time 0.
 pub(super) fn time(changed: &Changed) -> u64 {
     let change = &changed.change;
     if change.is_call {
@@ -86,7 +86,7 @@ pub(super) fn time(changed: &Changed) -> u64 {
 #[derive(Debug, Default)]
 pub(super) struct Totals {
     pub(super) all: Sum,
-    /// By place, with the calls and events that were made there.
+    /// By place, with the system calls and the stacks of the place.
     pub(super) places: BTreeMap<String, Place>,
     /// By stack, call and mapping.
     pub(super) leaves: HashMap<Leaf, Sum>,
@@ -180,12 +180,12 @@ pub(super) fn of(recording: &Recording) -> Totals {
     totals
 }
 
-/// The power of two that a number is below: 0 has 0, 1 has 1, 2 and 3 have 2.
+/// The exponent of the smallest power of two above a number: 1 has 1, 2 and 3 have 2. 0 has 0.
 fn power(number: u64) -> u32 {
     u64::BITS - number.leading_zeros()
 }
 
-/// Two steps for each power of two; 0 has 0.
+/// Like [`power`], with two steps for each power of two; 0 has 0.
 fn half_power(number: u64) -> u32 {
     match power(number) {
         0 => 0,

@@ -25,7 +25,7 @@ impl Destination<'_> {
     /// Opens the destination. An existing file keeps its content until the report is written.
     ///
     /// # Errors
-    /// One line: why it cannot be written.
+    /// One line: why the destination cannot be written.
     pub(super) fn open(path: Option<&Path>) -> Result<Destination<'_>, String> {
         let mut destination = Destination {
             path,
@@ -70,7 +70,7 @@ impl Destination<'_> {
     }
 
     /// # Errors
-    /// One line: why it could not be written.
+    /// One line: why the report could not be written.
     pub(super) fn write(self, text: &str) -> Result<(), String> {
         let Some(path) = self.path else {
             // If standard error is closed, the report is lost.

@@ -87,15 +87,15 @@ fn without_report(silent: &[Report]) -> String {
 }
 
 impl Report {
-    /// Parses the report of process `number`. The number comes from the file's name, because on a
-    /// full disk the file is empty.
+    /// Parses a report. `number` is the pid from the file's name, because on a full disk the file
+    /// is empty.
     fn read(number: &str, text: &str) -> Report {
         let mut report = Report {
             text: text.to_owned(),
             ..Report::default()
         };
         let (head, lines) = text.split_once('\n').unwrap_or((text, ""));
-        // Without the last end of a line it was cut: there was no more room.
+        // A report without a final newline was cut, because the disk was full.
         report.is_silent = lines.is_empty() || !text.ends_with('\n') || lines.starts_with(SILENT);
         let head = head.strip_prefix("mmun: process ").unwrap_or(head);
         let (who, program) = head.split_once(": ").unwrap_or((number, "?"));
@@ -129,7 +129,7 @@ impl Report {
         }
     }
 
-    /// The number before `word`, or the first one.
+    /// The value before `word`; without `word`, the first value.
     fn count(&self, name: &str, word: Option<&str>) -> String {
         let Some(value) = self.value(name) else {
             return "-".to_owned();
@@ -197,7 +197,7 @@ fn table(reports: &[Report]) -> String {
             cells.collect::<Vec<_>>().join("  ").trim_end()
         );
     }
-    // Lines that are not in the table, each once, with the processes that have it.
+    // Lines that are not in the table. Each is written once, with the processes that have it.
     let mut said: Vec<(String, Vec<&str>)> = Vec::new();
     for report in reports {
         for (name, value) in report

@@ -1,6 +1,6 @@
 //! Names frames in a child process. The traced program chose the files, and a file can make the
-//! DWARF readers overflow their stack, exhaust memory or never end. In a child, that only costs the
-//! names of this file and not the trace.
+//! DWARF readers overflow their stack, exhaust memory or never end. In a child, such a file
+//! costs only its own names, not the trace.
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -82,15 +82,15 @@ fn run<T>(
             let heard = std::iter::from_fn(|| hear(&mut reader));
             all.extend(heard.take(files.len()));
             drop(reader);
-            // Fails if another thread, which waits for all children, has reaped the child.
+            // This fails if another thread waits for all children and has reaped this child.
             let _ = retry_on_intr(|| waitpid(Some(child), WaitOptions::empty()));
             Ok(())
         }
     }
 }
 
-/// Writes the length of the message, the number of addresses, and for each address the number of
-/// its frames and the frames.
+/// Writes the length of the message, the count of addresses, and for each address the count of its
+/// frames and the frames.
 fn tell(writer: &mut BufWriter<File>, named: &Named) -> io::Result<()> {
     let mut out = Vec::new();
     put_number(&mut out, named.len());

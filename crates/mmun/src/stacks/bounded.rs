@@ -1,4 +1,4 @@
-//! Opens files that the traced program chose without side effects, and reads them within limits.
+//! Opens files without side effects, and reads them within limits. The traced program chose them.
 //!
 //! Such a file can be a named pipe whose open blocks for ever, a device whose open has an effect, a
 //! link to another file, or a sparse file of a terabyte.
@@ -70,13 +70,13 @@ impl Source {
         }
     }
 
-    /// Parses the ELF file; `None` if it is malformed or has another byte order or word size.
+    /// Parses the ELF file; `None` if it is malformed.
     pub(super) fn elf(&self) -> Option<object::File<'_, Bounded<'_>>> {
         object::File::parse(Bounded(self)).ok()
     }
 }
 
-/// Refuses to read too much.
+/// Refuses reads beyond the limits.
 #[derive(Clone, Copy)]
 pub(super) struct Bounded<'a>(&'a Source);
 

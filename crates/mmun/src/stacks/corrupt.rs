@@ -29,7 +29,7 @@ use super::{Address, symbols};
 
 const TINY: &[u8] = include_bytes!("corrupt/tiny.elf");
 
-/// `MMUN_ROUNDS` sets another number.
+/// The count of corrupted files that are read; `MMUN_ROUNDS` overrides it.
 const ROUNDS: u64 = 3_000;
 
 /// xorshift64*.
@@ -94,8 +94,8 @@ fn read(bytes: Vec<u8>, random: &mut Random) -> Vec<String> {
         .collect()
 }
 
-/// What a fuzzer runs: reads a file of these bytes. That a file can make the readers recurse until
-/// their stack is full is known, and is what the child process of the naming is for.
+/// Runs under a fuzzer: reads a file of these bytes. A crash by a full stack is no finding: a file
+/// can make the readers recurse that deep, so a trace names the frames in a child process.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(bytes: &[u8]) {
     read(bytes.to_vec(), &mut Random(0x9e37_79b9_7f4a_7c15));
@@ -247,7 +247,7 @@ fn a_corrupt_file_is_read_to_an_end() {
     let reader = std::thread::spawn(move || {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         for round in 0..rounds {
-            // The last round that is received is the one that hangs.
+            // The last received round is the round that hangs.
             if sender.send(round).is_err() {
                 return;
             }

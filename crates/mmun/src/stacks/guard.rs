@@ -1,5 +1,6 @@
-//! Catches panics of the readers of ELF, DWARF and unwind tables. On a malformed file they can
-//! panic, for example by an overflow. That must neither end the trace nor print a message.
+//! Catches panics of the readers of ELF, DWARF and unwind tables. On a malformed file the readers
+//! can panic, for example by an overflow. Such a panic must neither end the trace nor print a
+//! message.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};

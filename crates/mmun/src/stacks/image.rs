@@ -64,7 +64,7 @@ pub(super) enum Content {
     /// A file that is mapped here.
     Mapped(Mapped),
     Memory(Arc<[u8]>),
-    /// Memory without a file, with code that the process has generated, and its start.
+    /// Memory without a file, from `begin` on, with code that the process has generated.
     Anonymous {
         pid: Pid,
         begin: u64,
@@ -237,8 +237,8 @@ fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
     Some(Content::Memory(bytes.into()))
 }
 
-/// The file itself, even if it was deleted. Without the right to open it, the file of the same
-/// path, if it is the same file.
+/// The mapped file itself, even if it was deleted. Without the right to open that file, the file at
+/// the mapping's path, if its inode is that of the mapping.
 fn from_file(vma: &Vma, pid: Pid) -> Option<Content> {
     let link = shown(pid, &format!("map_files/{:x}-{:x}", vma.start, vma.end))?;
     let name = shown(pid, &format!("root{}", vma.name))?;
@@ -304,7 +304,7 @@ impl Mapped {
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        // SAFETY: `new` mapped exactly this, and no reference to it was ever made.
+        // SAFETY: `new` mapped exactly this range, and no reference into the range exists.
         let _ = unsafe { munmap(self.begin.as_ptr(), self.length as usize) };
     }
 }

@@ -18,7 +18,7 @@ pub(super) struct PerfMaps(HashMap<Pid, PerfMap>);
 #[derive(Debug, Default)]
 pub(super) struct PerfMap {
     text: Vec<u8>,
-    /// Address, size and name of each, in order of address.
+    /// The address, size and name of each function, in order of address.
     symbols: Vec<(u64, u64, Range<usize>)>,
 }
 

@@ -9,11 +9,11 @@ use crate::kind::LineKind;
 /// One function on a stack.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Frame {
-    /// Its name, or `libc.so.6+0x27249`.
+    /// The function's name, or a text like `libc.so.6+0x27249`.
     pub(crate) function: String,
-    /// The name of its file, without directories.
+    /// The name of the function's file, without directories.
     pub(crate) module: String,
-    /// `file.c:12`, or nothing.
+    /// `file.c:12`, or empty.
     pub(crate) line: String,
     pub(crate) has_name: bool,
 }

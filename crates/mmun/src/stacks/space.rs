@@ -31,12 +31,12 @@ struct Part {
     start: u64,
     end: u64,
     image: u32,
-    /// The value that is subtracted from an address of the process.
+    /// The process's address minus the file's own address.
     bias: u64,
     has_module: bool,
 }
 
-/// A deeper stack is cut.
+/// The maximum number of frames; a deeper stack is cut.
 const DEEPEST: usize = 256;
 
 impl Space {
@@ -67,7 +67,8 @@ impl Space {
         }
     }
 
-    /// Stops at an address that no known part holds, and returns it.
+    /// Writes the addresses of the frames to `frames`. Stops at an address that no known part
+    /// holds, and returns that address.
     fn walk(
         &mut self,
         current: &Current,
@@ -89,7 +90,7 @@ impl Space {
         let start = machine::start(&registers);
         let mut iter = unwinder.iter_frames(registers.ip, start, cache, &mut read);
         while let Ok(Some(frame)) = iter.next() {
-            // A call stands before the address to which it returns.
+            // A call instruction lies before the address to which the callee returns.
             let address = match frame {
                 // The address after the system call instruction, which belongs to the same
                 // function.

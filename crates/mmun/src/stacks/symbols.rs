@@ -171,7 +171,7 @@ fn frames(
 fn named(module: &str, symbol: &str) -> Frame {
     // Remove the version of a symbol: `malloc@@GLIBC_2.2.5`.
     let symbol = symbol.split_once('@').map_or(symbol, |(name, _)| name);
-    // Without one of these prefixes it is a C name: `t` must not become `unsigned short`.
+    // A symbol without one of these prefixes is a C name: `t` must not become `unsigned short`.
     let function = match symbol.starts_with("_Z") || symbol.starts_with("_R") {
         true => demangle_auto(symbol.into(), None).into_owned(),
         false => symbol.to_owned(),
@@ -184,7 +184,7 @@ fn named(module: &str, symbol: &str) -> Frame {
     }
 }
 
-/// The symbol that holds `at`, never one that ends before it.
+/// The symbol that holds `at`. A symbol that ends before `at` is never returned.
 fn find<'a>(symbols: &'a [(u64, u64, Cow<'_, str>)], at: u64) -> Option<&'a str> {
     let end = symbols.partition_point(|(start, ..)| *start <= at);
     // Aliases and nested symbols are close together.

@@ -206,7 +206,7 @@ fn shares(
     Ok(())
 }
 
-/// Escapes characters that could move the cursor.
+/// Replaces control characters, which could move the cursor.
 pub(crate) fn printable(label: &str) -> String {
     label
         .chars()

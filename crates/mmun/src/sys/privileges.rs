@@ -23,8 +23,8 @@ pub(crate) enum Rights {
 }
 
 /// Gives up the capabilities that `rights` does not keep. Must be called before there is a second
-/// thread. For root it does nothing: root has gained no rights, even if a security module sets
-/// `AT_SECURE` for root's programs.
+/// thread, because each thread has its own capabilities. For root this does nothing: root has
+/// gained no rights, even if a security module sets `AT_SECURE` for root's programs.
 ///
 /// A program that this one executes never gets this file's capabilities, because they are neither
 /// inheritable nor ambient.
@@ -32,8 +32,8 @@ pub(crate) enum Rights {
 /// # Errors
 /// The rights cannot be given up.
 pub(crate) fn limit(rights: Rights) -> io::Result<()> {
-    // SAFETY: it takes a number, and reads a value that the kernel has passed at the program's
-    // start.
+    // SAFETY: `getauxval` takes an integer, and reads a value that the kernel has passed at the
+    // program's start.
     let has_gained = unsafe { libc::getauxval(libc::AT_SECURE) } != 0;
     if !has_gained || rustix::process::getuid().is_root() {
         return Ok(());

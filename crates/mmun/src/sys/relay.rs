@@ -47,14 +47,14 @@ pub(crate) struct Relay(pub(crate) Child);
 
 /// Keeps signals for the program that [`start_under_relay`] starts, from now on.
 ///
-/// # How none is lost, and none comes twice
+/// # How no signal is lost, and none comes twice
 /// The signals are handled, not blocked, because the kernel then never forks between the arrival of
-/// a signal and its handler: a fork that is overtaken by a signal begins again afterwards.
+/// a signal and its handler: the kernel restarts a fork during which a signal arrives.
 ///
 /// | | arrives before the fork | after it |
 /// | --- | --- | --- |
-/// | from the terminal, for the group | the child finds it noted in its copy of this memory, and raises it | the child has one of its own |
-/// | for this process alone | is noted, and handed on when there is a program | the same, or is handed on at once |
+/// | from the terminal | noted; the child finds the note, and raises it | the child gets it too |
+/// | for this process | noted; handed on once the pid is known | as before, or handed on at once |
 pub(crate) fn keep_signals() {
     LEADS_SESSION.store(leads_session(), Relaxed);
     for signal in relayed() {
@@ -87,13 +87,14 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     let kept = set_of(&relayed().collect::<Vec<_>>());
     let own = rustix::process::getpid();
     let prepare = move || {
-        // The standard library has emptied the mask. Until it is back, signals wait.
+        // The standard library has emptied the mask. Until the mask is restored, signals stay
+        // blocked.
         change_mask(libc::SIG_BLOCK, &kept);
         let early = EARLY_FROM_TERMINAL.load(Relaxed);
         for signal in relayed().filter(|signal| !is_ignored(*signal)) {
             set_handler(signal, disposition(signal));
             if early & bit(signal) != 0 {
-                // SAFETY: it takes any number.
+                // SAFETY: `raise` takes any integer.
                 unsafe { libc::raise(signal) };
             }
         }
@@ -110,10 +111,12 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     match &started {
         Ok(child) => {
             PROGRAM.store(child.id() as i32, Relaxed);
-            // A signal before the store is noted, one after it is handed on by the handler.
+            // A signal that arrived before the store is in `EARLY`. The handler hands later signals
+            // on.
             let early = EARLY.swap(0, Relaxed);
             for signal in relayed().filter(|signal| early & bit(*signal) != 0) {
-                // SAFETY: it takes any numbers. The program is not waited for yet.
+                // SAFETY: `kill` takes any integers. No code has reaped the program yet, so the pid
+                // is the program's.
                 unsafe { libc::kill(child.id() as i32, signal) };
             }
         }
@@ -122,7 +125,8 @@ pub(crate) fn start_under_relay(mut command: Command) -> io::Result<Relay> {
     started.map(Relay)
 }
 
-/// What this process was started with: a handled signal had the default.
+/// The disposition with which this process was started. A signal that this process handles was not
+/// ignored, except SIGCONT.
 fn disposition(signal: i32) -> usize {
     if signal == libc::SIGCONT && IGNORES_CONT.load(Relaxed) {
         libc::SIG_IGN
@@ -133,7 +137,7 @@ fn disposition(signal: i32) -> usize {
 
 /// Stops this process. The SIGCONT that continues it is forwarded to the program.
 pub(crate) fn stop() {
-    // SAFETY: it takes any number.
+    // SAFETY: `raise` takes any integer.
     unsafe { libc::raise(libc::SIGSTOP) };
 }
 
@@ -144,8 +148,8 @@ pub(crate) fn stop() {
 /// stopped process cannot notice that its program continues.
 pub(crate) fn is_foreground_job() -> bool {
     let own = std::process::id() as i32;
-    // SAFETY: it has no arguments. 0: the leader is in another pid namespace, and rustix's function
-    // takes that for impossible.
+    // SAFETY: `getpgrp` has no arguments. It returns 0 if the leader is in another pid namespace;
+    // rustix's function takes 0 for impossible.
     let group = unsafe { libc::getpgrp() };
     if group != own || leads_session() {
         return false;
@@ -153,22 +157,24 @@ pub(crate) fn is_foreground_job() -> bool {
     let Ok(terminal) = std::fs::File::open("/dev/tty") else {
         return false;
     };
-    // SAFETY: it takes a descriptor, which is open. -1: the terminal has hung up.
+    // SAFETY: `tcgetpgrp` takes a descriptor, which is open. It returns -1 if the terminal has hung
+    // up.
     unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) == own }
 }
 
 /// Whether this process is in the group that `terminal` gives its input and signals to.
 pub(crate) fn has_terminal(terminal: &impl AsRawFd) -> bool {
-    // SAFETY: it takes a descriptor, which is open. -1: the terminal has hung up.
+    // SAFETY: `tcgetpgrp` takes a descriptor, which is open. It returns -1 if the terminal has hung
+    // up.
     let foreground = unsafe { libc::tcgetpgrp(terminal.as_raw_fd()) };
-    // SAFETY: it has no arguments.
+    // SAFETY: `getpgrp` has no arguments.
     foreground == unsafe { libc::getpgrp() }
 }
 
 /// Whether this process leads its session. A terminal, a container or `setsid` has started such a
 /// process, not a shell.
 fn leads_session() -> bool {
-    // SAFETY: it takes a number. 0: the leader is in another pid namespace, see above.
+    // SAFETY: `getsid` takes any integer. It returns 0 if the leader is in another pid namespace.
     unsafe { libc::getsid(0) == std::process::id() as i32 }
 }
 
@@ -189,7 +195,7 @@ fn relay(signal: i32) {
         sa_restorer: None,
     };
     let mut before = MaybeUninit::<libc::sigaction>::zeroed();
-    // SAFETY: both pointers are live; the handler only accesses atomics and makes one call. glibc
+    // SAFETY: both pointers are live; the handler only accesses atomics and calls `kill`. glibc
     // refuses signals that it reserves.
     unsafe { libc::sigaction(signal, &raw const action, before.as_mut_ptr()) };
 }
@@ -211,7 +217,7 @@ extern "C" fn on_signal(signal: i32, info: *const libc::siginfo_t, _: *const lib
         };
         early.fetch_or(bit(signal), Relaxed);
     } else if is_handed_on {
-        // SAFETY: `kill` takes any numbers. This process has one thread, which reaps the program
+        // SAFETY: `kill` takes any integers. This process has one thread, which reaps the program
         // only after `end_relay`, so the pid is the program's.
         keeping_errno(|| unsafe { libc::kill(program, signal) });
     }

@@ -8,7 +8,7 @@ pub(super) trait Cache {
     /// `put`. `None` if it could not be registered.
     fn get(&self, address: usize, len: usize) -> Option<(u32, *mut c_void)>;
 
-    /// Releases a registration from `get`, once. It stays in the cache.
+    /// Releases a registration from `get`, once. The registration stays in the cache.
     fn put(&self, registration: *mut c_void);
 }
 

@@ -62,7 +62,8 @@ fn try_run(operation: &Operation, library: Library, wait: Duration) -> Result<Re
     let target = watched + inside();
     // Clear the page through its mapping. A page that the program may not write keeps its content.
     region::put(target, &[0; BYTES.len()]);
-    // Busy wait, because a sleep takes longer than this. Meanwhile other threads report the change.
+    // Busy wait, because a sleep takes longer than `wait`. Meanwhile other threads report the
+    // change.
     while begin.elapsed() < wait {
         std::hint::spin_loop();
     }

@@ -16,7 +16,7 @@ use super::ring::Ring;
 use super::verbs;
 use crate::coverage::operation::Unavailable;
 
-/// 1.13.
+/// The version of the interface: 1.13.
 const VERSION: u32 = 1 << 16 | 13;
 const EP_DGRAM: c_int = 2;
 /// `FI_MR_LOCAL`, `FI_MR_VIRT_ADDR`, `FI_MR_ALLOCATED`, `FI_MR_PROV_KEY`.
@@ -138,21 +138,22 @@ pub(super) struct Cache {
 
 /// The request to the provider: a domain for datagrams, which needs no address.
 fn hints(duplicate: DuplicateInfo) -> Result<*mut Info, Unavailable> {
-    // SAFETY: without an argument it makes an empty one.
+    // SAFETY: with a null pointer `fi_dupinfo` reads nothing and returns an empty `fi_info`.
     let hints = unsafe { duplicate(null()) };
     if hints.is_null() {
         return Err("fi_dupinfo: out of memory".into());
     }
-    // SAFETY: `fi_dupinfo` has initialised it, and no other code has it.
+    // SAFETY: the pointer is not null, `fi_dupinfo` has initialised the object behind it, and no
+    // other code has the pointer.
     let parts = unsafe { &mut *hints };
     parts.mode = u64::MAX;
-    // SAFETY: `fi_dupinfo` has made all its parts as well.
+    // SAFETY: `fi_dupinfo` has allocated the endpoint's attributes, which begin with the type.
     unsafe { parts.endpoint.write(EP_DGRAM) };
-    // SAFETY: as before.
+    // SAFETY: `fi_dupinfo` has allocated the domain's attributes.
     unsafe { (*parts.domain).mr_mode = MR_MODE };
-    // SAFETY: a live string. libfabric frees the copy.
+    // SAFETY: `strdup` reads a live string. libfabric frees the copy.
     let provider = unsafe { libc::strdup(c"verbs".as_ptr()) };
-    // SAFETY: as before.
+    // SAFETY: `fi_dupinfo` has allocated the fabric's attributes.
     unsafe { (*parts.fabric).provider = provider };
     Ok(hints)
 }
@@ -193,22 +194,22 @@ impl Cache {
         let status = unsafe { get_info(VERSION, null(), null(), 0, hints, &raw mut info) };
         answered("verbs provider", status)?;
         let mut fabric: *mut Fabric = null_mut();
-        // SAFETY: libfabric has just made it.
+        // SAFETY: `fi_getinfo` has succeeded, so `info` points to an initialised `fi_info`.
         let attributes = unsafe { (*info).fabric };
-        // SAFETY: live attributes, and room for the answer.
+        // SAFETY: `attributes` belong to the live `info`, and `fabric` has room for the answer.
         let status = unsafe { open(attributes, &raw mut fabric, null_mut()) };
         answered("fi_fabric", status)?;
-        // SAFETY: an open fabric.
+        // SAFETY: `fi_fabric` has succeeded, so `fabric` is open.
         let operations = unsafe { (*fabric).ops };
-        // SAFETY: its table of operations.
+        // SAFETY: an open fabric has a table of operations.
         let domain_of = unsafe { (*operations).domain };
         let mut domain: *mut Domain = null_mut();
-        // SAFETY: an open fabric, what `fi_getinfo` said of it, and room for the answer.
+        // SAFETY: `fabric` is open, `info` describes it, and `domain` has room for the answer.
         let status = unsafe { domain_of(fabric, info, &raw mut domain, null_mut()) };
         answered("fi_domain", status)?;
-        // SAFETY: an open domain.
+        // SAFETY: `fi_domain` has succeeded, so `domain` is open.
         let registrations = unsafe { (*domain).mr };
-        // SAFETY: its table for registrations.
+        // SAFETY: an open domain has a table of operations for registrations.
         let register = unsafe { (*registrations).register };
         Ok(Cache { domain, register })
     }
@@ -223,8 +224,8 @@ const ENVIRONMENT: [(&CStr, &CStr); 2] = [
 impl cache::Cache for Cache {
     fn get(&self, address: usize, len: usize) -> Option<(u32, *mut c_void)> {
         let mut mr: *mut Mr = null_mut();
-        // SAFETY: the domain stays open; there is room for the answer. What cannot be pinned is
-        // refused.
+        // SAFETY: the domain stays open, and `mr` has room for the answer. If the kernel cannot pin
+        // the range, the device refuses it.
         let status = unsafe {
             (self.register)(
                 self.domain,
@@ -241,18 +242,18 @@ impl cache::Cache for Cache {
         if status != 0 || mr.is_null() {
             return None;
         }
-        // SAFETY: a registration that is open. The provider's keys are those of our device.
+        // SAFETY: the registration is open. The provider's keys are those of our device.
         let slot = unsafe { (*mr).key };
         Some((u32::try_from(slot).ok()?, mr.cast()))
     }
 
     fn put(&self, registration: *mut c_void) {
         let fid = registration.cast::<Fid>();
-        // SAFETY: what `get` has returned; it begins with a `fid`.
+        // SAFETY: `registration` is an open registration of `get`, which begins with a `fid`.
         let operations = unsafe { (*fid).ops };
-        // SAFETY: its table of operations.
+        // SAFETY: an open object has a table of operations.
         let close = unsafe { (*operations).close };
-        // SAFETY: closed once.
+        // SAFETY: the registration is open, and the caller puts it once.
         unsafe { close(fid) };
     }
 }

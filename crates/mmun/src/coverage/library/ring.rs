@@ -3,7 +3,8 @@
 //!
 //! # Safety
 //! The kernel pins the pages of a range or refuses to register it. A write through a slot goes to
-//! the pinned pages. They belong to a region of `coverage`, to which no Rust reference exists.
+//! the pinned pages. These pages belong to a region of `coverage`, to which no Rust reference
+//! exists.
 #![expect(
     unsafe_code,
     reason = "fixed buffers take raw addresses; see the Safety section"
@@ -65,7 +66,8 @@ impl Ring {
             iov_base: with_exposed_provenance_mut(start),
             iov_len: len,
         };
-        // SAFETY: see the module; the caller keeps the slot until it is set anew.
+        // SAFETY: the kernel pins the range or refuses it (see the module), and `buffer` lives
+        // across the call.
         unsafe {
             self.ring
                 .submitter()
@@ -85,14 +87,14 @@ impl Ring {
             slot,
         )
         .build();
-        // SAFETY: no other queue handle exists: one thread transfers, and each handle ends with its
-        // statement.
+        // SAFETY: no other handle of the submission queue exists: only one thread calls `write`,
+        // which drops this handle before it returns.
         let mut queue = unsafe { self.ring.submission_shared() };
         // SAFETY: see the module; the request has completed when this function returns.
         unsafe { queue.push(&read) }.map_err(io::Error::other)?;
         drop(queue);
         self.ring.submit_and_wait(1)?;
-        // SAFETY: as for the other queue.
+        // SAFETY: no other handle of the completion queue exists, for the same reason.
         let result = unsafe { self.ring.completion_shared() }
             .next()
             .map_or(0, |entry| entry.result());

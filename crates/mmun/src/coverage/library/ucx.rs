@@ -1,8 +1,8 @@
 //! UCX's registration cache, the one that its InfiniBand transports use, with an io_uring as the
 //! device.
 //!
-//! `libucs` exports it. Its interface is not public, and has changed twice: the layouts here are
-//! those of 1.12 and 1.13, and of 1.22; other versions are refused.
+//! `libucs` exports the cache. The interface is not public, and has changed several times. The
+//! layouts here are those of 1.12 and 1.13, and of 1.22 and later; other versions are refused.
 //!
 //! # Safety
 //! Each function is called with its type in the loaded version. The cache and its context are never
@@ -128,14 +128,15 @@ extern "C" fn reg(
     region: *mut Region,
     _: u16,
 ) -> i8 {
-    // SAFETY: a region begins with its start and its end, in every version.
+    // SAFETY: UCX passes a live region, which begins with its start and its end in every version.
     let start = unsafe { (*region).start };
-    // SAFETY: as before.
+    // SAFETY: as for the start.
     let end = unsafe { (*region).end };
-    // SAFETY: the context of `open`, which lives as long as the process and is only shared.
+    // SAFETY: `ring` is the context that `open` gave to UCX. The ring lives as long as the process,
+    // and all references to it are shared.
     match unsafe { &*ring }.register(start, end - start) {
         Ok(slot) => {
-            // SAFETY: the size of a region was given in `open`.
+            // SAFETY: `open` told UCX the size of a `Region`, so the region has the field.
             unsafe { (*region).slot = slot };
             OK
         }
@@ -144,7 +145,7 @@ extern "C" fn reg(
 }
 
 extern "C" fn dereg(ring: *mut Ring, _: *mut c_void, region: *mut Region) {
-    // SAFETY: written by `reg`.
+    // SAFETY: UCX passes a live region that `reg` has registered, so the slot is written.
     let slot = unsafe { (*region).slot };
     // SAFETY: as in `reg`. The kernel releases the pages in any case when the ring is closed.
     let _ = unsafe { &*ring }.deregister(slot);
@@ -154,7 +155,7 @@ extern "C" fn merge(_: *mut Ring, _: *mut c_void, _: *mut c_void, _: *mut Region
 
 extern "C" fn dump(_: *mut Ring, _: *mut c_void, _: *mut Region, buffer: *mut u8, len: usize) {
     if len != 0 {
-        // SAFETY: the buffer has `len` bytes.
+        // SAFETY: UCX passes a buffer of `len` bytes, and `len` is not 0.
         unsafe { buffer.write(0) };
     }
 }
@@ -162,12 +163,12 @@ extern "C" fn dump(_: *mut Ring, _: *mut c_void, _: *mut Region, buffer: *mut u8
 /// The version of the UCX that the loader finds.
 pub(crate) fn version() -> Result<(u32, u32), Unavailable> {
     let get = symbol(load(c"libucp.so.0")?, c"ucp_get_version")?;
-    // SAFETY: its type in `ucp/api/ucp.h`.
+    // SAFETY: this is the function's type in `ucp/api/ucp.h`.
     let get = unsafe {
         std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*mut u32, *mut u32, *mut u32)>(get)
     };
     let [mut major, mut minor, mut release] = [0; 3];
-    // SAFETY: room for three numbers.
+    // SAFETY: each of the three pointers has room for an integer.
     unsafe { get(&raw mut major, &raw mut minor, &raw mut release) };
     Ok((major, minor))
 }
@@ -286,7 +287,7 @@ impl cache::Cache for Cache {
     }
 
     fn put(&self, registration: *mut c_void) {
-        // SAFETY: what the look-up returned, given back once.
+        // SAFETY: `registration` is a region of `get`, and the caller puts it once.
         unsafe { (self.put)(self.cache, registration) };
     }
 }

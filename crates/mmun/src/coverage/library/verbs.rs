@@ -143,9 +143,9 @@ const INLINE: u32 = 64;
 
 /// Sets this thread's `errno`.
 fn fail(number: c_int) {
-    // SAFETY: it takes nothing.
+    // SAFETY: the function has no precondition.
     let place = unsafe { libc::__errno_location() };
-    // SAFETY: this thread's own word.
+    // SAFETY: the pointer is to this thread's own `errno`.
     unsafe { place.write(number) };
 }
 
@@ -156,7 +156,7 @@ extern "C" fn ibv_get_device_list(count: *mut c_int) -> *const *const Device {
         return std::ptr::null();
     }
     if !count.is_null() {
-        // SAFETY: room for the answer.
+        // SAFETY: the pointer is not null, so it has room for the answer (see # Safety).
         unsafe { count.write(1) };
     }
     DEVICES.0.as_ptr()
@@ -217,7 +217,7 @@ extern "C" fn ibv_query_device(_: *const Object, attr: *mut DeviceAttr) -> c_int
         ack_delay: 0,
         ports: 1,
     };
-    // SAFETY: room for the answer.
+    // SAFETY: `attr` has room for the answer (see # Safety).
     unsafe { attr.write(answer) };
     0
 }
@@ -243,7 +243,7 @@ extern "C" fn ibv_query_port(_: *const Object, _: u8, attr: *mut PortAttr) -> c_
         physical: 5,
         link: 1, // InfiniBand.
     };
-    // SAFETY: room for the answer.
+    // SAFETY: `attr` has room for the answer (see # Safety).
     unsafe { attr.write(answer) };
     0
 }
@@ -252,14 +252,14 @@ extern "C" fn ibv_query_port(_: *const Object, _: u8, attr: *mut PortAttr) -> c_
 extern "C" fn ibv_query_gid(_: *const Object, _: u8, _: c_int, gid: *mut [u8; 16]) -> c_int {
     let mut answer = [0; 16];
     (answer[0], answer[1], answer[15]) = (0xfe, 0x80, 1);
-    // SAFETY: room for the answer.
+    // SAFETY: `gid` has room for the answer (see # Safety).
     unsafe { gid.write(answer) };
     0
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn ibv_query_pkey(_: *const Object, _: u8, _: c_int, pkey: *mut u16) -> c_int {
-    // SAFETY: room for the answer.
+    // SAFETY: `pkey` has room for the answer (see # Safety).
     unsafe { pkey.write(0xffff) };
     0
 }
@@ -290,10 +290,10 @@ extern "C" fn ibv_destroy_cq(_: *const Object) -> c_int {
     0
 }
 
-/// Treats the attributes as 32-bit words; the last of them is `max_inline_data`.
+/// Reads the first 13 words of the attributes; the last of these words is `max_inline_data`.
 #[unsafe(no_mangle)]
 extern "C" fn ibv_create_qp(_: *const Object, attr: *const [u32; 13]) -> *const Object {
-    // SAFETY: the attributes are longer than that.
+    // SAFETY: libfabric passes live attributes, which are longer than 13 words.
     let inline = unsafe { (*attr)[12] };
     if inline > INLINE {
         return std::ptr::null();
@@ -343,7 +343,7 @@ extern "C" fn ibv_reg_mr_iova2(
 
 #[unsafe(no_mangle)]
 extern "C" fn ibv_dereg_mr(mr: *mut Mr) -> c_int {
-    // SAFETY: what `ibv_reg_mr` has made, once.
+    // SAFETY: `mr` is from `ibv_reg_mr`, and libfabric deregisters it once.
     let mr = unsafe { Box::from_raw(mr) };
     if let Some(ring) = RING.get() {
         // The kernel releases the pages in any case when the ring is closed.

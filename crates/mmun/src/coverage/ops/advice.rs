@@ -103,7 +103,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "io_uring (MADVISE, DONTNEED)",
         judge: Judge::Frame,
-        // The change is not a separate call, because `io_uring_enter` makes it.
+        // No memory call makes the change: `io_uring_enter` does.
         claimed: &[Source::Uffd],
         prepare: || {
             let region = Region::anonymous(PAGES)?;
@@ -175,7 +175,7 @@ pub(super) fn small_pages() -> Result<Region, Unavailable> {
     Ok(region)
 }
 
-/// The same for an operation that makes the huge page itself. `khugepaged` could collapse the
+/// Small pages for an operation that makes the huge page itself. `khugepaged` could collapse the
 /// region before the operation does. So the last page is never touched: with `max_ptes_none` set to
 /// 0, as in the guests, `khugepaged` ignores such a region.
 fn small_pages_but_one() -> Result<Region, Unavailable> {

@@ -44,7 +44,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             end_moves(|_| {
-                // SAFETY: gives back what `end_moves` has taken, and no more.
+                // SAFETY: this gives back exactly the memory that `end_moves` has added.
                 unsafe { libc::sbrk(-(gain() as isize)) != libc::MAP_FAILED }
             })
         },
@@ -120,7 +120,7 @@ fn end_of_heap() -> usize {
 
 /// Leaves the allocator free memory below the program break, so that it does not move the break.
 fn settle_the_allocator() {
-    // SAFETY: takes integers.
+    // SAFETY: `mallopt` takes integers only.
     unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) };
     let blocks: Vec<Block> = (0..16).filter_map(|_| Block::new(SMALL).ok()).collect();
     blocks.into_iter().for_each(Block::free);
@@ -140,7 +140,7 @@ fn trimmed(below: bool) -> Result<Prepared, Unavailable> {
     }
     blocks.into_iter().for_each(Block::free);
     Ok(Prepared::at(watched, move || {
-        // SAFETY: gives back only what is free.
+        // SAFETY: `malloc_trim` returns only memory that is free.
         let trimmed = unsafe { libc::malloc_trim(0) };
         drop(stays);
         if trimmed == 1 {
@@ -160,7 +160,7 @@ struct Block {
 
 impl Block {
     fn new(len: usize) -> io::Result<Block> {
-        // SAFETY: takes an integer.
+        // SAFETY: `malloc` has no precondition.
         let start = unsafe { libc::malloc(len) };
         if start.is_null() {
             return Err(io::Error::last_os_error());
@@ -187,7 +187,7 @@ impl Block {
 
     /// Grows the block, which must move; the new block is leaked.
     fn grow(self, len: usize) -> io::Result<()> {
-        // SAFETY: it came from `malloc`, and goes with `self`.
+        // SAFETY: the block came from `malloc`, and `self`, its only owner, is consumed.
         let moved = unsafe { libc::realloc(self.start, len) };
         if moved.is_null() {
             return Err(io::Error::last_os_error());

@@ -143,7 +143,8 @@ impl Drop for Group {
     }
 }
 
-/// Uses memory of one node from a processor of another until the kernel moves it there.
+/// Uses memory of one node from a processor of another node, until the kernel moves the memory to
+/// that other node.
 fn balanced() -> Result<Prepared, Unavailable> {
     if !fs::read_to_string("/proc/sys/kernel/numa_balancing").is_ok_and(|mode| mode.trim() != "0") {
         return Err("it is off, or there is one node; 'echo 1 > /proc/sys/kernel/numa_balancing' turns it on".into());

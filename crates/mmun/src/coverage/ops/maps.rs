@@ -5,7 +5,7 @@ use crate::coverage::operation::{Operation, Prepared};
 use crate::coverage::page::Judge;
 use crate::coverage::region::{Region, page_size};
 
-/// So many pages that a change of them takes a while.
+/// The size of a region: so many pages that their change takes a while.
 pub(super) const PAGES: usize = 512;
 
 pub(super) const OPERATIONS: &[Operation] = &[

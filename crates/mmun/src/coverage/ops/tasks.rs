@@ -89,7 +89,8 @@ fn stack_goes(size: usize, below: usize) -> Result<Prepared, Unavailable> {
             } else {
                 use_stack(below)
             };
-            // The receiver waits for both.
+            // Both results may be ignored. The main thread waits for the address, and lets this
+            // thread end by dropping `end`, which makes `recv` fail.
             let _ = used.send(deep);
             let _ = ends.recv();
             black_box(&here);
@@ -103,7 +104,7 @@ fn stack_goes(size: usize, below: usize) -> Result<Prepared, Unavailable> {
     }))
 }
 
-/// Recurses until it is `depth` bytes further down, and returns an address there.
+/// Recurses until the stack is `depth` bytes deeper, and returns an address there.
 #[inline(never)]
 fn use_stack(depth: usize) -> usize {
     const FRAME: usize = 4096;
@@ -154,7 +155,7 @@ fn library() -> Result<Prepared, Unavailable> {
     let start = start.ok_or("the library has no data")?;
     let handle = handle.expose_provenance();
     Ok(Prepared::at(start, move || {
-        // SAFETY: the handle is `dlopen`'s, and closed once.
+        // SAFETY: the handle is from `dlopen`, and this closure, which runs once, alone closes it.
         match unsafe { libc::dlclose(std::ptr::with_exposed_provenance_mut(handle)) } {
             0 => Ok(()),
             _ => Err(io::Error::other("dlclose refused")),
