@@ -51,7 +51,7 @@ fn text() -> String {
     };
     let words = |result: Result<(), &str>, served: &str| match result {
         Ok(()) => served.to_owned(),
-        Err(reason) => format!("not served: {reason}"),
+        Err(reason) => format!("not protected: {reason}"),
     };
     if let Some(result) = libfabric::imported() {
         line(
@@ -59,24 +59,24 @@ fn text() -> String {
             words(
                 result,
                 if libfabric::is_started() {
-                    "watched"
+                    "protected"
                 } else {
-                    "watched; no provider used a cache"
+                    "protected; no provider used a cache"
                 },
             ),
         );
     }
     if let Some(result) = ucx::served() {
-        line("UCX", words(result, "told of changes"));
+        line("UCX", words(result, "protected"));
         if result.is_ok() && ucx::looks_up_by_itself() {
             line(
                 "",
-                "from 1.14 on a change that only the kernel source sees is told some milliseconds later".to_owned(),
+                "from 1.14 on, UCX receives a change that only the kernel source sees up to milliseconds late".to_owned(),
             );
         }
     }
     let Some(space) = space::current() else {
-        line("sources", "none was needed".to_owned());
+        line("sources", "not needed".to_owned());
         return text;
     };
     match space.hook() {
@@ -94,7 +94,7 @@ fn text() -> String {
             };
             line(
                 "hook",
-                format!("in use, {} places in libc{lost}", places.len()),
+                format!("in use, {} places of libc patched{lost}", places.len()),
             );
         }
         Err(reason) => line("hook", format!("not in use: {reason}")),
@@ -103,7 +103,7 @@ fn text() -> String {
         Ok(kernel) => line(
             "kernel",
             format!(
-                "in use, {} changes seen, {} losses",
+                "in use, {} changes seen, {} lost",
                 kernel.generation() - 1,
                 kernel.lost()
             ),
@@ -113,7 +113,7 @@ fn text() -> String {
     if !space.is_complete() {
         line(
             "",
-            "without it, changes that do not pass through libc are missed".to_owned(),
+            "without it, changes that do not go through libc are missed".to_owned(),
         );
     }
     if libfabric::is_started() {
@@ -124,14 +124,14 @@ fn text() -> String {
         line(
             "watched",
             format!(
-                "{} registrations, {now} of them still",
+                "{} registrations, {now} still registered",
                 counts::WATCHED.get()
             ),
         );
         line(
             "hits",
             format!(
-                "{}, {} refused as stale; {} dropped before",
+                "{} checked, {} refused as stale; {} removed before a hit",
                 counts::HITS.get(),
                 counts::REFUSED.get(),
                 counts::REAPED.get()
@@ -139,14 +139,17 @@ fn text() -> String {
         );
     }
     if ucx::served().is_some() {
-        let asked = if counts::LOOKED_UP.load(Ordering::Relaxed) && space.kernel().is_ok() {
-            "asked"
+        let look_ups = if counts::LOOKED_UP.load(Ordering::Relaxed) && space.kernel().is_ok() {
+            "checked"
         } else {
-            "not asked"
+            "not checked"
         };
         line(
-            "told",
-            format!("{} changes; {asked} at look-ups", counts::TOLD.get()),
+            "reported",
+            format!(
+                "{} changes to UCX; look-ups are {look_ups}",
+                counts::TOLD.get()
+            ),
         );
     }
     line(

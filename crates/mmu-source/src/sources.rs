@@ -10,7 +10,7 @@ pub struct SourceInfo {
     /// Which changes the source sees.
     pub sees: &'static str,
     /// When the source notifies subscribers.
-    pub tells: &'static str,
+    pub notifies: &'static str,
     /// Which changes the source misses.
     pub misses: &'static str,
     /// What a callback may do.
@@ -23,47 +23,47 @@ pub struct SourceInfo {
 
 /// Makes the table twice from one text: as constants, and as documentation.
 macro_rules! sources {
-    ($($name:literal: $sees:literal, $tells:literal, $misses:literal, $callback:literal, $cost:literal, $needs:literal;)*) => {
+    ($($name:literal: $sees:literal, $notifies:literal, $misses:literal, $callback:literal, $cost:literal, $needs:literal;)*) => {
         /// The sources.
         ///
-        /// | source | sees | tells | misses | a callback may | costs | needs |
+        /// | source | sees | notifies | misses | a callback may | costs | needs |
         /// | --- | --- | --- | --- | --- | --- | --- |
-        $(#[doc = concat!("| `", $name, "` | ", $sees, " | ", $tells, " | ", $misses, " | ", $callback, " | ", $cost, " | ", $needs, " |")])*
+        $(#[doc = concat!("| `", $name, "` | ", $sees, " | ", $notifies, " | ", $misses, " | ", $callback, " | ", $cost, " | ", $needs, " |")])*
         pub const SOURCES: &[SourceInfo] = &[$(SourceInfo {
-            name: $name, sees: $sees, tells: $tells, misses: $misses, callback: $callback, cost: $cost, needs: $needs,
+            name: $name, sees: $sees, notifies: $notifies, misses: $misses, callback: $callback, cost: $cost, needs: $needs,
         }),*];
     };
 }
 
 sources! {
     "kernel":
-        "every change of an armed range, also by other processes, reclaim, copy on write, truncation, io_uring",
-        "a counter moves before the change; callbacks run at the next look, or soon after",
-        "nothing; some changes of other memory are told as well",
-        "allocate, lock, map, unmap, arm and disarm; not wait for a thread that may be draining",
-        "two loads for each use; a fill that follows a change waits some microseconds (x86-64 or aarch64 with BTF; elsewhere it makes a virtual machine)",
+        "every change of an armed range, including changes by other processes, reclaim, copy on write, truncation and io_uring",
+        "a counter is incremented before the change; callbacks run at the next look-up, or soon after the change",
+        "nothing; it also reports some changes of other memory",
+        "allocate, lock, map, unmap, arm and disarm; it must not wait for a thread that may be in `drain`",
+        "two loads for each use; a fill that follows a change waits some microseconds (x86-64 or aarch64 with BTF; elsewhere it creates a virtual machine)",
         "/dev/kvm, CAP_BPF and CAP_PERFMON, Linux 5.12; or a broker (mmun broker), Linux 5.15";
     "hook":
-        "what goes through libc: munmap, mmap over live memory, mremap, madvise, brk, sbrk, shmat, shmdt, mprotect, syscall(2)",
-        "before and after, in the calling thread",
-        "bare system call instructions, a second libc, other processes, the kernel's own changes (copy on write, mlock)",
-        "subscribe, put, map and unmap; not allocate, for it may run in the middle of free()",
+        "changes through libc: munmap, mmap over live memory, mremap, madvise, brk, sbrk, shmat, shmdt, mprotect, syscall(2)",
+        "before and after the change, in the calling thread",
+        "system call instructions outside of libc, a second libc, other processes, changes by the kernel itself (copy on write), mlock",
+        "subscribe, put, map and unmap; it must not allocate, because it may run inside free()",
         "some 50 ns for each call",
         "x86-64 or aarch64, glibc";
     "uffd":
         "munmap, mremap, madvise, punched holes and fork, on armed ranges",
         "at about the time of the change; the change does not wait for callbacks",
-        "mprotect, copy on write, reclaim, truncation; memory mapped anew at an armed address",
-        "anything but wait for the source",
-        "the caller waits until its event is read",
+        "mprotect, copy on write, reclaim, truncation; memory that is newly mapped at an armed address",
+        "anything except waiting for the source",
+        "the thread that changes the memory waits until the source has read the event",
         "CAP_SYS_PTRACE, Linux 6.7";
     "process":
         "memory calls, fork, exec and exit of other processes",
-        "before and after, the task stopped",
-        "what is no system call of a traced task; of a huge page that a call splits, the rest",
-        "allocate, lock and block; not wait for a stopped task",
-        "two stops for each memory call",
-        "ptrace of programs that nothing else traces, themselves included (AddressSanitizer: LSAN_OPTIONS=detect_leaks=0), Linux 5.3, x86-64 or aarch64";
+        "before and after the change, while the task is stopped",
+        "changes that no system call of a traced task makes; if a call splits a huge page, the rest of that page",
+        "allocate, lock and block; it must not wait for a stopped task",
+        "two stops of the task for each memory call",
+        "ptrace of a program that no other tracer traces and that does not trace itself (AddressSanitizer: LSAN_OPTIONS=detect_leaks=0), Linux 5.3, x86-64 or aarch64";
 }
 
 impl SourceInfo {
@@ -73,13 +73,13 @@ impl SourceInfo {
         let Self {
             name,
             sees,
-            tells,
+            notifies,
             misses,
             callback,
             cost,
             needs,
         } = self;
-        format!("| `{name}` | {sees} | {tells} | {misses} | {callback} | {cost} | {needs} |")
+        format!("| `{name}` | {sees} | {notifies} | {misses} | {callback} | {cost} | {needs} |")
     }
 }
 

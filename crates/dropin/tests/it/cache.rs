@@ -255,7 +255,7 @@ fn the_report_names_the_registration_that_was_refused() {
         .env("MMUN_REPORT", "-");
     let report = text(&output(command).stderr);
     for line in [
-        "libfabric watched",
+        "libfabric protected",
         "hook      in use",
         "kernel    in use",
         "watched   3 registrations",

@@ -22,12 +22,12 @@ fn the_second_importer_gets_ebusy_and_continues() {
         return;
     };
     assert_eq!(out, "busy\na domain\n", "{report}");
-    assert!(report.contains("  libfabric watched"), "{report}");
+    assert!(report.contains("  libfabric protected"), "{report}");
     // Now the drop-in is the second importer; its report says so.
     let (out, report) = import("first").expect("it was built");
     assert_eq!(out, "imported\na domain\n", "{report}");
     assert!(
-        report.contains("  libfabric not served: another monitor was imported first (EBUSY)"),
+        report.contains("  libfabric not protected: another monitor was imported first (EBUSY)"),
         "{report}"
     );
 }

@@ -76,7 +76,7 @@ fn mpich() {
         exchange(
             preloaded("mpirun.mpich", source),
             &program,
-            &["told of changes"],
+            &["UCX       protected"],
         );
     }
 }

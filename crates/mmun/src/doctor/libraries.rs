@@ -63,16 +63,22 @@ fn dotted(version: &[u32]) -> String {
 fn verdict(name: &str, version: &[u32]) -> &'static str {
     match name {
         "UCX" if version >= &[1, 14] => {
-            "told of each change; what only the kernel source sees is told microseconds late: its look-up cannot be asked"
+            "protected; receives a change that only the kernel source sees up to milliseconds late, because its look-up is inlined"
         }
-        "UCX" if version >= &[1, 12] => "told of each change, and asked at each look-up",
-        "UCX" => "older than what was tried (1.12); 'mmun coverage --library ucx' finds out",
-        "libfabric" if version >= &[1, 13] => "asked at each hit, through an imported monitor",
-        "libfabric" => "not served: a monitor can be imported from 1.13 on",
+        "UCX" if version >= &[1, 12] => {
+            "protected: receives each change, and each look-up is checked"
+        }
+        "UCX" => {
+            "older than the oldest tested version (1.12); 'mmun coverage --library ucx' tests it"
+        }
+        "libfabric" if version >= &[1, 13] => {
+            "protected: each hit is checked, through an imported monitor"
+        }
+        "libfabric" => "not protected: a monitor can be imported from 1.13 on",
         "Open MPI" => {
-            "served through UCX (pml ucx) and libfabric (mtl or btl ofi); a monitor of its own that is imported first stays"
+            "protected through UCX (pml ucx) and libfabric (mtl or btl ofi); if Open MPI imports its own monitor first, that monitor stays"
         }
-        _ => "served through UCX (ch4:ucx) or libfabric (ch4:ofi)",
+        _ => "protected through UCX (ch4:ucx) or libfabric (ch4:ofi)",
     }
 }
 
@@ -97,10 +103,10 @@ mod tests {
 
     #[test]
     fn what_is_done_depends_on_the_version() {
-        assert!(verdict("UCX", &[1, 13, 1]).contains("asked at each look-up"));
-        assert!(verdict("UCX", &[1, 14]).contains("microseconds late"));
-        assert!(verdict("UCX", &[1, 22, 0]).contains("microseconds late"));
-        assert!(verdict("libfabric", &[1, 12, 1]).contains("not served"));
-        assert!(verdict("libfabric", &[2, 1]).contains("asked at each hit"));
+        assert!(verdict("UCX", &[1, 13, 1]).contains("each look-up is checked"));
+        assert!(verdict("UCX", &[1, 14]).contains("milliseconds late"));
+        assert!(verdict("UCX", &[1, 22, 0]).contains("milliseconds late"));
+        assert!(verdict("libfabric", &[1, 12, 1]).contains("not protected"));
+        assert!(verdict("libfabric", &[2, 1]).contains("each hit is checked"));
     }
 }

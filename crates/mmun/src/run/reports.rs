@@ -164,7 +164,7 @@ fn table(reports: &[Report]) -> String {
         "watched",
         "hits",
         "refused",
-        "told",
+        "reported",
         "program",
     ];
     let mut rows: Vec<Vec<String>> = vec![names.iter().map(|name| (*name).to_owned()).collect()];
@@ -179,7 +179,7 @@ fn table(reports: &[Report]) -> String {
             report.count("watched", None),
             report.count("hits", None),
             report.count("hits", Some("refused")),
-            report.count("told", None),
+            report.count("reported", None),
             report.program.clone(),
         ]);
     }
@@ -224,10 +224,9 @@ fn table(reports: &[Report]) -> String {
 }
 
 fn is_worth_a_line(name: &str, value: &str) -> bool {
-    let is_number = matches!(name, "watched" | "hits" | "told" | "start");
-    let is_plain = value.starts_with("in use") && !value.contains("overwritten")
-        || value == "watched"
-        || value == "told of changes";
+    let is_number = matches!(name, "watched" | "hits" | "reported" | "start");
+    let is_plain =
+        value.starts_with("in use") && !value.contains("overwritten") || value == "protected";
     !is_number && !is_plain
 }
 
@@ -235,9 +234,9 @@ fn is_worth_a_line(name: &str, value: &str) -> bool {
 mod tests {
     use super::*;
 
-    const ONE: &str = "mmun: process 7 rank 1: ./a: b\n  libfabric watched\n  hook      in use, 17 places in libc\n  \
+    const ONE: &str = "mmun: process 7 rank 1: ./a: b\n  libfabric protected\n  hook      in use, 17 places of libc patched\n  \
         kernel    not in use: /dev/kvm is not there\n            without it, changes are missed\n  \
-        watched   12 registrations, 3 of them still\n  hits      100, 4 refused as stale; 2 dropped before\n  \
+        watched   12 registrations, 3 still registered\n  hits      100 checked, 4 refused as stale; 2 removed before a hit\n  \
         refused   0x1000-0x2000: unmap of 0x1000..0x2000, 4 hits\n";
 
     #[test]
