@@ -1,5 +1,5 @@
-//! Callbacks that use the heap, which ends the process. Also the example on the front page of
-//! `mmu-notifier`, whose callbacks do not.
+//! Callbacks that use the heap: `CheckedAlloc` must end the process. Also the example on the front
+//! page of `mmu-notifier`, whose callbacks do not use the heap.
 
 use crate::child::alone;
 use crate::pages::{at, map, page_size, unmap};
@@ -91,7 +91,7 @@ fn give_memory_back_often() {
 }
 
 /// Drops a block that was written to. Returns whether the allocator returned the block's end to the
-/// kernel. It does not if another thread has allocated after the block.
+/// kernel. The allocator keeps it if another thread has allocated memory behind the block.
 fn gives_back(block: Vec<u8>) -> bool {
     let last = block[block.len() - 1..].as_ptr().addr() & !(page_size() - 1);
     drop(block);
@@ -102,8 +102,8 @@ fn gives_back(block: Vec<u8>) -> bool {
     answer != 0 || residence & 1 == 0
 }
 
-/// Runs `round` with the size of a block until ten blocks were returned to the kernel. If one was
-/// not, the next block is made too large for the hole that it left.
+/// Runs `round` with the size of a block until ten blocks were returned to the kernel. If a block
+/// was not returned, the next block is larger, too large for the hole that the first one left.
 fn until_ten_were_given_back(mut round: impl FnMut(usize) -> bool) {
     let (mut bytes, mut given_back) = (4 << 20, 0);
     while given_back < 10 {

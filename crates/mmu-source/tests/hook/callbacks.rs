@@ -13,7 +13,7 @@ impl Notifier for Quiet {}
 
 static QUIET: Subsystem<Quiet> = Subsystem::new(|_| Ok(Quiet));
 
-/// For its own range, its callbacks do everything that a callback may do.
+/// The callbacks for the watched range do everything that a callback may do.
 #[derive(Debug, Default)]
 struct Busy {
     watched: AtomicU64,
@@ -34,8 +34,7 @@ impl Notifier for Busy {
             return;
         }
         self.starts.fetch_add(1, Ordering::Relaxed);
-        // Subscribe to a subscription that exists, because a new one cannot be made inside a
-        // bracket.
+        // Get the subscription that exists, because inside a bracket a new one cannot be made.
         let mm = range.mm().mmget_not_zero().expect("it is alive");
         let again = QUIET.get(&mm).expect("the subscription exists");
         again.put();

@@ -118,7 +118,7 @@ fn results_and_errno_are_the_kernels() {
     );
     assert_eq!(
         (
-            // SAFETY: as above, by number.
+            // SAFETY: the kernel refuses a misaligned address. The call is made by its number.
             unsafe { libc::syscall(libc::SYS_munmap, pages + 1, page_size()) },
             errno()
         ),
@@ -152,7 +152,7 @@ fn results_and_errno_are_the_kernels() {
     let moved = unsafe { libc::mremap(at(16), page_size(), page_size(), 0) };
     assert_eq!((moved, errno()), (libc::MAP_FAILED, libc::EINVAL));
     assert_eq!(
-        // SAFETY: only returns the process's number.
+        // SAFETY: only returns the pid.
         unsafe { libc::syscall(libc::SYS_getpid) },
         i64::from(std::process::id())
     );
@@ -386,8 +386,8 @@ fn segments_of_shared_memory() {
     unmap(pages + 2 * page_size(), 2);
 }
 
-/// Without a free descriptor, the hook cannot read what is attached where. So it reports the whole
-/// address space.
+/// Without a free descriptor, the hook cannot read where the segment is attached. So it reports the
+/// whole address space.
 #[test]
 fn what_cannot_be_looked_up_is_everything() {
     alone("calls::what_cannot_be_looked_up_is_everything", || {

@@ -1,5 +1,5 @@
 //! A fork while another thread installs the hook: the child must not wait for that thread, which
-//! does not exist there.
+//! does not exist in the child.
 
 use crate::child::alone;
 use crate::log::Watch;
@@ -82,7 +82,8 @@ fn a_child_forked_while_another_thread_installs_can_install() {
             // Only the first installation in a process is slow, so each attempt has a process of
             // its own.
             let attempt = |number: u32| {
-                // SAFETY: as in `fork`.
+                // SAFETY: glibc makes its allocator and its loader usable in the child. The child
+                // ends without the parent's exit handlers.
                 let middle = unsafe { libc::fork() };
                 if middle == 0 {
                     let is_good =

@@ -124,7 +124,7 @@ fn the_stack_of_a_thread_that_has_ended() {
 #[test]
 fn dlclose() {
     let watch = Watch::new();
-    // A library of glibc that nothing else uses here. Its initialiser does nothing.
+    // A library of glibc that no other code of this process uses. Its initialiser does nothing.
     const NAME: &CStr = c"libanl.so.1";
     // SAFETY: the initialiser does nothing.
     let library = unsafe { libc::dlopen(NAME.as_ptr(), libc::RTLD_NOW) };

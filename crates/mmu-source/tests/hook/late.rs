@@ -131,8 +131,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
     );
 }
 
-/// The only callers of the loader's function for thread-locals: parts of the standard library that
-/// run when a panic does, and the source `kernel`, which runs outside of brackets.
+/// The functions that may call the loader's function for thread-locals: parts of the standard
+/// library that run only during a panic, and the source `kernel`, which runs outside of brackets.
 /// On other processors the look-up is not a call of a named function.
 #[cfg(target_arch = "x86_64")]
 const MAY_LOOK_UP: &[&str] = &[

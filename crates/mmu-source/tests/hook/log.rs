@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 const ROOM: usize = 64;
 
-/// One callback. The log keeps them in order.
+/// One callback. The log keeps the callbacks in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Heard {
     pub(crate) is_start: bool,

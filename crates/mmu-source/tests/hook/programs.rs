@@ -1,5 +1,5 @@
 //! Real programs with the hook, and the kernel source if it works, preloaded. Output and exit
-//! status must be the same as without.
+//! status must be the same as without the library.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

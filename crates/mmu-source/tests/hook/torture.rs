@@ -24,7 +24,7 @@ struct Entry {
     /// Whether `content` may be used.
     valid: bool,
     content: u64,
-    /// The number of open invalidations. `sequence` counts all of them.
+    /// The number of open invalidations. `sequence` counts all invalidations so far.
     open: u32,
     sequence: u64,
 }
@@ -86,8 +86,8 @@ struct World {
     base: usize,
     file: i32,
     segments: [i32; 2],
-    /// A thread holds it while it changes a region, or while it compares the cached content with
-    /// the memory.
+    /// A thread holds the lock of a region while it changes the region, or while it compares the
+    /// cached content with the memory.
     regions: [Mutex<()>; REGIONS],
     stale: AtomicUsize,
     hits: AtomicUsize,
@@ -215,7 +215,7 @@ impl World {
                 discard(address, 1);
             }
             5 => {
-                // Move the region away and map something else there.
+                // Move the region away and map another page there.
                 let place = self.private(number, page);
                 move_over(address, place);
                 self.show(address, random.below(FILE_PAGES), libc::MAP_FIXED_NOREPLACE);
@@ -288,7 +288,7 @@ impl World {
         }
     }
 
-    /// Runs threads that change regions, and as many that use the cache.
+    /// Runs threads that change regions, and the same number of threads that use the cache.
     fn run(&self, cache: &Cache, seed: u64, time: Duration) {
         let deadline = Instant::now() + time;
         thread::scope(|scope| {

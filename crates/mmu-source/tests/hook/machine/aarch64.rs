@@ -12,7 +12,8 @@ pub(crate) fn munmap(address: usize, length: usize) -> i64 {
 }
 
 /// Returns `movz x15, ..., lsl #48; movk x15, ...; br x15`, as UCX and libfabric write it over a
-/// function. It begins with `bti c`, without which the processor would refuse an indirect call.
+/// function. The code begins with `bti c`, without which the processor would refuse an indirect
+/// call.
 pub(crate) fn jump_to(target: usize) -> Vec<u8> {
     const BTI_C: u32 = 0xd503_245f;
     const MOVZ_X15: u32 = 0xd280_000f;
