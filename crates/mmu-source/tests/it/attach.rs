@@ -122,7 +122,7 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
     assert_eq!(child.wait().expect("a status").code(), Some(0));
 }
 
-/// Returns the children of all threads of a process that this thread still traces.
+/// Returns the status of each child of the process `pid` that this thread still traces.
 fn traced_children(pid: u32) -> Vec<String> {
     // SAFETY: takes nothing.
     let this_thread = unsafe { libc::gettid() };
@@ -291,7 +291,7 @@ fn a_process_that_ends_while_it_is_attached_to_is_all_exited() {
         )
     });
     assert_eq!(ends.count(), THREADS + 1);
-    // The tracer may have reaped it already.
+    // The tracer may have reaped the child already.
     drop(child.wait());
 }
 
@@ -378,7 +378,7 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
     let mut line = String::new();
     from.read_line(&mut line).expect("it says so");
     let pid = child.id();
-    // Such a wait for a child cannot be interrupted.
+    // While a parent waits in `vfork`, its sleep is uninterruptible: its state is `D`.
     while !fs::read_to_string(format!("/proc/{pid}/status"))
         .expect("it lives")
         .contains("State:\tD")
@@ -403,7 +403,7 @@ fn a_parent_that_waits_in_vfork_is_let_go_of_without_waiting_for_its_child() {
         took < Duration::from_secs(1)
     });
     if !is_at_once {
-        // The child still holds the write end of this output pipe. Let it end.
+        // The child still holds the write end of this output pipe. Let the child end.
         drop(
             File::options()
                 .write(true)
@@ -445,7 +445,7 @@ fn a_process_that_is_frozen_is_let_go_of_at_once() {
         }
         group
     });
-    // See the comment on attempts above.
+    // A busy machine may delay one attempt, but not all of them.
     let is_at_once = (0..20).any(|_| {
         let took = within("letting go", move || {
             let mut tracer = Tracer::new(Options::default(), Recorder::new()).expect("a tracer");
@@ -497,7 +497,7 @@ fn a_process_that_executes_itself_again_and_again_is_attached_to_or_has_ended() 
         }
     });
     assert!(attached > 0);
-    // The tracer may have reaped it already.
+    // The tracer may have reaped the child already.
     drop(child.wait());
 }
 
@@ -539,6 +539,6 @@ fn a_task_that_was_attached_to_leaves_its_memory_before_it_ends() {
     tracer.run(&AtomicBool::new(false)).expect("it runs");
     driver.join().expect("no panic");
     assert_eq!(tracer.detach().0.0, ["t (tracing stop)"]);
-    // The tracer may have reaped it already.
+    // The tracer may have reaped the child already.
     drop(child.wait());
 }

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use crate::log::{Part, Record};
 
-/// Checks that every start has an end and every get a put, that every address space has one release
-/// and one free, and that the order is right.
+/// Checks that every start has an end and every get a put, that no `release` runs, that every
+/// address space is freed once, and that the order is right.
 pub(crate) fn pairs(records: &[Record]) {
     let mut open: Vec<&Part> = Vec::new();
     let mut held = HashSet::new();

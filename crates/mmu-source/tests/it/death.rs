@@ -220,8 +220,8 @@ fn the_end_of_an_address_space_releases_each_subscriber_once() {
     .concat();
     assert_eq!(all.len(), 3);
     for counts in all {
-        // `unregister` calls `release` if the exit has not. So a count of one means that the exit
-        // did, and `unregister` did not.
+        // `unregister` calls `release` if the exit has not done so. But then no task is current,
+        // and `Counter` panics. So a count of one means that the exit has called `release`, once.
         assert_eq!(counts.released.load(Ordering::Relaxed), 1);
         let [starts, ends] =
             [&counts.starts, &counts.ends].map(|count| count.load(Ordering::Relaxed));

@@ -165,7 +165,7 @@ fn give_up_proc() {
         unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) },
         0
     );
-    // Mount another file system over it. Unmounting could uncover the `/proc` of an outer pid
+    // Mount another file system over `/proc`. Unmounting could uncover the `/proc` of an outer pid
     // namespace.
     let (tmpfs, proc) = (c"tmpfs".as_ptr(), c"/proc".as_ptr());
     assert_eq!(

@@ -430,7 +430,7 @@ fn a_watch_that_is_renewed_after_a_loss_is_touched_by_the_next_change() {
     for _ in 0..8 {
         change(ELSEWHERE);
         change(ELSEWHERE);
-        // If the source's thread is taking events in at this moment, the watch may answer no.
+        // If the source's thread is taking events in at this moment, `is_valid` may return false.
         let is_valid = (0..1_000).any(|_| {
             std::thread::yield_now();
             watch.is_valid()

@@ -33,8 +33,8 @@ fn open_here() -> Vec<String> {
         .collect()
 }
 
-/// Closes or replaces all descriptors by `close`, and opens files under the same numbers, which the
-/// source must not touch.
+/// Runs `close`, which closes or replaces all descriptors, and then opens files as the same
+/// descriptors. Returns whether the source still works and has not touched these files.
 fn goes_on_after(close: impl FnOnce()) -> bool {
     let kernel = Kernel::start().expect("it starts");
     let memory = Scratch::anonymous(1);
@@ -44,8 +44,8 @@ fn goes_on_after(close: impl FnOnce()) -> bool {
     let files: Vec<_> = (0..40)
         .map(|_| std::fs::File::open("/dev/zero").expect("a file"))
         .collect();
-    // The child's parent changes memory at the same addresses, which the filter counts as hits. So
-    // retry.
+    // The parent of this process changes memory at the same addresses, which the filter counts as
+    // hits. So retry.
     let goes_on = (0..100).any(|_| {
         watch.renew().expect("it still works");
         let seq = armed.read_begin().expect("it still works");
@@ -261,7 +261,8 @@ fn a_signal_handler_may_settle() {
     }
     extern "C" fn handler(_: i32) {
         if let Some(kernel) = SOURCE.get() {
-            // The handler may interrupt a look of its own thread, and must not disturb it.
+            // The handler may interrupt this thread while it takes records in, and must not disturb
+            // that.
             let _ = WATCH.get().map(Watch::is_valid);
             let _ = kernel.settle();
             ASKED.fetch_add(1, Ordering::Relaxed);

@@ -244,7 +244,7 @@ fn execve_by_another_thread_ends_the_rest_and_takes_the_leaders_place() {
         );
         assert_eq!(news(&trace), 2);
         // The old leader, the thread that replaced it, and three waiting threads. The thread that
-        // ran `execve` has no separate exit.
+        // ran `execve` has no exit under its former thread id.
         let exits = trace
             .records
             .iter()

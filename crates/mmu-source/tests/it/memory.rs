@@ -94,8 +94,8 @@ impl Scratch {
     }
 
     pub(crate) fn write(&self, page: usize, value: u64) {
-        // SAFETY: inside the mapping, and aligned. Other threads and processes may read it at the
-        // same time.
+        // SAFETY: inside the mapping, and aligned. Other threads and processes may read the memory
+        // at the same time.
         unsafe { self.page(page).cast::<u64>().write_volatile(value) }
     }
 }

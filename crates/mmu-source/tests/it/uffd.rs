@@ -288,8 +288,8 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     assert!(armed.is_some());
 }
 
-/// Closes every descriptor, or replaces each by a file, and opens files of the program under the
-/// same numbers.
+/// Closes every descriptor, or replaces each by a file, and opens files of the program as the same
+/// descriptors. Returns whether the source still works and has not touched these files.
 fn closed_and_used_again(over: bool) -> bool {
     let uffd = Uffd::start().expect("userfaultfd is there");
     let memory = Scratch::anonymous(2);

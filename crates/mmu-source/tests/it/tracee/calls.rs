@@ -43,7 +43,7 @@ pub(crate) fn mappings() {
         2 * page_size(),
         fixed(MAP_FIXED),
     );
-    // Into the hole that the first call has left. It replaces nothing.
+    // Into the hole that the first call has left. The call replaces nothing.
     mmap(
         arena,
         page_size(),
@@ -149,7 +149,8 @@ pub(crate) fn advice() {
         2 * page_size(),
         result,
     );
-    // Numbers that mean the caller. The kernel's result shows which of them it knows.
+    // Values that stand for a pidfd of the caller. The kernel's result shows which of them it
+    // knows.
     for own in [-10_000_i64, -10_001, -20_000] {
         let advice = libc::MADV_DONTNEED as u64;
         let result = call(
@@ -184,7 +185,7 @@ pub(crate) fn moves() {
         2 * page_size(),
         remap(arena, 4, 2, 0, 0),
     );
-    // It grows in place or moves. In both cases the old range is reported.
+    // The mapping grows in place or moves. In both cases the old range is reported.
     let moved = remap(arena, 2, 8, MREMAP_MAYMOVE, 0);
     script.unmap("mremap", arena, 2 * page_size(), moved);
     remap(moved as u64, 8, 8, MREMAP_MAYMOVE, 0);
@@ -295,7 +296,7 @@ pub(crate) fn segment() {
 /// The calls that move pages between nodes.
 pub(crate) fn migrate() {
     const MPOL_MF_MOVE: u64 = 2;
-    // As large as what one page table maps, whose entries have eight bytes.
+    // As large as the memory that one page table maps. An entry has eight bytes.
     let huge_page = page_size() / 8 * page_size();
     let arena = map(2 * huge_page, libc::PROT_NONE).next_multiple_of(huge_page);
     assert_eq!(

@@ -4,14 +4,15 @@ use crate::sys;
 
 /// How a call should be reported: `cause event start end result`.
 pub(crate) struct Script {
-    /// The address of a call before the first and after the last line. Every call between these two
-    /// is the script's.
+    /// The address of the marker call, which is made before the first and after the last call of
+    /// the script. Every call between these two belongs to the script.
     marker: u64,
     lines: Vec<(&'static str, &'static str, u64, u64, i64)>,
 }
 
 impl Script {
-    /// Allocates everything in advance, so that no call of the allocator mixes with the script's.
+    /// Allocates everything in advance, so that the allocator makes no call between the script's
+    /// calls.
     pub(crate) fn new() -> Script {
         let script = Script {
             marker: sys::map(sys::page_size(), libc::PROT_READ | libc::PROT_WRITE),

@@ -16,11 +16,11 @@ pub(crate) fn return_to(context: &mut ucontext_t, place: extern "C" fn() -> !) {
     registers[libc::REG_RSP as usize] = ((registers[libc::REG_RSP as usize] + 0x800) & !15) - 8;
 }
 
-/// Makes a 32-bit system call. It saves `rbx` by hand, because the compiler reserves that register.
+/// Makes a 32-bit system call. Saves `rbx` by hand, because the compiler reserves that register.
 fn i386(number: u32, args: [u32; 3]) -> i32 {
     let mut result = u64::from(number);
-    // SAFETY: as `call`. The kernel preserves all registers except r8 to r11, which are declared as
-    // overwritten.
+    // SAFETY: the program passes addresses of mappings that it made for the call. The kernel
+    // preserves all registers except r8 to r11, which are declared as overwritten.
     unsafe {
         std::arch::asm!(
             "xchg rbx, {b}", "int 0x80", "xchg rbx, {b}",
@@ -68,7 +68,7 @@ pub(crate) fn compat_calls() {
         page_size(),
         call(MADVISE, [at + 4 * page, page, 4]),
     );
-    // This is the number of `munmap` on x86-64. As a 32-bit call it is another call.
+    // This is the number of `munmap` on x86-64. In a 32-bit call the number means another call.
     call(libc::SYS_munmap as u32, [at, page, 0]);
     script.finish();
 }
