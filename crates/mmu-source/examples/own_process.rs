@@ -65,7 +65,7 @@ fn read(shadow: &Shadow, page: VaRange) -> Option<u8> {
     }
 }
 
-/// Asks the kernel whether a page is readable, by letting it copy the first byte.
+/// Asks the kernel whether a page is readable, by letting the kernel copy the first byte.
 fn walk(page: Va) -> Option<Host> {
     let start: *mut u8 = ptr::with_exposed_provenance_mut(page.get() as usize);
     let mut byte = 0_u8;
