@@ -21,7 +21,7 @@ const PAGE: u64 = mmu_notifier::PAGE_SIZE;
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// The number of a device.
+/// The index of a device.
 type Device = usize;
 
 /// The maximum number of devices and buffers. The map has a fixed size, because a callback must not
@@ -56,7 +56,7 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: `munlock` has no memory-safety precondition either.
+        // SAFETY: `munlock` has no memory-safety precondition: it fails for unmapped addresses.
         unsafe {
             libc::munlock(
                 self.range.start().get() as *const libc::c_void,
@@ -77,7 +77,7 @@ struct Map {
 impl ShadowOps for Map {
     fn zap(&mut self, range: &InvalidateRange<'_>) {
         // A device writes to the address in its table, so the callback must remove each entry
-        // before the memory goes.
+        // before the memory is unmapped.
         for place in &mut self.buffers {
             if let Some(buffer) = place.take_if(|buffer| buffer.range.overlaps(range.range())) {
                 self.flushes.fetch_add(
@@ -126,7 +126,8 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         });
         match installed {
             Ok(false) => return Err(Error::other("all buffers are in use")),
-            // The buffer was mapped or invalidated meanwhile. The next turn finds out which.
+            // The buffer was mapped or invalidated meanwhile. The next turn of the loop finds out
+            // which of the two.
             Ok(true) | Err(InstallError::Retry) => {}
             Err(error) => return Err(Error::other(error)),
         }

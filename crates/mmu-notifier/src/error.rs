@@ -1,4 +1,4 @@
-//! The errors of `get`, and what errors that hand a value back have in common.
+//! The errors of `get`, and the common code of the errors that hand a value back.
 
 use crate::WouldDeadlock;
 use std::error::Error;
@@ -44,8 +44,8 @@ pub enum GetError<E> {
     Alloc(E),
     /// The notifier has the maximum number of users.
     Overflow,
-    /// A new notifier has to be made, but this thread would wait for itself if it waited for
-    /// brackets.
+    /// A new notifier has to be made, but this thread must not wait for brackets, because it would
+    /// wait for itself.
     WouldDeadlock,
 }
 

@@ -8,12 +8,12 @@ use once_cell::race::OnceBox;
 ///
 /// 1. A put counts its free in the current bank.
 /// 2. `synchronize` waits until the other bank is empty, and makes that bank current.
-/// 3. Then it waits until the first bank is empty.
+/// 3. Then `synchronize` waits until the bank that was current before is empty.
 ///
 /// Every free that was queued before the call is counted in one of the two banks, so `synchronize`
 /// waits for all of them. New puts cannot delay it for ever, because it never waits for the bank
-/// that new puts fill. A put that read `current` before step 2 may still count in the first bank;
-/// there are finitely many such puts.
+/// that new puts fill. A put that read `current` before step 2 may still count in the bank that was
+/// current then; there are finitely many such puts.
 ///
 /// A `Pending` belongs to one process. In the child of a fork, threads that exist in the parent
 /// only may hold its locks, or may have counted frees that never finish in the child. So the child
@@ -29,7 +29,7 @@ pub(crate) struct Pending {
     /// Both counts in one word, so that one load sees both.
     banks: AtomicU64,
     current: AtomicUsize,
-    /// The thread that runs `synchronize` holds it.
+    /// Held by the thread that runs `synchronize`.
     turn: Mutex<()>,
     emptied: (Mutex<()>, Condvar),
 }
@@ -59,8 +59,9 @@ impl Pending {
     /// Counts a free as done.
     pub(crate) fn freed(&self, bank: u8) {
         if self.forks != forks() {
-            // The drop of the value has forked, and this is the child. Its only thread may wait,
-            // if it runs the frees itself: `is_empty`.
+            // The drop of the value has forked, and this is the child, where `is_empty` is true
+            // whatever the count is. So if this thread ran the free inside `synchronize`, it does
+            // not wait for the count.
             return;
         }
         // ORDER(core-freed): orders the free before the count. Partner: the load in `wait_for`.

@@ -68,7 +68,8 @@ impl<T: RawIntervalOps> Interval<T> {
         ops: T,
     ) -> Result<(), WouldDeadlock> {
         mm.intervals().enable(mm)?;
-        // SAFETY: The caller promises for `place` what `insert_enabled` asks.
+        // SAFETY: `place` must be valid for writes, aligned, and kept until `remove`. The caller
+        // promises that.
         unsafe { Self::insert_enabled(place, mm, range, ops) };
         Ok(())
     }
@@ -92,7 +93,8 @@ impl<T: RawIntervalOps> Interval<T> {
         ops: T,
     ) -> Result<(), WouldDeadlock> {
         locked.mm().intervals().enable_locked(locked)?;
-        // SAFETY: The caller promises for `place` what `insert_enabled` asks.
+        // SAFETY: `place` must be valid for writes, aligned, and kept until `remove`. The caller
+        // promises that.
         unsafe { Self::insert_enabled(place, locked.mm(), range, ops) };
         Ok(())
     }
@@ -117,8 +119,8 @@ impl<T: RawIntervalOps> Interval<T> {
     /// Sleeps while an invalidation that met any interval of this address space runs.
     /// # Errors
     /// [`WouldDeadlock`] if the removal would have to wait and this thread is inside a bracket or
-    /// callback of the address space. Always if the address space is that of a parent process.
-    /// Nothing has changed then.
+    /// callback of the address space or runs a deferred free. Always if the address space is that
+    /// of a parent process. Nothing has changed then.
     /// # Safety
     /// `interval` must be inserted, and no thread may use it afterwards.
     /// # Source

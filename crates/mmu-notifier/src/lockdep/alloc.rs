@@ -22,8 +22,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 ///
 /// The allocator checks the brackets of every source, but only start and end callbacks:
 /// [`release`](crate::Notifier::release) and `Drop` run outside of the allocator. A program whose
-/// callbacks come from the `process` source alone may allocate in them, and does not need it.
-/// `CheckedAlloc` sees calls of Rust's allocator, but no `malloc` from C.
+/// callbacks come from the `process` source alone may allocate in them, and does not need this
+/// allocator. `CheckedAlloc` sees calls of Rust's allocator, but no `malloc` from C.
 ///
 /// Builds without `debug_assertions` check nothing and only forward calls.
 ///

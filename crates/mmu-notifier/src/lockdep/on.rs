@@ -1,6 +1,7 @@
-//! The detector: what each thread holds and is inside of, and what each lock has been seen in.
+//! The detector: the locks that each thread holds, the brackets and callbacks that it is inside of,
+//! and where each lock was taken.
 //!
-//! Nothing here allocates or locks, because a callback may run in the middle of `free`. If a table
+//! No code here allocates or locks, because a callback may run in the middle of `free`. If a table
 //! is full, the detector misses inversions, but it never reports a wrong one.
 //!
 //! # Safety
@@ -15,18 +16,18 @@ use std::{fmt, io, process, ptr, thread};
 
 type Place = &'static Location<'static>;
 
-/// Stands for all address spaces and the deferred frees. The numbers of address spaces begin at 1.
+/// Stands for all address spaces and the deferred frees. The ids of address spaces begin at 1.
 const ANY: u64 = u64::MAX;
 
 /// Stands for the deferred frees.
 const FREES: u64 = u64::MAX - 1;
 
-/// Tells whether a wait for `a` may be one for `b`.
+/// Tells whether `a` and `b` are the same address space, or one of them stands for all.
 fn meet(a: u64, b: u64) -> bool {
     a == b || a == ANY || b == ANY
 }
 
-/// The first place in the code for each of a few address spaces.
+/// For up to four address spaces, the first place in the code that was recorded.
 struct Seen([(AtomicU64, AtomicPtr<Location<'static>>); 4]);
 
 impl Seen {
@@ -80,7 +81,7 @@ impl Seen {
 }
 
 /// What the detector knows of one lock. The records are in a table, so that a forgotten [`Held`]
-/// leaves a number behind and no dangling pointer.
+/// leaves an index behind and no dangling pointer.
 struct Record {
     used: AtomicUsize,
     taken_inside: Seen,
@@ -99,7 +100,7 @@ static TABLE: [Record; RECORDS] = [const {
 
 pub(super) struct Map {
     name: &'static str,
-    /// The number of the lock's record, from 1. Zero until the lock is first acquired.
+    /// One more than the index of the lock's record. Zero until the lock is first acquired.
     record: AtomicUsize,
 }
 
@@ -175,7 +176,7 @@ impl fmt::Debug for Map {
 /// What a thread may hold.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Lock {
-    /// The lock beside a map: its record and name.
+    /// The lock beside a map: the index of its record, and its name.
     Map(usize, &'static str),
     /// The state of an interval of this address space.
     State(u64),

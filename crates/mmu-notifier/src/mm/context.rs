@@ -1,5 +1,5 @@
-//! The sections that this thread is inside of. These sections determine which waits could never end
-//! and must be refused.
+//! The brackets, callbacks and deferred frees that this thread is inside of. They determine which
+//! waits could never end and must be refused.
 
 use crate::Mm;
 use crate::lockdep::Section;

@@ -8,7 +8,7 @@ use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, lockdep};
 ///
 /// 1. Every interval in the tree is invalidated once, over the whole address space.
 /// 2. `release` of every subscriber is called, and only then every subscriber is delisted.
-/// 3. Exit waits until no callback runs in any of them, unless that would wait for itself.
+/// 3. Exit waits until no callback runs in any of them, unless this thread would wait for itself.
 ///
 /// Step 2 has this order because a subscriber keeps its shadow entries until its `release` has
 /// returned. If it were delisted first, a bracket in between would not call it, and the entries

@@ -80,7 +80,8 @@ impl MmWithUser {
     /// # Errors
     /// [`WouldDeadlock`] if this thread holds the lock already, or is inside a bracket of this
     /// address space or a deferred free. There, a registrar that holds the lock could wait for this
-    /// thread, while this thread waits for the lock.
+    /// thread, while this thread waits for the lock. Always if the address space is that of a
+    /// parent process.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn mmap_write_lock(&self) -> Result<MmapWriteGuard<'_>, WouldDeadlock> {
         let mmap_lock = &self.0.0.mmap_lock;

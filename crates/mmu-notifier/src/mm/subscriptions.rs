@@ -15,15 +15,15 @@
 //! The list is singly linked for readers and changed under one lock. A walker holds a read section
 //! of the domain. A node is freed only after it was unlinked and a grace period has passed. An
 //! unlinked node keeps its `next`, so a walker that stands on it still reaches the rest. No code
-//! calls a callback, allocates or frees while it holds the lock, because each of these may begin a
-//! bracket.
+//! calls a callback, allocates or frees while it holds the lock: each of these may begin a bracket,
+//! whose callbacks may put, and a last put takes the same lock.
 //!
 //! # Who takes part
 //! A bracket must call `end` on exactly those subscribers on which it called `start`, except those
 //! that were delisted in between. Both walks begin at the node that was first when the bracket
 //! began. The read section keeps that node alive, even if it is put meanwhile. New nodes are linked
-//! at the front only, so no node appears behind it: the end walk reaches the nodes of the start
-//! walk, or fewer.
+//! at the front only, so no node appears behind that first node: the end walk reaches the nodes of
+//! the start walk, or fewer.
 
 mod node;
 
@@ -91,7 +91,7 @@ impl Subscriptions {
     }
 
     /// Links a new node at the front. Brackets that begin from now on call the node. After a grace
-    /// period, every bracket that does not call it has ended.
+    /// period, every bracket that does not call the node has ended.
     pub(crate) fn insert<N: Notifier>(&self, node: &NodeRef<N>) {
         let _lock = lock(&self.lock);
         let header = node.header();

@@ -4,8 +4,8 @@
 //! The sanitizer does not see how the standard library's slow paths order accesses, because the
 //! standard library is not rebuilt for it. So here each lock has a clock, an atomic that every lock
 //! and every unlock advances. An `Arc` has a clock too, because the standard `Arc` uses a fence in
-//! its drop, which sanitizers do not understand. No code only reads a clock: LLVM deletes an
-//! acquiring load whose value is unused, if the function does nothing else.
+//! its drop, which sanitizers do not understand. Every access to a clock is an addition, because
+//! LLVM may delete an acquiring load whose value is unused.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, Ordering};

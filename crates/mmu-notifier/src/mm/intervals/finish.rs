@@ -1,7 +1,7 @@
 //! The second pass of an interval's invalidation.
 //!
 //! # Safety
-//! A pass that has run is given to `call_raw_dropping` as the pointer of its `Box`. Nothing else
+//! A pass that has run is given to `call_raw_dropping` as the pointer of its `Box`. No other code
 //! has that pointer, and `free` turns it back into the `Box`.
 
 use crate::mm::context;
@@ -30,7 +30,7 @@ pub struct Finish(Box<Pass>);
 struct Pass {
     head: srcu::Head,
     next: Option<Finish>,
-    /// The address space that it ran for.
+    /// The address space for whose bracket the pass ran.
     mm: Option<Mm>,
     run: Box<dyn FnMut() + Send>,
 }

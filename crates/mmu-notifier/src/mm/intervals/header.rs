@@ -62,7 +62,8 @@ impl Header {
         self.invalidate_seq.store(seq, Ordering::Relaxed);
     }
 
-    /// Calls the interval's callback. A panic in it is counted, and the call counts as done.
+    /// Calls the interval's callback. If it panics, counts the panic and returns as if the callback
+    /// had accepted.
     pub(super) fn invalidate(
         &self,
         seq: u64,

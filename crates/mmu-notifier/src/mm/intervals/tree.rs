@@ -14,8 +14,8 @@
 //!
 //! No change of the tree allocates or frees, because the caller holds a lock that a callback takes,
 //! and the allocator may run a callback when it returns memory to the kernel. An insert uses nodes
-//! that were stored in the tree's [`Spares`] beforehand, and a removal stores the nodes that it
-//! frees there.
+//! that were stored in the tree's [`Spares`] beforehand, and a removal stores the nodes that it no
+//! longer needs there.
 
 use crate::VaRange;
 use std::mem;
@@ -91,10 +91,10 @@ impl<T> Tree<T> {
     ///
     /// 1. An insert splits at most one node on each level that the tree has now. So `n` inserts
     ///    add at most `n` entries to the first new level above.
-    /// 2. A node on a new level splits when it is full. A node from a split in the middle is
-    ///    full after seven additions, a node from a split at the edge after thirteen. A split at
-    ///    the edge also leaves a full node behind, which may split at its next addition. So
-    ///    thirteen additions make at most two nodes.
+    /// 2. A full node splits at its next addition. A node from a split in the middle splits at its
+    ///    seventh addition at the earliest, a node from a split at the edge at its fourteenth. A
+    ///    split at the edge also leaves a full node behind, which may split at its next addition.
+    ///    So thirteen additions make at most two nodes.
     /// 3. The first node of a new level is the root, with two entries. So the nodes on all new
     ///    levels together are fewer than the inserts.
     /// 4. A removal that merges two nodes makes one of them a spare node, so removals do not
@@ -260,7 +260,7 @@ impl<T> Node<T> {
         )
     }
 
-    /// Returns where the last interval begins.
+    /// Returns the first address of the last interval.
     fn greatest_first(&self) -> u64 {
         let mut node = self;
         while let Entries::Children(children) = &node.entries {
@@ -332,7 +332,7 @@ impl<T> Node<T> {
         true
     }
 
-    /// Takes the child out of a node that has only this one.
+    /// Takes the child out of an inner node that has only one.
     fn take_only_child(&mut self) -> Option<Box<Self>> {
         let inner = matches!(self.entries, Entries::Children(_));
         (inner && self.len == 1).then(|| self.close_child(0))

@@ -16,7 +16,7 @@
 //!
 //! # Safety
 //! A node is handled as `NonNull`. Each node is one `Box<Aligned<N>>`, or lies in memory that a
-//! caller of [`raw`](crate::raw) provides. Two facts carry every `unsafe` block here:
+//! caller of [`raw`](crate::raw) provides. The `unsafe` blocks of this module rely on two facts:
 //!
 //! * **counted**: a [`NodeRef`] holds one of `users`. While `users` is not zero, no thread queues
 //!   the free.
@@ -58,13 +58,13 @@ pub(super) struct Header {
     /// Which of the two counts of `owner` holds the queued free.
     bank: AtomicU8,
     users: AtomicU32,
-    /// The subsystem. For a notifier that `get` made, it is the key by which `get` finds it; for
-    /// every notifier that has one, it counts the queued free. A `Registration` may have no
-    /// subsystem, and no lookup finds a `Registration`, because it is never `live`.
+    /// The subsystem, if the notifier has one. The subsystem counts the queued free. It is also the
+    /// key by which `get` finds a notifier that `get` made. A `Registration` may have no subsystem,
+    /// and no lookup finds a `Registration`, because it is never `live`.
     owner: Option<Arc<Pending>>,
     mm: Mm,
-    /// Last, so that it is beside the value, which brackets call through it. `get` and `put` touch
-    /// the first cache line only.
+    /// Last, so that this pointer is beside the value, which brackets call through it. `get` and
+    /// `put` touch the first cache line only.
     notifier: NonNull<dyn Callbacks>,
 }
 
@@ -88,7 +88,7 @@ impl Header {
     }
 
     /// Runs `dispose`, drops the node's reference to the address space, and only then reports the
-    /// free to the subsystem: when `synchronize` returns, both must be gone.
+    /// free to the subsystem: when `synchronize` returns, value and reference must be gone.
     fn freed(self, dispose: impl FnOnce()) {
         let Self {
             mm, owner, bank, ..
@@ -213,7 +213,7 @@ impl<N: Notifier> NodeRef<N> {
         let node = Aligned(Node::unlisted(mm, owner, value));
         let node = NonNull::from(Box::leak(Box::new(node))).cast();
         // SAFETY: The node must be new, and alive as long as it has a user: it was made above, and
-        // only the end of its last user frees its box. The wrapper begins with the node.
+        // only the put of its last user frees its box. The wrapper begins with the node.
         unsafe { Self::adopt(node) }
     }
 

@@ -147,6 +147,8 @@ impl<N: Notifier> fmt::Debug for Node<N> {
     }
 }
 
+/// Moves the header out of a node, and passes the node to `N::dispose`.
+///
 /// # Safety
 /// `head` must be the head of a retired `Node<N>` of `Notifiers`, and a grace period must have
 /// passed since the node was delisted.
