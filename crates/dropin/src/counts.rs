@@ -5,7 +5,7 @@ use mmu_notifier::VaRange;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-/// A number that only grows. Relaxed, because no other data is published through it.
+/// A counter. Relaxed, because no other data is published through it.
 #[derive(Debug)]
 pub(crate) struct Count(AtomicU64);
 
@@ -101,7 +101,8 @@ pub(crate) fn refused(start: u64, len: u64, change: Change) {
     }
 }
 
-/// Resets the counters in the child of a fork. The child's caches and sources count as started.
+/// Resets the counters in the child of a fork. `STARTS` stays, because libfabric does not start the
+/// child's caches again.
 pub(crate) fn forget() {
     for count in [&HITS, &REFUSED, &WATCHED, &REAPED, &TOLD] {
         count.set(0);
@@ -114,7 +115,7 @@ pub(crate) fn forget() {
 
 /// Returns the first `KEPT` different refusals.
 pub(crate) fn refusals() -> Vec<Refusal> {
-    // Must not wait for the lock: at exit, a thread may have been stopped while it held it.
+    // Must not wait for the lock: at exit, a thread may have been stopped while it held the lock.
     REFUSALS
         .try_lock()
         .map(|refusals| refusals.clone())

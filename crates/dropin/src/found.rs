@@ -1,10 +1,10 @@
 //! The real functions behind the ones that this library defines.
 //!
-//! `RTLD_NEXT` finds them where the other library is in the global scope. A library that Python or
-//! a plug-in has loaded with `RTLD_LOCAL` is not: then every mapped file is asked whose name fits.
-//! The files are those of `/proc/self/maps`. `dl_iterate_phdr` would take a lock that stays locked
-//! in the child of a fork if another thread of the parent is loading a library. (The one that
-//! `dlsym`, `dlopen` and `dladdr` take is made anew there.)
+//! `RTLD_NEXT` finds a function if the other library is in the global scope. A library that Python
+//! or a plug-in has loaded with `RTLD_LOCAL` is not in that scope. Then this module searches every
+//! mapped file whose name fits. The files are those of `/proc/self/maps`. `dl_iterate_phdr` would
+//! take a lock that stays locked in the child of a fork if another thread of the parent is loading
+//! a library. (glibc makes the lock of `dlsym`, `dlopen` and `dladdr` anew in the child.)
 //!
 //! # Safety
 //! This module looks functions up by name in loaded objects. It pins an object (`RTLD_NODELETE`)
@@ -69,8 +69,9 @@ fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
 
 /// The loader's names of the objects whose file name begins with `library`.
 ///
-/// `/proc/self/maps` says where each lies. The path there is not the name to ask the loader for: it
-/// ends in ` (deleted)` if the file was replaced, and escapes some characters.
+/// `/proc/self/maps` has the address of each object, from which `dladdr` gets the loader's name.
+/// The path in that file differs: it ends in ` (deleted)` if the file was replaced, and escapes
+/// some characters.
 fn loaded(library: &CStr) -> Vec<CString> {
     let maps = std::fs::read("/proc/self/maps").unwrap_or_default();
     let mut found: Vec<CString> = Vec::new();

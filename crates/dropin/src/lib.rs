@@ -6,12 +6,13 @@
 //! ```
 //!
 //! The library does nothing until the program calls `ucm_set_event_handler` (UCX's registration
-//! caches do), `fi_getinfo` or `fi_fabric`. It defines these three and `ucs_rcache_get` itself, and
-//! passes each call on to the real function.
+//! caches do), `fi_getinfo` or `fi_fabric`. The library defines these three functions and
+//! `ucs_rcache_get` itself, and passes each call on to the real function.
 //!
 //! * **UCX**: the library announces itself as an external source of events, so UCX does not patch
 //!   libc. It reports memory that is about to change through `ucm_vm_munmap`. Up to UCX 1.13 every
-//!   look-up of the cache calls `ucs_rcache_get`, which asks the `kernel` source.
+//!   look-up of the cache calls `ucs_rcache_get`, in which the library first waits until the
+//!   `kernel` source has reported all changes.
 //! * **libfabric**: the library imports a memory monitor through libfabric's public API. Each hit
 //!   of the cache asks that monitor whether the registration is still valid.
 //!
@@ -19,14 +20,15 @@
 //!
 //! | variable | value |
 //! | --- | --- |
-//! | `MMUN` | `auto` (the default: both sources, or `hook` where `kernel` does not work), `hook`, `kernel`, `both`, `off` |
-//! | `MMUN_REPORT` | a file to which the process appends its report at exit; `-` is standard error; a name that ends in `/` is a directory with one file a process |
-//! | `MMUN_STRICT` | `1`: a process whose sources are not complete exits with 125 at its first use |
+//! | `MMUN` | `auto` (default: both, or the source that works), `hook`, `kernel`, `both`, `off` |
+//! | `MMUN_REPORT` | file for the report; `-`: standard error; `DIR/`: one file a process |
+//! | `MMUN_STRICT` | `1`: exits with 125 at the first use if a change could be missed |
 //!
 //! # Safety
-//! Each `unsafe` block is one of three things: a call of a function of the other library, whose
+//! Each `unsafe` block is of one of four kinds: a call of a function of the other library, whose
 //! type has been the same in all versions that `docs/adopt.md` names; an access to structures that
-//! both libraries share (`libfabric::abi`); or a system call. A panic never leaves the library: it
+//! both libraries share (`libfabric::abi`); an access through a pointer that is published once and
+//! never freed (`first`, `space`); or a system call. A panic never leaves the library: it
 //! aborts the process, because a registration cache that has lost an invalidation would corrupt
 //! data.
 

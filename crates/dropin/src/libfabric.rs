@@ -26,8 +26,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The result of the import, once it was tried.
 static IMPORTED: First<Result<(), String>> = First::new();
 
-/// The address space of which a thread imports right now: the number of its `Mm`, or 0. In the
-/// child of a fork it can be the parent's number, whose thread the child does not have.
+/// The id of the `Mm` of the process in which a thread imports right now; 0 if there is none. In
+/// the child of a fork the id can be the parent's; the child does not have that thread.
 static IMPORTING: AtomicU64 = AtomicU64::new(0);
 
 /// The result of the import, for the report. `None` if the program did not use libfabric.
@@ -46,7 +46,8 @@ fn import() {
     if IMPORTED.get().is_some() {
         return;
     }
-    // Before the turn: the loader's lock may be held by a thread that waits for the turn.
+    // Look the function up before this thread claims `IMPORTING`: a thread that waits for
+    // `IMPORTING` may hold the loader's lock.
     let open = found::function(FABRIC, c"fi_open");
     let own = mmu_source::current_ref().id();
     loop {
@@ -54,8 +55,8 @@ fn import() {
             return;
         }
         let before = IMPORTING.load(Ordering::Relaxed);
-        // ORDER(dropin-importing): Acquire: a thread whose turn is over has published `IMPORTED`.
-        // Partner: the store below.
+        // ORDER(dropin-importing): Acquire: the thread that imported before has published
+        // `IMPORTED`. Partner: the store below.
         if before != own
             && IMPORTING
                 .compare_exchange(before, own, Ordering::Acquire, Ordering::Relaxed)
@@ -154,7 +155,8 @@ pub(crate) unsafe extern "C" fn fi_getinfo(
     };
     // SAFETY: the type of `fi_getinfo` in fi_getinfo(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `fi_getinfo`, because the caller promises so (see #
+    // Safety).
     let result = unsafe { real(version, node, service, flags, hints, info) };
     import();
     result
@@ -177,7 +179,8 @@ pub(crate) unsafe extern "C" fn fi_fabric(
     import();
     // SAFETY: the type of `fi_fabric` in fi_fabric(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `fi_fabric`, because the caller promises so (see #
+    // Safety).
     unsafe { real(attr, fabric, context) }
 }
 

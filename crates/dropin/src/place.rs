@@ -49,8 +49,8 @@ pub(crate) fn folder() -> Option<String> {
 }
 
 /// The file of this process. Processes in different containers can have the same pid, so the inode
-/// number of the pid namespace is part of the name. The kernel uses the number of a namespace that
-/// has ended again, so the time at which the process started is part of the name, too.
+/// number of the pid namespace is part of the name. The kernel reuses the number of a namespace
+/// that has ended. So the time at which the process started is part of the name, too.
 pub(crate) fn path_in(folder: &str) -> String {
     let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     let digits = |byte: &char| byte.is_ascii_digit();

@@ -4,13 +4,13 @@
 //! allocator's lock held. Registrations are entered under libfabric's lock and this table's, and
 //! entering allocates. So the callback must not wait for the table: it *tries* the lock. If the
 //! lock is held, the callback leaves a note: one bit in `pending` for each group of granules
-//! ([`granules`]). The next look-up marks every range that shares a bit. So a note can mark a valid
-//! range, and libfabric registers that range anew. A note never misses a stale range.
+//! ([`granules`]). The next look-up marks every range that shares a bit. So a note can mark a
+//! valid range, and libfabric registers that range anew. A note never misses a stale range.
 //!
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
-//! | 1 | valid: `stale` is `None` | a change or a note that overlaps it (2), the last unsubscription |
-//! | 2 | stale, counted in `dirty` | the last unsubscription |
+//! | 1 | valid: `stale` is `None` | a change or a note that overlaps it (2), last unsubscription |
+//! | 2 | stale, counted in `dirty` | last unsubscription |
 //!
 //! # Invariants
 //! `dirty` is the number of stale ranges, and is changed under the lock only. `pending` is 0 or
@@ -36,7 +36,8 @@ struct Entry {
     /// How many caches have subscribed this range: libfabric does not say which cache subscribes.
     count: usize,
     stale: Option<Change>,
-    /// Tells whether the kernel has changed the range. `None` if the kernel source is not in use.
+    /// Whether the kernel has changed the range since its registration. `None` if the kernel source
+    /// is not in use.
     watch: Option<Watch>,
 }
 
@@ -162,8 +163,8 @@ impl Ranges {
         // ORDER(dropin-dirty): Acquire, `pending` first. A change that happens before this call is
         // counted in `dirty`, or noted in `pending` if its callback did not get the lock. If the
         // first load sees the note, the result is false. If `enter_notes` has cleared the note, it
-        // added to `dirty` first, which the second load sees. In the other order both could be
-        // missed. Partner: `mark`, `enter_notes`.
+        // added to `dirty` first, which the second load sees. If `dirty` were loaded first, both
+        // could be missed. Partner: `mark`, `enter_notes`.
         self.pending.load(Ordering::Acquire) == 0 && self.dirty.load(Ordering::Acquire) == 0
     }
 
@@ -240,7 +241,8 @@ impl Ranges {
         // ORDER(dropin-dirty): Release, before the bits are cleared. Partner: `is_clean`.
         self.dirty.fetch_add(marked, Ordering::Release);
         // Bits that were set meanwhile stay. A bit of `bits` that was set again may be cleared:
-        // each range that has it is stale, or has a watch that each look-up asks.
+        // each range that has it is stale, or has a valid watch. The kernel source reports a later
+        // change of a watched range again, see `Entry::is_met`.
         // ORDER(dropin-dirty): Release: publishes the new `dirty` before the bits are cleared.
         // Partner: `is_clean`.
         self.pending.fetch_and(!bits, Ordering::AcqRel);

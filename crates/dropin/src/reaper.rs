@@ -60,7 +60,7 @@ impl Reaper {
             return false;
         }
         // A new thread maps and unmaps memory, and Open MPI may patch the functions for that as
-        // soon as this returns. So wait until it sleeps, for a second at most.
+        // soon as this returns. So wait until the thread sleeps, for a second at most.
         wait_until(Duration::from_secs(1), || {
             self.word.load(Ordering::Relaxed) != IDLE
         });
@@ -71,7 +71,7 @@ impl Reaper {
     pub(crate) fn wake(&self) {
         // ORDER(dropin-reaper): Release, for the marks. Partner: the swap in `serve`.
         if self.word.swap(ASKED, Ordering::AcqRel) == ASLEEP {
-            // SAFETY: a futex call on a live word; `FUTEX_WAKE` reads no more of it.
+            // SAFETY: a futex call on a live word; `FUTEX_WAKE` does not access the word.
             unsafe {
                 libc::syscall(
                     libc::SYS_futex,
@@ -124,7 +124,8 @@ impl Reaper {
     }
 }
 
-/// After this, no thread starts a call of `notify`; one that has begun may still run.
+/// After this, the thread makes no further call of `notify`. A call may still run if the thread has
+/// checked `EXITING` before.
 pub(crate) fn stop_all() {
     EXITING.store(true, Ordering::Relaxed);
 }

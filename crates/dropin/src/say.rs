@@ -13,12 +13,12 @@ pub(crate) fn complain(line: &str) {
 
 /// Writes `text` to standard error.
 ///
-/// Not by `std::io::stderr`: its lock stays locked in the child of a fork if another thread of the
-/// parent is writing.
+/// Does not use `std::io::stderr`, whose lock stays locked in the child of a fork if another thread
+/// of the parent is writing.
 pub(crate) fn print(text: &str) -> io::Result<()> {
     let mut rest = text.as_bytes();
     while !rest.is_empty() {
-        // SAFETY: it reads as many bytes as there are.
+        // SAFETY: `write` reads `rest.len()` bytes, and `rest` has that many.
         let written = unsafe { libc::write(libc::STDERR_FILENO, rest.as_ptr().cast(), rest.len()) };
         match usize::try_from(written) {
             Ok(written) => rest = &rest[written..],
@@ -33,7 +33,7 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// An error of a source in one line: what, why, and what helps.
+/// Formats an error of a source as one line: the failure, its cause, and the remedy.
 ///
 /// No capability for the program's file is proposed: the loader ignores `LD_PRELOAD` in a program
 /// that has one, so the program would lose the drop-in.

@@ -2,9 +2,9 @@
 //!
 //! The child of a fork has an address space of its own. The parent's registrations are stale there,
 //! and the parent's sources do not watch it. So one pointer leads to all state of an address space,
-//! and the state has the number of that address space. A child finds a different number and makes a
-//! state of its own. It leaks the parent's state, because a thread that does not exist in the child
-//! may have held its locks.
+//! and the state has the id of that address space. A child finds a different id and makes a state
+//! of its own. It leaks the parent's state, because a thread that does not exist in the child may
+//! have held the locks of that state.
 
 #![allow(
     unsafe_code,
@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 /// The sources and subscriptions of one address space.
 #[derive(Debug)]
 pub(crate) struct Space {
-    /// The number of its `Mm`.
+    /// The id of the address space's `Mm`.
     id: u64,
     hook: Result<Hook, String>,
     kernel: Result<Arc<Kernel>, String>,
@@ -100,7 +100,7 @@ impl Space {
             false => Err(off()),
         };
         // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as a first use
-        // returns. No thread of ours may be inside of one then.
+        // returns. No thread of ours may be inside of such a function then.
         if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
             kernel.wait_for_threads();
         }

@@ -4,8 +4,8 @@
 //! UCX's registration caches subscribe with `ucm_set_event_handler`. If another library has
 //! announced with `ucm_set_external_event` that it reports unmapped memory, UCX patches no function
 //! for that event. The other library then calls `ucm_vm_munmap`. UCX's cache drops the
-//! registrations that overlap the range. If its lock is held, it queues the range instead. It never
-//! waits, so our callback may run inside `free`.
+//! registrations that overlap the range. If the cache's lock is held, the cache queues the range
+//! instead. The cache never waits, so our callback may run inside `free`.
 //!
 //! A change that only the kernel source sees is reported when a thread asks that source. Up to UCX
 //! 1.13 each look-up calls `ucs_rcache_get`; this library defines that function as well, and asks
@@ -66,7 +66,7 @@ impl Notifier for Feed {
             .range()
             .end()
             .map_or(usize::MAX, |end| end.get() as usize);
-        // Relaxed: the count only shortens the moment in which a fork is unlucky.
+        // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
         FEEDING.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside
         // `free` as well: it takes a recursive read lock, and calls handlers that only try their
@@ -84,8 +84,8 @@ static FEEDING: AtomicU32 = AtomicU32::new(0);
 /// tenth of a second at most.
 ///
 /// The handlers take a spin lock of UCX's cache. If the program forks meanwhile, the child gets the
-/// lock taken, and waits for it for ever. Handlers cannot be kept out until the fork is over: one
-/// can run in `free`, with a lock of the allocator that `fork` takes.
+/// lock taken, and waits for it for ever. A handler must not wait until the fork is over: it can
+/// run in `free`, with a lock of the allocator held for which `fork` waits.
 extern "C" fn before_fork() {
     space::wait_for_threads();
     let is_free = || FEEDING.load(Ordering::Relaxed) == 0;
@@ -98,7 +98,7 @@ fn serve() {
         return;
     }
     place::begin();
-    // A second time, in a second thread, each step does what was done already.
+    // Two threads may run this at the same time. Each step may run twice without harm.
     let served = SERVED.get_or_make(|| {
         // SAFETY: the handler is a function of this object; glibc removes it when the object is
         // unloaded.
@@ -191,11 +191,12 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
     if events & VM_UNMAPPED != 0 {
         serve();
     }
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `ucm_set_event_handler`, because the caller promises so
+    // (see # Safety).
     unsafe { real(events, priority, callback, argument) }
 }
 
-/// Asks the kernel source, then calls the real `ucs_rcache_get`.
+/// Waits until the kernel source has reported all changes, then calls the real `ucs_rcache_get`.
 ///
 /// The real function takes words as arguments, six up to UCX 1.13 and seven later. This function
 /// always passes seven. If the caller has passed six, the seventh is a word of the caller's stack
@@ -230,7 +231,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
     // SAFETY: the real function takes its arguments as words, in the same registers and stack
     // slots.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Real>(real) };
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `ucs_rcache_get`, because the caller promises so (see #
+    // Safety).
     unsafe { real(a, b, c, d, e, f, g) }
 }
 
@@ -250,27 +252,28 @@ fn ask() {
     }
 }
 
-/// A process that looks up is reported. The child of a fork that does not, perhaps because it is
-/// about to execute another program, is not.
+/// A process that looks a region up appears in the report. The child of a fork that makes no
+/// look-up, perhaps because it is about to execute another program, does not.
 #[cold]
 fn first_look_up() {
     place::begin();
     counts::LOOKED_UP.store(true, Ordering::Relaxed);
 }
 
-/// The version of the loaded UCX, major and minor. `None` if UCX cannot be asked.
+/// The version of the loaded UCX, major and minor. `None` if UCX does not tell its version.
 fn version() -> Option<(u32, u32)> {
     type GetVersion = unsafe extern "C" fn(*mut u32, *mut u32, *mut u32);
     let get = found::function(c"libucp", c"ucp_get_version")?;
     // SAFETY: the type of `ucp_get_version` in `ucp/api/ucp.h`.
     let get = unsafe { std::mem::transmute::<NonNull<c_void>, GetVersion>(get) };
     let [mut major, mut minor, mut release] = [0; 3];
-    // SAFETY: room for three numbers.
+    // SAFETY: each of the three pointers has room for an integer.
     unsafe { get(&raw mut major, &raw mut minor, &raw mut release) };
     Some((major, minor))
 }
 
-/// Whether UCX's look-up does not call `ucs_rcache_get`, so that the kernel source is not asked.
+/// Whether UCX's look-up bypasses `ucs_rcache_get`, so that a look-up does not consult the kernel
+/// source.
 pub(crate) fn looks_up_by_itself() -> bool {
     version().is_some_and(|version| version >= (1, 14))
         && !counts::LOOKED_UP.load(Ordering::Relaxed)

@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | `start` | the lock of the monitors' states | starts the sources, marks ranges from now on |
 //! | `subscribe`, `unsubscribe` | the lock of all caches | enters a range, removes it |
-//! | `valid` | the lock of all caches | two counters; if one has moved, the range and its `Watch` |
+//! | `valid` | the lock of all caches | checks for unreported changes and stale ranges |
 //!
 //! None of these functions waits for a thread that could need a lock of libfabric. Callbacks only
 //! mark ranges ([`Ranges`](crate::ranges::Ranges)). Our own thread, which holds no lock, calls
@@ -63,7 +63,7 @@ pub(super) fn monitor() -> *mut MemMonitor {
 fn notify(start: u64, len: u64) {
     // SAFETY: the monitor is a static; only the import writes the field, before any cache starts.
     let import = unsafe { (*monitor()).import_ops };
-    // SAFETY: libfabric sets it to a static table, and libfabric is pinned.
+    // SAFETY: libfabric sets `import_ops` to a static table, and libfabric is pinned.
     let Some(import) = (unsafe { import.as_ref() }) else {
         return;
     };
@@ -103,7 +103,8 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
     // A change before the registration does no harm. A change between the registration and this
     // call is missed by every monitor, because libfabric does not tell monitors that a miss begins.
     let watch = space.watch(start, len);
-    // The child of a fork starts here. If no source works there, no change would be told either.
+    // In the child of a fork, the sources start here. If no source works in the child, no change
+    // would be reported.
     let refused = watch.is_err() || !is_ready(space);
     // Returns no error: after one, some versions of libfabric unsubscribe and others do not.
     space.ranges.subscribe(start, len, watch.unwrap_or(None));

@@ -95,7 +95,7 @@ fn a_note_of_everything_is_everything() {
     assert_eq!(granules(covering(0, 63 << 21).unwrap()), u64::MAX >> 1);
 }
 
-/// Every pair of a watched range and a change among small ones, and some large.
+/// Every pair of a watched range and a change, among small and some large ranges.
 #[test]
 fn the_table_agrees_with_a_plain_list() {
     let spots: Vec<(u64, u64)> = [0x1000, 0x1800, 0x2000, 0x3000, 0xf000, 0x1_0000]

@@ -1,7 +1,7 @@
 //! Real registration caches of UCX and libfabric, with an io_uring as the device.
 //!
-//! libfabric does not export its cache, so the program links Debian's `libfabric.a`. It is the same
-//! code as in the shared library, and the only way to the cache without a network card.
+//! libfabric does not export its cache, so the program links Debian's `libfabric.a`. The archive
+//! has the same code as the shared library. It is the only way to the cache without a network card.
 
 use crate::support::{build, installed, library, output, text};
 use std::path::{Path, PathBuf};
@@ -76,7 +76,7 @@ pub(crate) fn run(program: &Path, words: &[&str], source: Option<&str>) -> Strin
     out
 }
 
-/// The number before "stale of".
+/// The count before "stale of".
 pub(crate) fn stale(out: &str) -> usize {
     let line = out
         .lines()
@@ -275,7 +275,7 @@ fn the_report_names_the_registration_that_was_refused() {
     );
 }
 
-/// The reports that UCX's and libfabric's program leaves in a folder that it is given.
+/// Runs the commands with a folder for their reports, and returns the reports.
 fn reports(commands: impl IntoIterator<Item = Command>, name: &str) -> Vec<String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
         .join(format!("reports-{name}-{}", std::process::id()));

@@ -6,10 +6,10 @@ use std::process::Command;
 
 /// The program, and a stand-in of this test's own for `name`.
 fn built(name: &str, scenario: &str) -> Option<(PathBuf, PathBuf)> {
-    // Its functions are called by the plugin.
+    // `-rdynamic`, because the plugin calls a function of the program.
     let program = build("gcc", "first_use.c", "first", &["-rdynamic", "-ldl"])?;
     let stand_in = build("gcc", "stand_in.c", "shared", &["-shared", "-fPIC"])?;
-    // The drop-in goes by the beginning of the file's name.
+    // The drop-in finds a library by the beginning of its file's name.
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let file = folder.join(format!("{name}.so.{}-{scenario}", std::process::id()));
     std::fs::copy(stand_in, &file).unwrap();

@@ -26,7 +26,7 @@ pub(crate) fn installed(name: &str) -> PathBuf {
 }
 
 /// A program of `tests/it/programs`, built by `compiler` with `flags`. `None`, with the reason
-/// printed, if that is not installed.
+/// printed, if the compiler is not installed.
 pub(crate) fn build(
     compiler: &'static str,
     source: &str,

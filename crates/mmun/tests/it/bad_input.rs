@@ -95,7 +95,7 @@ fn a_thread_is_refused_with_its_process() {
     let (tid, done) = (std::sync::mpsc::channel(), std::sync::mpsc::channel::<()>());
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            // SAFETY: takes nothing.
+            // SAFETY: `gettid` has no preconditions.
             tid.0.send(unsafe { libc::gettid() }).unwrap();
             done.1.recv().unwrap_err();
         });
@@ -151,7 +151,7 @@ fn no_such_process_is_125() {
 
 #[test]
 fn a_process_that_may_not_be_traced_is_125() {
-    // It has a tracer already.
+    // The process has a tracer already.
     let gate = Fifo::new("gate");
     let ready = Fifo::new("ready");
     let script = format!(

@@ -1,5 +1,5 @@
-/* Preloaded into mmun: two signals arrive just before its fork. SIGINT is one of the kernel's, as a
- * terminal's is; SIGTERM is sent to this process. */
+/* Preloaded into mmun: a signal arrives just before its fork. BEFORE_FORK=kernel: SIGINT from the
+ * kernel, as from a terminal. BEFORE_FORK=sent: SIGTERM from a process, to mmun alone. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <fcntl.h>

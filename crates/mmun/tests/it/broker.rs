@@ -84,10 +84,10 @@ fn client(program: &Path, socket: &Path, user: u32) -> Command {
         .uid(user)
         .gid(user);
     let no_groups = || {
-        // SAFETY: no list is read, and the capabilities go with the user's change, which comes
-        // later.
+        // SAFETY: an empty list is not read. The standard library has changed the user and has
+        // dropped root's groups before this closure, so the call may fail.
         unsafe { libc::setgroups(0, std::ptr::null()) };
-        // SAFETY: integers.
+        // SAFETY: `prctl` takes integers only for this option.
         unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
         Ok(())
     };
@@ -237,8 +237,8 @@ fn a_passed_socket_is_served() {
     .unwrap();
     bind(&listener, &SocketAddrUnix::new(&name).unwrap()).unwrap();
     listen(&listener, 8).unwrap();
-    // Root uses the kernel source without a broker. So another user asks, whom this broker does not
-    // serve.
+    // Root uses the kernel source without a broker. So the client is another user, whom this broker
+    // does not serve.
     fs::set_permissions(&name, fs::Permissions::from_mode(0o666)).unwrap();
     let child = activated(listener).spawn().unwrap();
     let broker = Broker {

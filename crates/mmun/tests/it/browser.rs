@@ -46,9 +46,9 @@ impl Browser {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let place = move || {
-            // SAFETY: the call takes numbers.
+            // SAFETY: `fcntl` takes integers only for this command.
             let copy = |file| unsafe { libc::fcntl(file, libc::F_DUPFD, 10) };
-            // SAFETY: the call takes numbers, and the new process needs no descriptor at 3 and 4.
+            // SAFETY: `dup2` takes integers, and the new process needs no descriptor at 3 and 4.
             let put = |file, at| unsafe { libc::dup2(file, at) == at };
             // The copies are above 4: neither is overwritten before it is placed.
             let (input, output) = (copy(input), copy(output));

@@ -307,7 +307,7 @@ fn the_kernel_misses_nothing() {
     );
     assert!(told(&rows, "before").len() >= 33);
     if testkit::is_guest() {
-        // The guest has everything; only its kernel may be too old.
+        // The guest has every device and right; only its kernel may be too old.
         let complaints = text(&output.stderr);
         for row in rows.iter().filter(|row| row["seen"] == "n/a") {
             let begin = format!(
@@ -367,7 +367,7 @@ fn sends_stale_data_as_shipped_and_none_with_the_drop_in(library: &str, version:
     let output = within("mmun coverage", move || command.output().unwrap());
     let rows = parse(text(&output.stdout));
     let errors = text(&output.stderr);
-    // The cache of a version that is not the one that must work may be out of reach.
+    // Only in the required version must the cache be accessible.
     let is_refused = errors.contains("the layout of its cache is known for")
         || errors.contains("libfabric's verbs provider: ");
     if is_refused && !require(version) {

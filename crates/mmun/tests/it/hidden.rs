@@ -57,7 +57,7 @@ fn stopping_all(what: &str, mut command: Command) -> Output {
     let ended =
         std::panic::catch_unwind(|| within(what, move || child.wait_with_output().unwrap()));
     ended.unwrap_or_else(|panic| {
-        // SAFETY: takes integers; the group is this test's own.
+        // SAFETY: `kill` takes any integers; the group is this test's own.
         unsafe { libc::kill(-(group as i32), libc::SIGKILL) };
         std::panic::resume_unwind(panic)
     })
@@ -94,7 +94,7 @@ fn every_child_runs_and_is_recorded_whatever_proc_shows() {
             ("40\n40\n40\n40\n", Some(0)),
             "{setup}"
         );
-        // The shell forks for each child, and for the four.
+        // The first shell forks four times, and each of the four shells forks 40 times.
         assert_eq!(of_kind(&records, "fork").count(), 164, "{setup}");
         // Each process has an address space of its own: the four shells, their children, and the
         // first program.

@@ -28,7 +28,7 @@ fn setcap(file: &Path, capabilities: &[u32]) -> bool {
     let words = [REVISION_2_EFFECTIVE, permitted(0), 0, permitted(1), 0];
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let file = CString::new(file.as_os_str().as_bytes()).unwrap();
-    // SAFETY: two live strings that end in a zero byte, and as many bytes as are said.
+    // SAFETY: two live strings that end in a zero byte, and a pointer to `bytes.len()` bytes.
     let result = unsafe {
         libc::setxattr(
             file.as_ptr(),
@@ -76,7 +76,7 @@ fn lending(capabilities: &[u32]) -> Option<Public> {
     Some(copy)
 }
 
-/// Why a file in `folder` lends nothing; `None` if it should.
+/// Why a file in `folder` lends no capability; `None` if no reason is known.
 fn without_effect(folder: &Path, capabilities: &[u32]) -> Option<String> {
     const CAP_SETFCAP: u32 = 31;
     let flags = rustix::fs::statvfs(folder).unwrap().f_flag;

@@ -93,7 +93,7 @@ fn a_reader_who_reads_nothing_does_not_keep_an_interrupt_waiting() {
             events: libc::POLLOUT,
             revents: 0,
         };
-        // SAFETY: one live element; it does not wait.
+        // SAFETY: the array has one live element.
         while unsafe { libc::poll(&mut writable, 1, 0) } != 0 {
             std::thread::yield_now();
         }

@@ -402,7 +402,7 @@ fn ten_thousand_modules_are_distinguished() {
     let module = "\
 long call_from_module(long (*f)(char *), char *at) { long result = f(at); __asm__ volatile(\"\"); return result; }
 ";
-    // Its entry is the function, and it has one segment.
+    // The entry of this file is the function, and the file has one segment.
     let flags = [
         "-shared",
         "-fPIC",
@@ -529,8 +529,8 @@ fn holds(records: &[Value]) {
     assert!(Path::new(records[0]["program"].as_str().unwrap()).is_absolute());
 }
 
-/// Such a program traces itself to look for leaks, but it can have only one tracer. The help names
-/// the remedy.
+/// A program under LeakSanitizer traces itself to look for leaks, but a program can have only one
+/// tracer. The help names the remedy.
 #[test]
 fn a_program_that_looks_for_leaks_fails_under_a_trace_unless_told_not_to() {
     if !require(Cap::Program("gcc")) {
@@ -563,7 +563,7 @@ fn a_program_that_looks_for_leaks_fails_under_a_trace_unless_told_not_to() {
     assert_eq!(output.status.code(), Some(7), "{}", text(&output.stderr));
 }
 
-/// The documents that must mention each limit.
+/// The help, the manual and `docs/sources.md` must mention each limit of the tracer.
 #[test]
 fn limits_stand_in_the_help_in_doctor_and_in_the_documents() {
     let run = |args: &[&str]| {

@@ -276,7 +276,7 @@ fn a_stopped_program_continues_whichever_of_the_two_is_continued() {
         kill(if continues_mmun { pid } else { program }, libc::SIGCONT);
         let status = within("mmun run", move || {
             let mut status = 0;
-            // SAFETY: writes an int to a local.
+            // SAFETY: `waitpid` writes an int to a local variable.
             let ended = unsafe { libc::waitpid(pid as i32, &raw mut status, libc::WUNTRACED) };
             assert_eq!(ended, pid as i32);
             if libc::WIFSTOPPED(status) {

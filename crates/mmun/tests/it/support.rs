@@ -179,7 +179,7 @@ pub(crate) fn check(records: &[Value]) {
             }
             "start" | "end" => {
                 let mut key = record.clone();
-                // Details from before the call are in the start, those from after it in the end.
+                // The start has the details from before the call, the end those from after it.
                 let only_one = [
                     "result", "comm", "what", "resident", "file", "huge", "swapped", "site", "self",
                 ];
@@ -262,7 +262,7 @@ impl Drop for Fifo {
 }
 
 pub(crate) fn kill(pid: u32, signal: i32) {
-    // SAFETY: `kill` takes any numbers.
+    // SAFETY: `kill` takes any integers.
     assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0, "kill {pid}");
 }
 

@@ -204,8 +204,8 @@ static int is_stale(char *(*make)(void), void (*change)(char *))
     change(at);
     mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
     memset(page, 0, DEVICE_BYTES);
-    /* A transfer holds its registration. Without that, a change that is reported late would
-     * deregister the registration during the transfer. */
+    /* A transfer holds its registration. Without the hold, a change that is reported late
+     * would deregister the registration during the transfer. */
     registration *held;
     slot = cache_hold(page, PAGE, &held);
     if (slot < 0)
@@ -419,10 +419,10 @@ static int cycles(int count)
     return 0;
 }
 
-/* All descriptors but the standard ones and the device's. */
+/* Closes all descriptors but the standard ones and the device's. */
 static void close_all(void)
 {
-    /* The ring's own descriptors stay: they are the device's, as a network card's would. */
+    /* The ring's own descriptors stay, as those of a network card would. */
     unsigned low = (unsigned)(device.ring < device.source ? device.ring : device.source);
     unsigned high = (unsigned)(device.ring < device.source ? device.source : device.ring);
     syscall(SYS_close_range, 3, low - 1, 0);

@@ -37,7 +37,7 @@ void first_use(void)
     }
 }
 
-/* Says that it is there, and waits. */
+/* Reports that this thread is inside, and waits. */
 static void hold(void)
 {
     char byte = 0;

@@ -1,5 +1,5 @@
 /* Latency and bandwidth between two ranks: "BYTES latency US bandwidth MB/S" a line, the best of
- * many short bursts, which leaves out most of what other programs on the machine take. */
+ * many short bursts, which leaves out most of the time that other programs on the machine take. */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,6 +1,6 @@
-/* The functions of libfabric and UCX that the drop-in calls, in a library that can be held up
- * inside of them. The real ones are in cache.c; what is asked here is what happens around a fork,
- * and the real ones take locks of their own. */
+/* Stand-ins for the functions of libfabric and UCX that the drop-in calls. A test can hold a thread
+ * inside of them while the program forks. The real functions, which cache.c tests, take locks of
+ * their own, so a fork inside of them would hang for another reason. */
 #include <stddef.h>
 #include <stdint.h>
 
