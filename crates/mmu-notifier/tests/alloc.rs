@@ -31,7 +31,7 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).unwrap()
 }
 
-/// Dispatches in every way.
+/// Opens a bracket of every kind, and calls every other callback.
 fn dispatch(mm: &MmWithUser) {
     drop(mm.invalidate(VaRange::ALL, Event::Unmap));
     drop(mm.try_invalidate(page(1), Event::Clear));
@@ -187,8 +187,8 @@ fn a_put_in_the_middle_of_a_walk_allocates_and_frees_nothing() {
 #[test]
 fn an_end_that_makes_deferred_inserts_allocates_and_frees_nothing() {
     let up = |late| (0..late).map(|number| 2 * number + 1).collect();
-    // The end inserts in reverse order. So this sequence inserts upwards until the nodes are full,
-    // and then downwards behind them.
+    // The bracket's end inserts in reverse order: first 1000 to 1299 upwards, which fills nodes,
+    // and then 103,099 to 100,000 downwards, behind these nodes.
     let down_behind = (0..3100)
         .map(|number| 100_000 + number)
         .chain((1000..1300).rev())

@@ -1,7 +1,8 @@
-//! In the child of a real `fork`, the address space of the parent has no effect.
+//! In the child of a real `fork`, an address space of the parent calls no callback and frees
+//! nothing.
 //!
 //! This is a program of its own, which runs one test at a time: a child has no other threads, but
-//! it inherits the locks that they held.
+//! it inherits the locks that the parent's other threads held.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
@@ -219,7 +220,7 @@ fn s_17_a_drop_in_the_child_frees_nothing_of_the_parent() {
     );
 }
 
-/// A thread that the child does not have holds the locks of the parent's address space.
+/// A thread that the child does not have may hold the locks of the parent's address space.
 #[test]
 fn s_17_a_child_of_a_busy_process_is_not_stuck() {
     let _alone = alone();
@@ -318,7 +319,7 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
         {
             std::thread::yield_now();
         }
-        // The child of the child begins anew too.
+        // A child of the child makes a new count of frees, too.
         assert!(in_child(
             || works(subsystem) && in_child(|| works(subsystem))
         ));
@@ -342,12 +343,12 @@ fn s_17_frees_that_were_queued_run_in_the_parent_alone() {
     let before = CALLS.load(Ordering::SeqCst);
     assert!(in_child(|| {
         drop(open.take());
-        // `works` starts a reclaimer, which takes the older domain first.
+        // `works` starts a reclaimer, which takes the domain with the inherited frees first.
         works(&on_first_free(|| ())) && CALLS.load(Ordering::SeqCst) == before
     }));
     drop(open);
     SUBSYSTEM.synchronize().unwrap();
-    // The free that no subsystem counts drops its handle last.
+    // No subsystem counts the free of `registered`, so wait until it has dropped its handle.
     while mm.mm_count() != 1 {
         std::thread::yield_now();
     }
@@ -357,7 +358,8 @@ fn s_17_frees_that_were_queued_run_in_the_parent_alone() {
 #[test]
 fn s_17_a_subsystem_that_is_used_first_during_a_fork_works_in_the_child() {
     static LATEST: AtomicPtr<OnFrees> = AtomicPtr::new(ptr::null_mut());
-    // A leak detector finds the leaked values here. The child does not use this list.
+    // This list keeps the leaked values reachable, so a leak detector does not report them. The
+    // child does not use it.
     static ALL: Mutex<Vec<&OnFrees>> = Mutex::new(Vec::new());
     let _alone = alone();
     let (mm, stop) = (MmWithUser::new(), AtomicBool::new(false));

@@ -1,5 +1,6 @@
 //! A system that gives no thread (`RLIMIT_NPROC`, `pids.max`): `synchronize` runs the frees itself.
-//! One test, since all domains of a process share one reclaimer, which must not run here.
+//! There is one test only, because all domains of a process share one reclaimer, which must not run
+//! here.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{MmWithUser, Notifier, Subsystem};
@@ -35,7 +36,7 @@ fn callbacks_that_always_queue_another_one_do_not_delay_it() {
     OTHER.barrier().unwrap();
 }
 
-/// Its drop forks.
+/// A notifier whose drop forks.
 struct Forks;
 impl Notifier for Forks {}
 
@@ -55,14 +56,14 @@ fn it_returns_in_the_child_too_if_the_drop_of_a_notifier_forks() {
         FORKS.get(&MmWithUser::new()).unwrap().put();
         FORKS.synchronize().unwrap();
         if CHILD.load(SeqCst) == 0 {
-            // SAFETY: it takes a number.
+            // SAFETY: `_exit` takes an exit status, and ends only this child.
             unsafe { libc::_exit(7) };
         }
     });
     let status = testkit::within("the child", move || {
         waiter.join().unwrap();
         let mut status = 0;
-        // SAFETY: it writes to a local; the child is this process's own.
+        // SAFETY: `waitpid` needs a place for the status, which is a local.
         let ended = unsafe { libc::waitpid(CHILD.load(SeqCst), &raw mut status, 0) };
         assert_eq!(ended, CHILD.load(SeqCst));
         status

@@ -8,7 +8,7 @@
 //! | --- | --- | --- | --- | --- |
 //! | 1 | idle | 0 | even | may change |
 //! | 2 | partial: windows are open, none has met an interval so far | > 0 | even | may change |
-//! | 3 | full: one met an interval, or an insert came | > 0 | odd | frozen, changes are deferred |
+//! | 3 | full: an interval was met, or an insert came | > 0 | odd | frozen, changes are deferred |
 //!
 //! ```text
 //!   1 idle ----- start that meets no interval -----> 2 partial
@@ -157,7 +157,7 @@ impl Intervals {
         self.enabled.load(Ordering::Relaxed)
     }
 
-    /// Makes brackets open windows. Returns when every bracket that does not has ended.
+    /// Makes brackets open windows. Returns when every bracket that does not open one has ended.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(crate) fn enable(&self, mm: &MmWithUser) -> Result<(), WouldDeadlock> {
         if mm.is_inherited() {
@@ -173,7 +173,7 @@ impl Intervals {
         self.enable_locked(&mm.mmap_write_lock()?)
     }
 
-    /// Does the same for a caller that holds the write lock.
+    /// Like [`enable`](Self::enable), for a caller that holds the write lock.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(crate) fn enable_locked(&self, locked: &MmapWriteGuard<'_>) -> Result<(), WouldDeadlock> {
         if locked.is_inherited() {
@@ -205,8 +205,8 @@ impl Intervals {
     /// Opens a window for `range` and calls every interval that meets it.
     ///
     /// # Errors
-    /// [`WouldBlock`] if a non-blockable callback refused. Then no window is open, and the
-    /// intervals after the one that refused were not asked.
+    /// [`WouldBlock`] if a non-blockable callback refused. Then the window of this bracket is
+    /// closed again, and the intervals after the one that refused were not called.
     pub(crate) fn start(&self, range: &InvalidateRange<'_>) -> Result<Window, WouldBlock> {
         let (seq, root) = {
             let mut state = self.lock();
@@ -289,9 +289,9 @@ impl Intervals {
             // An odd sequence of the past: no reader waits for it.
             node.set_seq(state.invalidate_seq.wrapping_sub(1));
         } else {
-            // A running invalidation may cover this range and has already passed the tree, so the
-            // node counts as met. The odd sequence of the open window makes readers wait until it
-            // closes.
+            // An invalidation that is running may cover this range and has already walked the tree,
+            // so the node counts as met. The odd sequence of the open window makes readers wait
+            // until the window closes.
             state.invalidate_seq |= 1;
             node.set_seq(state.invalidate_seq);
         }

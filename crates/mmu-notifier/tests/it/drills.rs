@@ -1,4 +1,4 @@
-//! 7.8: whole systems, on real mappings where possible.
+//! Whole systems, on real mappings where possible.
 
 use crate::support::{Counter, page, wait_until};
 use mmu_notifier::{
@@ -106,7 +106,7 @@ const PAGE: usize = if cfg!(target_arch = "aarch64") {
     4 << 10
 };
 
-/// Real anonymous memory. Each new page begins with a number that no earlier page had.
+/// Real anonymous memory. Each new page begins with a stamp: a number that no earlier page had.
 struct Memory {
     base: usize,
     stamp: AtomicU64,
@@ -155,7 +155,7 @@ impl Memory {
     }
 
     /// Copies between a page and `value`. Returns false if the page is not mapped. The kernel
-    /// copies, so no fault occurs.
+    /// copies, so a page that is not mapped causes no SIGSEGV.
     fn copy(&self, page: usize, value: &mut u64, write: bool) -> bool {
         let local = libc::iovec {
             iov_base: std::ptr::from_mut(value).cast(),
@@ -210,7 +210,8 @@ impl Memory {
     }
 }
 
-/// A device's copy: for each page the number that it found there, which stands for the frame.
+/// A device's copy: for each page the stamp that the device found there. The stamp stands for the
+/// frame.
 struct Mirror {
     entries: BTreeMap<u64, u64>,
     /// The owner whose migrations this device ignores.
@@ -339,7 +340,7 @@ fn change(
             drop(bracket);
         }
         2 => {
-            // Map over live memory: the call removes the old page.
+            // Map over live memory: `mmap` removes the old page.
             let bracket = mm.invalidate(range, Event::Unmap);
             memory.map_again(page);
             memory.write_stamp(page);

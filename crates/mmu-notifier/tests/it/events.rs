@@ -1,4 +1,4 @@
-//! 7.6: start, end and events. `refusals.rs` has the tests of starts that refuse.
+//! Start, end and events. `refusals.rs` has the tests of starts that refuse.
 
 use crate::support::{At, Counter, Log, Probe, Probes, Slot, nothing, page, probes};
 use mmu_notifier::{
@@ -60,7 +60,7 @@ fn s_102_a_start_that_panics_is_counted_and_the_others_are_called() {
     }
 }
 
-/// What a subscriber learns of one bracket.
+/// The calls that a subscriber got: the callback, and the arguments of its bracket.
 type Told = Arc<Mutex<Vec<(&'static str, VaRange, Event, Blocking, u64)>>>;
 
 struct Listens(Told);
@@ -291,7 +291,7 @@ fn b_06_a_table_is_of_one_kind() {
 
 #[test]
 fn b_06_release_and_young_reach_a_secondary_tlb() {
-    /// Answers yes to each question for a different page.
+    /// Each of the three callbacks returns true for a different page.
     struct Marked(Log);
     impl SecondaryTlb for Marked {
         fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {}

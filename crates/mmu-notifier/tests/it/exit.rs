@@ -1,4 +1,4 @@
-//! 7.3: exit and release.
+//! Exit and release.
 
 use crate::support::{
     At, Counter, Gate, Hook, Log, Probe, Slot, nothing, page, probes, put_at, spawn, stop,
@@ -160,7 +160,7 @@ fn stays_in_first_release(gate: &Arc<Gate>) -> Hook {
 }
 
 /// The release that exit called has ended, and the release that `unregister` called still runs.
-/// Exit waits for it.
+/// Exit waits for the latter.
 #[test]
 fn s_48_exit_waits_for_a_release_that_only_unregister_runs() {
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());

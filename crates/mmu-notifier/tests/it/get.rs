@@ -1,4 +1,4 @@
-//! 7.1: get and look-up.
+//! Get and look-up.
 
 use crate::support::{
     At, Counter, Gate, Log, Probe, nothing, page, probes, spawn, stop, wait_until,

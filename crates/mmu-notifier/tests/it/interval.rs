@@ -1,4 +1,4 @@
-//! 7.7: interval notifiers: their readers and windows.
+//! Interval notifiers: their readers and windows.
 
 mod life;
 

@@ -1,4 +1,4 @@
-//! 7.8: the protocol of a hypervisor.
+//! The collision protocol of a hypervisor.
 
 use crate::support::{Gate, Log, Probe, nothing, page, spawn};
 use mmu_notifier::{
@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Page number to frame.
+/// A shadow that maps page numbers to frames.
 #[derive(Debug, Default)]
 struct Table(BTreeMap<u64, usize>);
 
@@ -250,8 +250,8 @@ fn b_44_a_change_of_the_watched_ranges_waits_for_open_brackets() {
     let mm = Arc::new(MmWithUser::new());
     let shadow = Arc::new(shadow(&mm));
     fault(&shadow, 7, 1).unwrap();
-    // The page of this bracket is not even watched. But its end must make the same decision as its
-    // start.
+    // The page of this bracket is not watched, so its start does not count. Its end must not count
+    // either, so the watched ranges must not change before the end.
     let bracket = mm.invalidate(page(200), Event::Clear);
     let update = spawn({
         let shadow = Arc::clone(&shadow);
@@ -307,7 +307,7 @@ fn b_44_a_change_of_the_watched_ranges_checks_after_the_ranges_were_made() {
 }
 
 /// Exit delists the shadow while a bracket is open, so the shadow never gets the end. `watch` must
-/// not wait for it.
+/// not wait for that end.
 #[test]
 fn b_44_a_change_of_the_watched_ranges_after_exit_does_not_wait_for_an_end_that_never_comes() {
     let mm = MmWithUser::new();

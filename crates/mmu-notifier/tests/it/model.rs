@@ -14,8 +14,8 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use world::World;
 
-/// One step. A number chooses one of the existing objects, modulo how many there are. In a step of
-/// a thread, the first number chooses the thread.
+/// One step. An index, modulo the count of the existing objects, chooses one of them. In a step of
+/// a thread, the first index chooses the thread.
 #[derive(Debug, Clone)]
 enum Op {
     MmNew,

@@ -1,4 +1,4 @@
-//! 7.2: put and the deferred free.
+//! Put and the deferred free.
 
 use crate::support::{
     At, Counter, Gate, Hook, Log, Probe, Slot, nothing, page, probes, put_at, spawn, stop,

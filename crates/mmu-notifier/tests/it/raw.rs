@@ -137,7 +137,7 @@ struct Range {
 
 // SAFETY: The pointer points to the interval itself, which is alive during its callbacks.
 unsafe impl Send for Range {}
-// SAFETY: As above.
+// SAFETY: As for `Send`. A callback uses the pointer only to store to an atomic of the interval.
 unsafe impl Sync for Range {}
 
 impl RawIntervalOps for Range {
@@ -183,7 +183,7 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     // SAFETY: The interval is inserted, and no thread uses it any more.
     unsafe { Interval::remove(me) }.unwrap();
     assert_eq!((mm.mm_count(), Arc::strong_count(&seen)), (1, 1));
-    // SAFETY: `place` leaked it, and it is ours again.
+    // SAFETY: `place` leaked the memory, and after `remove` only this test uses it.
     drop(unsafe { Box::from_raw(me.as_ptr().cast::<MaybeUninit<Interval<Range>>>()) });
     let mut locked = mm.mmap_write_lock().unwrap();
     let me = place();
@@ -197,6 +197,6 @@ fn b_14_b_22_b_29_a_raw_interval_keeps_its_own_lock_and_sequence() {
     drop(locked);
     // SAFETY: The interval is inserted.
     unsafe { Interval::remove(me) }.unwrap();
-    // SAFETY: `place` leaked it, and it is ours again.
+    // SAFETY: `place` leaked the memory, and after `remove` only this test uses it.
     drop(unsafe { Box::from_raw(me.as_ptr().cast::<MaybeUninit<Interval<Range>>>()) });
 }

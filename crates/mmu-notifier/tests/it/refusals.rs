@@ -1,4 +1,4 @@
-//! 7.6: starts that must not sleep and refuse.
+//! Starts that must not sleep, and refuse.
 
 use crate::support::{At, Counter, Hook, Log, Probe, nothing, page};
 use mmu_notifier::{

@@ -1,4 +1,4 @@
-//! 7.4: register and unregister.
+//! Register and unregister.
 
 use crate::support::{
     At, Counter, Gate, Hook, Log, Probe, nothing, page, probes, spawn, stop, wait_until,

@@ -1,4 +1,4 @@
-//! 7.5: synchronize.
+//! `Subsystem::synchronize` and `drain_until_idle`.
 
 use crate::support::{
     At, Counter, Gate, Hook, Log, Probe, Probes, Slot, nothing, page, probes, put_at, spawn, stop,

@@ -1,4 +1,4 @@
-//! 7.7: the callbacks of intervals and their second pass.
+//! The callbacks of intervals and their second pass.
 
 use crate::interval::Shadow;
 use crate::support::{At, Gate, Log, Probe, Slot, nothing, page, probes, spawn};

@@ -24,7 +24,8 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).unwrap()
 }
 
-/// Which of the two is the main thread. `loom` explores more interleavings of the other one.
+/// Which of the two runs on the main thread. `loom` explores more interleavings of the other
+/// thread.
 #[derive(Clone, Copy)]
 enum First {
     Fault,

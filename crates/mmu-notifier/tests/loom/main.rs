@@ -11,8 +11,8 @@ fn model(f: impl Fn() + Sync + Send + 'static) {
     model_with(2, f);
 }
 
-/// Checks every run in which threads are preempted at most `preemptions` times. A thread that waits
-/// is not preempted.
+/// Checks every run in which threads are preempted at most `preemptions` times. A switch away from
+/// a thread that waits does not count as a preemption.
 fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(preemptions));
@@ -20,7 +20,7 @@ fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     builder.check(f);
 }
 
-/// Each mutant of the core, the model that must fail for it, and a part of the message.
+/// Each mutant of the core, the model that must fail for it, and a part of the failure's message.
 const MUTANTS: &[(&str, &str, &str)] = &[
     (
         "free_at_once",
@@ -138,8 +138,8 @@ fn every_mutant_is_caught() {
             .args(["--exact", model])
             .output()
             .unwrap();
-        // A second panic during a panic ends the process, and then the message is on the other
-        // stream.
+        // A second panic during a panic ends the process, and then the message is on stderr instead
+        // of stdout.
         let says = [run.stdout, run.stderr]
             .map(|stream| String::from_utf8_lossy(&stream).into_owned())
             .concat();

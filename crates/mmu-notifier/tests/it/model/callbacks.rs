@@ -13,7 +13,7 @@ use testkit::model::{Alloc, Callback};
 pub(super) struct Shared {
     pub(super) calls: Arc<Mutex<Vec<Callback>>>,
     pub(super) freed: Arc<Mutex<BTreeSet<usize>>>,
-    /// The number of the next notifier that an `alloc` makes, and what this `alloc` does.
+    /// The number of the next notifier that an `alloc` makes, and how this `alloc` behaves.
     pub(super) next: Arc<Mutex<(usize, Alloc)>>,
     /// Whether a child of a fork has freed a notifier of its parent.
     pub(super) freed_elsewhere: Arc<AtomicBool>,

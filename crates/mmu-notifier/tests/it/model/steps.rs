@@ -1,4 +1,4 @@
-//! The operations that take more than a line.
+//! The operations whose code is longer than a line.
 
 use super::callbacks::{Entry, Probe, Shadow};
 use super::threads::{Open, Tried, wait};
@@ -176,7 +176,8 @@ impl World {
             Vec::new()
         };
         if self.model.has_intervals(mm) {
-            // Otherwise the order of the threads would decide which windows overlap.
+            // End the blocking brackets before exit. Otherwise the order of the threads would
+            // decide which windows overlap.
             self.end_all(&blockers, &[]);
             self.agree();
             blockers.clear();
@@ -395,7 +396,8 @@ impl World {
         let begun = self.workers[thread].begin(move |_| (shadow.watch([range], |_| ()), shadow));
         self.end_all(&blockers, &[]);
         let (got, shadow) = wait(&begun);
-        // Tell the model only now, because ends decide as their starts did.
+        // Change the ranges in the model only now: the ends above must find the ranges of their
+        // starts.
         let expected = self.model.watch(thread, number, pages);
         self.registrations
             .push((number, Registered::Shadow(shadow)));

@@ -25,7 +25,7 @@ pub(super) enum Registered {
     Shadow(Registration<InvalidateSeq<Shadow>>),
 }
 
-/// Does the same for a registration of any kind.
+/// Evaluates `$do` for a registration of any kind.
 macro_rules! each_kind {
     ($registered:expr, $registration:ident => $do:expr) => {
         match $registered {
