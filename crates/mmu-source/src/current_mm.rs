@@ -41,9 +41,9 @@ pub fn current_ref() -> &'static MmWithUser {
 
 /// Returns the address space of this process if it has been made. Never allocates.
 ///
-/// If it has not been made, there are no subscribers. A source must still make it before the first
-/// change that the source has to report, because a client may subscribe while the change is under
-/// way.
+/// Before it has been made, there are no subscribers. A source must still make the address space
+/// before the first change that the source has to report, because a client may subscribe while the
+/// change is under way.
 #[inline]
 pub fn current_if_made() -> Option<&'static MmWithUser> {
     // ORDER(source-space): Acquire, for the content. Partner: the store in `make`.

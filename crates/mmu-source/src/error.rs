@@ -6,9 +6,9 @@ use std::fmt;
 use std::io;
 use std::path::Path;
 
-/// Why a source failed to do what the caller asked.
+/// The error of a source.
 ///
-/// [`Error::hint`] says what usually helps.
+/// [`Error::hint`] returns a hint for the user.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -84,7 +84,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Says what usually helps, in one line without a full stop.
+    /// Returns a hint that usually helps the user, in one line without a full stop.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Error::Attach { source, .. } => match source.raw_os_error() {

@@ -1,11 +1,11 @@
 //! State that is zero again in the child of a fork.
 //!
-//! What a source keeps about one address space (its `Mm`, its file descriptors, its counters) is
-//! wrong in the child of a fork. A `pthread_atfork` handler would reset it, but `_Fork` and raw
-//! `clone` calls do not run such handlers. Comparing the pid would cost a system call at each use.
-//! So the state lies in a page with `MADV_WIPEONFORK`: the kernel zeroes the page in the copy when
-//! it copies the address space. A thread or a `vfork` child shares the memory of its parent and
-//! sees the page unchanged.
+//! The state that a source keeps about one address space (its `Mm`, its file descriptors, its
+//! counters) is wrong in the child of a fork. A `pthread_atfork` handler would reset it, but
+//! `_Fork` and raw `clone` calls do not run such handlers. Comparing the pid would cost a system
+//! call at each use. So the state lies in a page with `MADV_WIPEONFORK`: the kernel zeroes the page
+//! in the copy when it copies the address space. A thread or a `vfork` child shares the memory of
+//! its parent and sees the page unchanged.
 //!
 //! # Safety
 //! This module maps the page and hands out references into it. The page is never unmapped. The page

@@ -1,11 +1,11 @@
 //! Keeps a source's descriptors where the program cannot close them.
 //!
 //! Programs close descriptors that they did not open: a daemon calls `close_range(3, ~0)`, a shell
-//! calls `dup2` over a fixed number. If a source kept its descriptors in the program's table, such
-//! a call would blind it. If the program then opened a file under the same number, the source would
-//! read and write that file. So a source keeps its descriptors in a **vault**: a thread with a
-//! descriptor table of its own. Other threads post jobs to the vault's thread, and the jobs use the
-//! descriptors.
+//! calls `dup2` over a fixed descriptor. If a source kept its descriptors in the program's table,
+//! such a call would blind the source. If the program then opened a file that got the same
+//! descriptor, the source would read and write that file. So a source keeps its descriptors in a
+//! **vault**: a thread with a descriptor table of its own. Other threads post jobs to the vault's
+//! thread, and the jobs use the descriptors.
 //!
 //! ```text
 //!   the program's threads ─── the program's table: its files

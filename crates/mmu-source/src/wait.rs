@@ -1,5 +1,6 @@
 //! Waiting, either for an event descriptor or for an atomic that another thread writes.
 //!
+//! # Safety
 //! The system calls take integers and pointers to local variables. Each length that a call gets is
 //! the size of its local variable.
 

@@ -3,7 +3,7 @@
 //! The address space is cut into granules of [`LEVELS`] sizes: 4 KiB, 64 KiB, ... A watch belongs
 //! to the finest level at which it touches at most two granules, and is linked into the chain of
 //! each. For each level that has watches, an event searches the chains of the granules that it
-//! touches. If the event touches too many granules, it searches all watches instead.
+//! touches. If an event touches too many granules of a level, all watches are searched instead.
 //!
 //! Only [`Table::with_room`] and [`enter`] allocate, because the lock around a table may be taken
 //! inside `free`. A full table is replaced by a larger one, which is made outside of the lock.
@@ -236,8 +236,8 @@ impl Table {
     }
 }
 
-/// Adds a watch to the table that `with` gives access to under its lock. Allocates outside of the
-/// lock. Returns `None` if `with` has no table.
+/// Adds a watch to a table. `with` runs a function on the table, under the table's lock. Allocates
+/// outside of the lock. Returns `None` if `with` has no table.
 pub(crate) fn enter(
     with: impl Fn(&mut dyn FnMut(&mut Table)) -> Option<()>,
     range: VaRange,

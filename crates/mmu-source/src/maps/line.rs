@@ -13,7 +13,8 @@ pub(crate) struct Mapping {
     pub(crate) kind: Kind,
 }
 
-/// The kind of a mapping, from the last column. Only the kinds that matter here are told apart.
+/// The kind of a mapping, from the last column. Only the kinds that this crate needs are
+/// distinguished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Heap,
@@ -24,7 +25,7 @@ pub(crate) enum Kind {
 
 /// Parses one line, such as `7f00-8f00 rw-p 00000000 00:01 12 /SYSV00000000 (deleted)`.
 pub(crate) fn parse(line: &[u8]) -> Option<Mapping> {
-    // A path may contain any byte except a newline. Only the columns before it must be text.
+    // A path may contain any byte except a newline. Only the columns before the path must be text.
     let mut columns = line
         .splitn(6, |byte| *byte == b' ')
         .map(|column| std::str::from_utf8(column));

@@ -19,9 +19,9 @@ const ANY: u64 = 1;
 pub(crate) struct Brackets {
     id: u64,
     registration: Registration<Marks>,
-    /// Whether the subscriber is leaked, so that it stays registered for ever. Otherwise it would
-    /// end with the last watch, and the next watch would register another one and wait for open
-    /// brackets.
+    /// Whether the subscriber is leaked, so that it stays registered for ever. Otherwise the
+    /// subscriber would end with the last watch, and the next watch would register another one and
+    /// wait for open brackets.
     stays: AtomicBool,
 }
 
