@@ -75,7 +75,7 @@ fn take_out(plan: &Plan) {
     let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
 }
 
-/// Prepares for the first patch. Calling it twice does no harm.
+/// Prepares for the first patch. A second call does no harm.
 fn prepare() {
     let _ = raw::membarrier(libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE);
     // SAFETY: the handler is a function of this module, which is never unloaded.

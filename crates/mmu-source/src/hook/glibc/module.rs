@@ -189,8 +189,9 @@ impl Drop for Scratch {
     }
 }
 
-/// Finds the code that breakpoints hide, with its offsets. A breakpoint stands alone. If bytes near
-/// it also differ from the file, they are another library's patch, or the file is a different one.
+/// Finds the original code at each breakpoint, with the offset of the breakpoint. A breakpoint
+/// stands alone. If bytes near it also differ from the file, they are another library's patch, or
+/// the file is a different one.
 ///
 /// The function reads the file in pieces, because freeing a block as large as libc would change how
 /// the program's allocator behaves.

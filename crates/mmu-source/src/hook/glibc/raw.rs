@@ -113,7 +113,8 @@ pub(super) fn segment_size(id: i32) -> Option<u64> {
         0,
         0,
     ];
-    // SAFETY: the call writes one `shmid_ds` to a local. Here libc's layout of it is the kernel's.
+    // SAFETY: the call writes one `shmid_ds` to a local. On these processors libc's layout of that
+    // struct is the kernel's.
     check(unsafe { syscall(libc::SYS_shmctl as u64, args) }).ok()?;
     // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     Some(unsafe { info.assume_init() }.shm_segsz as u64)
@@ -124,7 +125,8 @@ pub(super) fn segment_size(id: i32) -> Option<u64> {
 pub(super) fn huge_page_of(fd: u64) -> Option<u64> {
     let mut info = std::mem::MaybeUninit::<libc::statfs>::zeroed();
     let args = [fd, info.as_mut_ptr().expose_provenance() as u64, 0, 0, 0, 0];
-    // SAFETY: the call writes one `statfs` to a local. Here libc's layout of it is the kernel's.
+    // SAFETY: the call writes one `statfs` to a local. On these processors libc's layout of that
+    // struct is the kernel's.
     check(unsafe { syscall(libc::SYS_fstatfs as u64, args) }).ok()?;
     // SAFETY: the local was zeroed, which is a valid value, before the kernel wrote to it.
     let info = unsafe { info.assume_init() };

@@ -4,7 +4,7 @@
 /// the module has no such table.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Starts<'a> {
-    /// The address of the section. Entries are relative to it.
+    /// The address of the section. The entries are relative to this address.
     base: u64,
     /// The entries, of [`ENTRY`] bytes each, in order of address. The first half of an entry is the
     /// start of a function.

@@ -1,7 +1,7 @@
 //! Finds the instructions in a module's code that make a memory call.
 //!
-//! glibc makes a call as `mov x8, #number` (`movz`, 64 or 32 bits wide) and, a few instructions
-//! later, `svc #0`.
+//! glibc makes a system call as `mov x8, #number` (`movz`, 64 or 32 bits wide) and, a few
+//! instructions later, `svc #0`.
 
 use super::super::handler::CALLS;
 use super::super::starts::Starts;
@@ -11,7 +11,7 @@ use super::super::starts::Starts;
 pub(in crate::hook::glibc) struct Found {
     /// The address of the `svc` instruction.
     pub(in crate::hook::glibc) address: u64,
-    /// The number of the call. `None` if only the caller knows it: `syscall(2)`.
+    /// The system call number. `None` in `syscall(2)`, where only the caller knows the number.
     pub(in crate::hook::glibc) number: Option<u32>,
 }
 
@@ -84,7 +84,7 @@ const INSTRUCTION: usize = 4;
 pub(super) const SVC: u32 = 0xd400_0001;
 /// `bti c`, the landing pad at a function's entry, where an indirect call may land.
 pub(super) const BTI_C: u32 = 0xd503_245f;
-/// How many instructions before an `svc` its number is searched for.
+/// How many instructions before an `svc` are searched for the system call number.
 const REACH: usize = 16;
 
 /// Returns the number that an instruction loads into `x8`: `movz x8, #number` or `movz w8,

@@ -38,8 +38,8 @@ pub(in crate::hook::glibc) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()>
     }
 }
 
-/// Begins a stub: makes a frame and stores the arguments to memory, in order. Puts their address
-/// into `rsi` and the number into `rdi`.
+/// Begins a stub: makes a frame and stores the arguments to memory, in order. Puts the address of
+/// the arguments into `rsi` and the system call number into `rdi`.
 macro_rules! begin {
     () => {
         "push rbp

@@ -28,7 +28,7 @@ pub(in crate::hook::glibc) struct Found {
     /// The address of the `syscall` instruction. The instructions from `address` up to it run in
     /// the trampoline.
     pub(in crate::hook::glibc) syscall: u64,
-    /// The number of the call. `None` if only the caller knows it: `syscall(2)`.
+    /// The system call number. `None` in `syscall(2)`, where only the caller knows the number.
     pub(in crate::hook::glibc) number: Option<u32>,
     /// What the stub must preserve for the code after the call.
     pub(in crate::hook::glibc) keep: Keep,
@@ -156,7 +156,8 @@ impl<'a> Code64<'a> {
         targets: &mut Vec<u64>,
         found: &mut Vec<Found>,
     ) {
-        // The last few instructions, which have run before this one unless something jumps to it.
+        // The last few instructions. They have run before the current one, unless a jump leads to
+        // the current one.
         let mut before: Vec<Instruction> = Vec::new();
         for instruction in self.instructions(function) {
             targets.extend(branches_to(&instruction));
@@ -339,7 +340,7 @@ impl<'a> Code64<'a> {
     }
 }
 
-/// How many instructions before a `syscall` its number is searched for.
+/// How many instructions before a `syscall` are searched for the system call number.
 const REACH: usize = 8;
 /// How many bytes of moved code fit into a trampoline.
 const MAX_MOVED: u64 = 48;
