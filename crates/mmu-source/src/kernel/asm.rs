@@ -67,7 +67,7 @@ fn instruction(code: u8, dst: Reg, src: u8, offset: i16, immediate: i32) -> u64 
         | u64::from(immediate as u32) << 32
 }
 
-/// Where [`Assembler::peek`] stores what it has read, relative to the end of the stack.
+/// Where [`Assembler::peek`] stores the value that it has read, relative to the end of the stack.
 pub(super) const PEEKED: isize = -8;
 
 impl<L: Copy + Eq + Hash + Debug> Assembler<L> {

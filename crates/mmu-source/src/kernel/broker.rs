@@ -228,7 +228,8 @@ impl Broker {
         let mut ticket = match place {
             Ok(ticket) => ticket,
             Err(why) => {
-                // This cannot block: it is the first packet, so the socket's buffer has room.
+                // The send cannot block: its packet is the first of the connection, so the socket's
+                // buffer has room.
                 let _ = socket::send(&client, &Reply::Refused(why).bytes(), &[]);
                 observer(Event::Refused { user, pid, why });
                 return;

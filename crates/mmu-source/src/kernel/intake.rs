@@ -1,4 +1,4 @@
-//! Takes records out of the ring. A caller of `settle`, or of a watch, does so before it returns.
+//! Takes records out of the ring. `settle` and the check of a watch do so before they return.
 //!
 //! ```text
 //!   the program ── ring ──> take in ──┬── watches are marked ───────── marked
@@ -6,7 +6,7 @@
 //! ```
 //!
 //! To take in a record means to mark the words of the watches that the record touches, and to move
-//! the record into a queue of fixed size. That runs no callback, allocates nothing and frees
+//! the record into a queue of fixed size. Taking in runs no callback, allocates nothing and frees
 //! nothing. So a thread that checks a [`Watch`](crate::Watch) can take in records in the middle of
 //! `free`. Passing records to subscribers (`tell.rs`) runs callbacks and has a lock of its own.
 //!
@@ -20,8 +20,8 @@ use mmu_notifier::VaRange;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// How far records may be out of order. Each record that overtakes another one moves that one back
-/// by one position.
+/// How far records may be out of order. Each record that overtakes a second record moves the second
+/// one back by one position.
 const WINDOW: u64 = 4096;
 /// The largest number of records that wait for callbacks.
 const QUEUE: usize = 8192;

@@ -3,8 +3,8 @@
 //!
 //! A wake-up for each record would be expensive, and a client that checks at every use needs no
 //! wake-up. So only the first record after a pause wakes the listener. Then the program sends no
-//! more wake-ups, and the listener looks once a millisecond. After a millisecond in which all
-//! records were passed on, the listener sleeps again.
+//! more wake-ups, and the listener checks for new records once a millisecond. After a millisecond
+//! in which all records were passed on, the listener sleeps again.
 //!
 //! The listener also closes machine B after a time without waits, because B costs each change of
 //! this address space some time. If a process fills its cache now and then, B would be made anew
@@ -28,8 +28,8 @@ const LEASE: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)]
 const SOON: Duration = Duration::from_secs(1);
 /// How often the listener checks whether the kernel skipped runs.
 const SECOND: Duration = Duration::from_secs(1);
-/// If there are more records than this in a millisecond, the listener makes B unasked: with B, the
-/// program recognises the events of other address spaces.
+/// If there are more records than this in a millisecond, the listener makes B without a request:
+/// with B, the program recognises the events of other address spaces.
 const FLOOD: u64 = 64;
 /// If at least this many events are ignored in a millisecond, the listener keeps B.
 const NOISE: u64 = 1;

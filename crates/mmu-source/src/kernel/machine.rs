@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// The virtual machines: see `wait.rs`. Dropping this closes all of them.
+/// The virtual machines: see `wait.rs`. Dropping this value closes all of them.
 pub(super) struct Machines {
     listener: Option<Listener>,
     keeper: Keeper,
@@ -69,7 +69,7 @@ impl Keeper {
     fn show_b(&self, machine: BorrowedFd<'_>) -> Option<bool> {
         match self {
             Self::Own(programs) => Some(programs.show(machine, Role::B)),
-            // A broker that has stopped answering cannot read the count.
+            // A broker that has stopped answering cannot make the program read the count.
             Self::Broker(session) if session.is_silent() => Some(false),
             Self::Broker(session) => session
                 .ask(Request::Count, Some(machine))
@@ -136,7 +136,7 @@ impl Machines {
             Some(true) => {
                 let before = live.b.replace(made);
                 self.tell_b();
-                // Closing takes up to some milliseconds, so it happens after the answer.
+                // Closing takes up to some milliseconds, so the close happens after the answer.
                 self.later.post(move |_| drop(before));
             }
             Some(false) => {
@@ -174,7 +174,7 @@ impl Machines {
         }
     }
 
-    /// Closes B if no wait has begun since the one with the number `begun`.
+    /// Closes B if no wait has begun since wait number `begun`.
     pub(super) fn close_idle_b(&mut self, inner: &Inner, begun: u64) {
         inner.waits.change_b(|| {
             if inner.waits.begun() == begun {

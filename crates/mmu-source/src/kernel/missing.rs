@@ -4,7 +4,7 @@ use crate::Error;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-/// Provides everything that an ordinary user lacks. Root must type it.
+/// The command that provides everything that an ordinary user lacks. Root must run it.
 pub(super) const BROKER: &str = "sudo mmun broker --group \"$(id -gn)\"";
 
 pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
@@ -80,8 +80,8 @@ fn group_name(groups: &str, number: u32) -> Option<String> {
     })
 }
 
-/// Explains why `/dev/kvm` cannot be opened. If its group may open it and is not root's, joining
-/// that group helps. Otherwise only a change of the device's mode helps.
+/// Explains why `/dev/kvm` cannot be opened. If the device's group may open it and is not root's,
+/// joining that group helps. Otherwise only a change of the device's mode helps.
 fn may_not_open(error: &io::Error, device: &Device) -> Error {
     let Device {
         owner,
@@ -112,8 +112,8 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
 const ENOUGH: (u32, u32) = (5, 12);
 
 /// Explains that the kernel is too old, if it is. Then neither a privilege nor a module helps,
-/// whatever error the kernel returned: before 5.11 it charges maps to `RLIMIT_MEMLOCK`, and returns
-/// `EPERM` even to root if that limit is too low.
+/// whatever error the kernel returned. For example, a kernel before 5.11 charges maps to
+/// `RLIMIT_MEMLOCK`, and returns `EPERM` even to root if that limit is too low.
 fn too_old(error: &io::Error, release: &str) -> Option<Error> {
     let mut numbers = release
         .split(['.', '-'])

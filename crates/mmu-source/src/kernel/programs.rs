@@ -22,8 +22,8 @@ pub(super) struct SharedMaps {
 pub(super) struct Programs {
     private: OwnedFd,
     tracepoint: OwnedFd,
-    /// The program that finds a machine's count. `None` until it is loaded, or if it is of no use
-    /// here.
+    /// The program that finds a machine's count. `None` until it is loaded, and on a processor
+    /// where it is of no use.
     resolver: Option<OwnedFd>,
 }
 
@@ -138,7 +138,7 @@ pub(super) fn load_resolver(private: &OwnedFd, offsets: Offsets) -> io::Result<O
     sys::load_program(Kind::Syscall, &resolver::build(private.as_fd(), offsets))
 }
 
-/// Returns the offsets that the resolver needs, if the resolver is of use here.
+/// Returns the offsets that the resolver needs, if the resolver is of use on this processor.
 pub(super) fn offsets() -> Option<Offsets> {
     // `docs/ordering.md` has the argument for these two processors. On others it is not proven that
     // the count goes down only after the stores to the page tables are visible.

@@ -18,7 +18,8 @@ const DISCARD: u32 = 1 << 30;
 const HEADER: usize = 8;
 /// The size of one of the program's records: its header and three words.
 const RECORD: u64 = 32;
-/// The largest number of events that `glimpse` examines. If there are more, they are taken in.
+/// The largest number of events that `glimpse` examines. If there are more events, they are taken
+/// in.
 const GLIMPSE: u64 = 4;
 
 /// A record of the program.
@@ -114,9 +115,9 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
 /// if reading the ring cannot decide that.
 ///
 /// This function takes no lock, and touches one page more than a load of the generation. (Taking in
-/// one event touches seven pages.) It decides only if the records in the ring are exactly those
-/// after `marked`, up to the generation. So it checks the number of each record. A lost event, or a
-/// record that was already taken in as part of a loss, makes the numbers differ.
+/// one event touches seven pages.) The function decides only if the records in the ring are exactly
+/// those after `marked`, up to the generation. So it checks the number of each record. A lost
+/// event, or a record that was already taken in as part of a loss, makes the numbers differ.
 pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool> {
     // The kernel publishes a record's header by the producer's position, which this function does
     // not load. Instead the function relies on x86-64, where stores become visible in program
@@ -144,8 +145,8 @@ pub(super) fn glimpse(glance: &Glance, range: VaRange, base: u64) -> Option<bool
         }
         fence(Ordering::Acquire);
         // ORDER: Acquire, for the record's content. Partner: the kernel's exchange of the header in
-        // `bpf_ringbuf_submit`. The number is visible, so this is the header of the same record: it
-        // was stored before the number.
+        // `bpf_ringbuf_submit`. The number is visible, so this is the header of the same record:
+        // the header was stored before the number.
         if word(0).load(Ordering::Acquire) as u32 & (BUSY | DISCARD) != 0 {
             return None;
         }

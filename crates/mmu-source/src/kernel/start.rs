@@ -39,7 +39,7 @@ impl Kernel {
     /// The first call takes some milliseconds.
     /// # Errors
     /// [`Error::Unavailable`] if the machine, the privileges or the limit of descriptors do not
-    /// suffice. The error names the missing thing, and a command that provides it.
+    /// suffice. The error names the missing requirement, and a command that provides it.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().kernel, |mark| Self::make(mark, RING, true))
     }

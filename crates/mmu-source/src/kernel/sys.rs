@@ -148,8 +148,8 @@ impl Drop for Scratch {
     }
 }
 
-/// The content of one of the kernel's files: mapped if the kernel supports that (Linux 6.16),
-/// because it is far faster, and read otherwise.
+/// The content of one of the kernel's files. The file is mapped if the kernel supports that (Linux
+/// 6.16), because a mapping is far faster, and read otherwise.
 #[derive(Debug)]
 pub(super) enum Whole {
     Mapped { base: NonNull<u8>, bytes: usize },

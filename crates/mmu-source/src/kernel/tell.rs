@@ -15,7 +15,8 @@ const TRIES: usize = 200;
 
 impl Kernel {
     /// Tells whether this thread is passing on the kernel's records. So a callback can find out
-    /// what called it: this source, or a bracket that another source or the program opened.
+    /// which of two has called it: this source, or a bracket that another source or the program
+    /// opened.
     ///
     /// If a callback of this source opens a bracket, the callbacks of that bracket count as called
     /// by this source.
@@ -107,8 +108,8 @@ impl Inner {
             let Some(told) = told else { break };
             drop(current_ref().invalidate(told.range, Event::Clear));
             if self.is_inherited() {
-                // The callback has forked, and this is the child. A store below would be for the
-                // parent's records.
+                // The callback has forked, and this process is the child. A store below would be
+                // for the parent's records.
                 break;
             }
             turn.ranges += usize::from(!told.is_loss);
@@ -176,7 +177,7 @@ impl Inner {
     }
 
     /// Asks the program to wake the listener at the next record. Returns false if there are records
-    /// already.
+    /// that have not been passed on.
     pub(super) fn wants_a_call(&self) -> bool {
         self.header.u64(header::AWAKE).store(0, Ordering::Relaxed);
         // ORDER(source-awake): full fence between the store of `AWAKE` and the load of the

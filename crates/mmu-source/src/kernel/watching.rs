@@ -73,7 +73,7 @@ impl Watching {
     }
 
     /// Tells whether all events that have not been taken in are elsewhere. If reading the ring
-    /// cannot decide that, takes them in.
+    /// cannot decide that, takes these events in.
     #[inline(never)]
     fn nothing_else_touched(&self) -> bool {
         let seen = glimpse(&self.glance, self.armed.range(), self.base);

@@ -25,7 +25,7 @@ pub(in super::super) struct Session {
     socket: OwnedFd,
     /// Whether a request has failed: the broker refused, did not answer, or answered nonsense. Then
     /// the client sends no more requests, because it would take a late answer for the answer to the
-    /// next one.
+    /// next request.
     is_silent: AtomicBool,
 }
 

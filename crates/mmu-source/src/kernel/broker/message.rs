@@ -1,4 +1,5 @@
-//! The messages between a broker and its clients. Each has a fixed size and fills one packet.
+//! The messages between a broker and its clients. Each message has a fixed size and fills one
+//! packet.
 //!
 //! ```text
 //!   broker   greeting: done, which version of the program         + /dev/kvm

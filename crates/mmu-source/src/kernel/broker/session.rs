@@ -1,4 +1,4 @@
-//! What a broker does for one client.
+//! The broker's session with one client.
 //!
 //! The broker serves each client on a thread of its own. So a client that hangs, floods, or sends a
 //! descriptor that takes long to close does not delay other clients.
@@ -114,7 +114,7 @@ fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<S
     if socket::send(socket, &Reply::Done(0).bytes(), &given).is_err() {
         return Ok(None);
     }
-    // From here on the client may stay silent as long as it likes.
+    // From here on the broker waits for the client's requests without a time limit.
     socket::be_patient(socket, None).map_err(|error| failed(&error))?;
     Ok(Some(session))
 }
@@ -126,7 +126,7 @@ pub(super) fn make(means: &Means) -> io::Result<Outfit> {
     Ok((maps, programs))
 }
 
-/// Receives the next request. Returns `None` if there will be no more.
+/// Receives the next request. Returns `None` if the connection has ended or failed.
 fn receive(socket: &OwnedFd) -> Result<Option<(Request, Packet)>, Refusal> {
     let Ok(Some(packet)) = socket::receive(socket) else {
         return Ok(None);
