@@ -25,8 +25,8 @@ use std::thread;
 #[global_allocator]
 static ALLOC: CheckedAlloc = CheckedAlloc::new();
 
-/// The address of a page. In a shadow of guest or device memory it would differ from the page's own
-/// address.
+/// The address of a page. In a shadow of guest or device memory this address would differ from the
+/// page's own address.
 #[derive(Clone, Copy)]
 struct Host(NonNull<u8>);
 
@@ -58,7 +58,8 @@ fn read(shadow: &Shadow, page: VaRange) -> Option<u8> {
         if hit.is_some() {
             return hit;
         }
-        // A miss: look up the page without the lock. Insert it unless it has changed meanwhile.
+        // A miss: look up the page without the lock. Insert the translation unless the page has
+        // changed meanwhile.
         let snapshot = shadow.snapshot(page);
         let host = walk(page.start())?;
         let _ = shadow.try_install(snapshot, |tlb| tlb.insert(page.start(), host));

@@ -35,7 +35,7 @@ impl Current {
 
     /// Reads the task's memory at `address`, and returns how many bytes were read.
     ///
-    /// The read ends at the first byte that is not mapped. For a task that has died it returns 0.
+    /// The read ends at the first byte that is not mapped. For a task that has died, returns 0.
     ///
     /// # Source
     /// process_vm_readv(2); `PTRACE_PEEKDATA` where that is refused.

@@ -1,4 +1,4 @@
-//! Computes from a system call's arguments what the call is about to invalidate.
+//! Computes from a system call's arguments the ranges that the call is about to invalidate.
 
 use std::io;
 
@@ -56,8 +56,8 @@ pub(super) struct Context<'a> {
 }
 
 impl Entry {
-    /// Returns what the call is about to invalidate, as far as its arguments and `/proc` say.
-    /// Returns `None` if the call invalidates nothing.
+    /// Adds the ranges that the call is about to invalidate, as far as its arguments and `/proc`
+    /// tell, and returns the plan for the call. Returns `None` if the call invalidates nothing.
     ///
     /// The ranges are rounded up when in doubt. This function does not check whether the kernel
     /// will accept the call: it reports a range whenever the arguments can form one.
@@ -212,8 +212,7 @@ impl Entry {
         let address = page::down(address);
         match proc::segment_size(self.tid, id as i32) {
             Some(size) => add(ranges, address, size),
-            // The size of the segment is unknown, so anything mapped above the address may be
-            // replaced.
+            // The size of the segment is unknown, so any mapping above the address may be replaced.
             None => {
                 let top = match self.maps() {
                     Ok(maps) => maps.last().map_or(0, |mapping| mapping.end),

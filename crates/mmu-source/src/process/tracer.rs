@@ -230,7 +230,7 @@ impl<O: Observer> Tracer<O> {
                 tracee.in_unseen_call = false;
                 match sys::syscall_info(tid).map_err(kernel("PTRACE_GET_SYSCALL_INFO", tid))? {
                     // A filter of the program itself asks for a tracer that knows that filter.
-                    // There is none, so the call fails as it would without a tracer.
+                    // There is no such tracer, so the call fails as it would without a tracer.
                     Some(SyscallInfo::Entry {
                         datum: Some(datum), ..
                     }) if datum != filter::DATUM => {

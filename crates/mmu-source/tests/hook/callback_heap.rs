@@ -18,7 +18,8 @@ use std::{env, thread};
 const MARK: &str = "MMUN_TEST_BREAKS_THE_RULE";
 
 /// Runs the calling test in another process, where
-/// [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) must end it with `says` in the message.
+/// [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) must end that process with `says` in the
+/// message.
 fn must_stop(test: &str, says: &str, body: impl FnOnce()) {
     if env::var_os(MARK).is_some() {
         return body();

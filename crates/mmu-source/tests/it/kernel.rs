@@ -581,8 +581,8 @@ fn a_hunt_for_stale_reads_finds_none() {
     );
     assert_eq!(tally.stale.into_inner(), 0);
     assert!(tally.hits.into_inner() > 0 && tally.changes.into_inner() > 0);
-    // The hunt must find stale reads if readers do not wait for changes under way. It finds some
-    // soon, though not in every second, and on a busy machine not in every half minute.
+    // The hunt must find stale reads if readers do not wait for changes under way. The hunt finds
+    // some soon, though not in every second, and on a busy machine not in every half minute.
     let finds = |_| {
         let tally = hunt::hunt(
             &kernel,

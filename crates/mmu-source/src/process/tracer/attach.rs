@@ -18,9 +18,8 @@ const TRIES: u32 = 200;
 impl<O: Observer> Tracer<O> {
     /// Traces a running process, with all its threads. Each of them stops at every system call.
     ///
-    /// The observer learns of the threads at once. Each thread stops for the first time during
-    /// [`Tracer::run`], and the tracer sees its calls from then on. The tracer does not see the
-    /// call that the thread is making when it stops for the first time.
+    /// The observer learns of the threads at once. The tracer handles each thread's first stop in
+    /// [`Tracer::run`]. It sees only the calls that the thread begins after that stop.
     ///
     /// # Blocking
     /// Sleeps while the process is in `execve`.
@@ -124,7 +123,7 @@ impl<O: Observer> Tracer<O> {
             return false;
         }
         // If a leader has lost its tracer, the `execve` of another thread has replaced it. The
-        // kernel does not report its end.
+        // kernel does not report the leader's end.
         let is_replaced = tid == pid && !is_ours(tid);
         if is_replaced {
             self.forget(tid, "execve", ExitStatus::Code(0));
