@@ -40,7 +40,7 @@ pub(crate) static HITS: Count = Count::new();
 pub(crate) static REFUSED: Count = Count::new();
 /// Registrations that a libfabric cache asked this monitor to watch.
 pub(crate) static WATCHED: Count = Count::new();
-/// Stale registrations that libfabric was told to drop before a look-up found them.
+/// Stale registrations that the reaper made libfabric drop before a look-up found them.
 pub(crate) static REAPED: Count = Count::new();
 /// Changed ranges that were reported to UCX.
 pub(crate) static TOLD: Count = Count::new();
@@ -55,7 +55,7 @@ pub(crate) static START_NS: Count = Count::new();
 /// A change of memory that made registrations stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Change {
-    /// What happened: `unmap`, `clear`, ...
+    /// The kind of the change: `unmap`, `clear`, ...
     pub(crate) event: &'static str,
     pub(crate) range: VaRange,
 }

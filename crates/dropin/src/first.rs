@@ -26,7 +26,7 @@ impl<T: Send + Sync> First<T> {
     pub(crate) fn get(&self) -> Option<&'static T> {
         // ORDER(dropin-first): Acquire, for the content. Partner: the exchange in `get_or_make`.
         let value = self.0.load(Ordering::Acquire);
-        // SAFETY: it is null or comes from `Box::into_raw` below, and is never freed.
+        // SAFETY: the pointer is null or comes from `Box::into_raw` below, and is never freed.
         unsafe { value.as_ref() }
     }
 
@@ -46,7 +46,7 @@ impl<T: Send + Sync> First<T> {
             };
             // SAFETY: `made` was not published, so this thread is its only owner.
             drop(unsafe { Box::from_raw(made) });
-            // SAFETY: as in `get`; it is not null, because the exchange failed.
+            // SAFETY: as in `get`; the pointer is not null, because the exchange failed.
             unsafe { &*first }
         })
     }

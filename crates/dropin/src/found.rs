@@ -1,4 +1,4 @@
-//! The real functions behind the ones that this library defines.
+//! The real functions behind the functions that this library defines.
 //!
 //! `RTLD_NEXT` finds a function if the other library is in the global scope. A library that Python
 //! or a plug-in has loaded with `RTLD_LOCAL` is not in that scope. Then this module searches every
@@ -42,7 +42,7 @@ pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>>
 /// functions. `RTLD_NEXT` does not search the program, because the program comes before this
 /// object.
 fn in_program(symbol: &CStr) -> Option<NonNull<c_void>> {
-    // SAFETY: a live string; the default scope is searched.
+    // SAFETY: `dlsym` reads a live string, and searches the default scope.
     let found = NonNull::new(unsafe { libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr()) })?;
     let own = NonNull::new((function as *const ()).cast_mut().cast())?;
     (object(found) != object(own)).then_some(found)
@@ -133,7 +133,8 @@ fn object(address: NonNull<c_void>) -> Option<CString> {
 
 fn open(file: &CStr, flags: c_int) -> Option<NonNull<c_void>> {
     let file: *const c_char = file.as_ptr();
-    // SAFETY: a live string; with `RTLD_NOLOAD` nothing is loaded and no code of the object runs.
+    // SAFETY: `dlopen` reads a live string. With `RTLD_NOLOAD` it loads nothing, and no code of the
+    // object runs.
     NonNull::new(unsafe { libc::dlopen(file, flags) })
 }
 

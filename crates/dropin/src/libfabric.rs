@@ -74,10 +74,10 @@ fn import() {
 
 fn try_import(open: Option<ptr::NonNull<c_void>>) -> Result<(), String> {
     let open = open.ok_or("it is older than 1.13 (no fi_open)")?;
-    // SAFETY: the type of `fi_open` in fi_open(3), since 1.5 of its ABI.
+    // SAFETY: this is the type of `fi_open` in fi_open(3), since 1.5 of its ABI.
     let open = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, FiOpen>(open) };
     let mut cache: *mut Fid = ptr::null_mut();
-    // SAFETY: a live name, no attribute, and room for the answer.
+    // SAFETY: `open` gets a live name, no attribute, and room for the answer.
     let opened = unsafe {
         open(
             VERSION,
@@ -100,7 +100,7 @@ fn try_import(open: Option<ptr::NonNull<c_void>>) -> Result<(), String> {
     // SAFETY: the table of operations lives as long as the object, and begins with these three
     // words.
     let Ops { close, bind, .. } = unsafe { ops.read() };
-    // SAFETY: the monitor is a static with the layout that the class says.
+    // SAFETY: the monitor is a static, and its layout is that of its class.
     let bound = unsafe { bind(cache, monitor::monitor().cast(), 0) };
     // SAFETY: `cache` is open, and closed once.
     unsafe { close(cache) };
@@ -119,7 +119,7 @@ fn name(error: c_int) -> String {
 
 /// Imports the monitor, for a program that looks libfabric's functions up by `dlsym`. The program
 /// calls this after its first `fi_getinfo` and before `fi_domain`. Returns 0 or a negative error
-/// number.
+/// code.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn mmun_dropin_attach() -> c_int {
     import();
@@ -153,7 +153,7 @@ pub(crate) unsafe extern "C" fn fi_getinfo(
     let Some(real) = real(c"fi_getinfo") else {
         return -libc::ENOSYS;
     };
-    // SAFETY: the type of `fi_getinfo` in fi_getinfo(3).
+    // SAFETY: this is the type of `fi_getinfo` in fi_getinfo(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
     // SAFETY: the arguments are valid for `fi_getinfo`, because the caller promises so (see #
     // Safety).
@@ -177,7 +177,7 @@ pub(crate) unsafe extern "C" fn fi_fabric(
         return -libc::ENOSYS;
     };
     import();
-    // SAFETY: the type of `fi_fabric` in fi_fabric(3).
+    // SAFETY: this is the type of `fi_fabric` in fi_fabric(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
     // SAFETY: the arguments are valid for `fi_fabric`, because the caller promises so (see #
     // Safety).

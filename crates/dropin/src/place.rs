@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// The id of the `Mm` that has used one of the libraries; 0 if none has.
 static BEGUN: AtomicU64 = AtomicU64::new(0);
 
-/// Called at each use of UCX or libfabric. Only the first call in an address space does anything;
-/// the child of a fork has a first use of its own.
+/// Called at each use of UCX or libfabric. Only the first call in an address space has an
+/// effect; the child of a fork has a first use of its own.
 pub(crate) fn begin() {
     let own = mmu_source::current_ref().id();
     // Relaxed: no other data is published through `BEGUN`.
@@ -22,8 +22,8 @@ pub(crate) fn begin() {
     if before != 0 {
         counts::forget();
     }
-    // A placeholder, so that a process that ends without a report differs from one that never used
-    // a library.
+    // A placeholder, so that a process that ends without a report differs from a process that never
+    // used a library.
     if let Some(folder) = folder() {
         let _ = std::fs::write(
             path_in(&folder),

@@ -13,7 +13,7 @@
 //! | 2 | stale, counted in `dirty` | last unsubscription |
 //!
 //! # Invariants
-//! `dirty` is the number of stale ranges, and is changed under the lock only. `pending` is 0 or
+//! `dirty` is the count of stale ranges, and is changed under the lock only. `pending` is 0 or
 //! holds the bits of changes that have not been entered yet. So if both are 0, every range is
 //! valid.
 

@@ -5,11 +5,11 @@ use crate::first::First;
 /// Which sources to use: `MMUN`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Choice {
-    /// Both, or the one that works.
+    /// Both sources, or the one that works.
     Auto,
     Hook,
     Kernel,
-    /// Both, or none.
+    /// Both sources, or none.
     Both,
     Off,
 }

@@ -55,7 +55,7 @@ static CURRENT: AtomicPtr<Space> = AtomicPtr::new(ptr::null_mut());
 pub(crate) fn current() -> Option<&'static Space> {
     // ORDER(dropin-space): Acquire, for the content. Partner: the exchange in `make`.
     let space = CURRENT.load(Ordering::Acquire);
-    // SAFETY: it is null or comes from `Box::leak` in `make`, and is never freed.
+    // SAFETY: the pointer is null or comes from `Box::leak` in `make`, and is never freed.
     let space = unsafe { space.as_ref() }?;
     (space.id == mmu_source::current_ref().id()).then_some(space)
 }
@@ -80,8 +80,8 @@ fn make() -> &'static Space {
         Ok(_) => space,
         // Another thread of this process was first; it cannot be a space of the parent, because a
         // child begins with one thread. Our copy is leaked, and both copies share the sources.
-        // SAFETY: as in `current`; it is not null, since it was exchanged by another call of this
-        // function.
+        // SAFETY: as in `current`; the pointer is not null, because another call of this function
+        // has stored it.
         Err(first) => unsafe { &*first },
     }
 }

@@ -1,4 +1,4 @@
-//! UCX: this library acts as UCX's external source of events. Up to UCX 1.13 it also asks the
+//! UCX: this library acts as UCX's external source of events. Up to UCX 1.13, it also settles the
 //! kernel source at each look-up.
 //!
 //! UCX's registration caches subscribe with `ucm_set_event_handler`. If another library has
@@ -7,10 +7,10 @@
 //! registrations that overlap the range. If the cache's lock is held, the cache queues the range
 //! instead. The cache never waits, so our callback may run inside `free`.
 //!
-//! A change that only the kernel source sees is reported when a thread asks that source. Up to UCX
-//! 1.13 each look-up calls `ucs_rcache_get`; this library defines that function as well, and asks
-//! the source in it. From 1.14 on the look-up is inlined, so the source's own thread reports the
-//! change, a little later.
+//! A change that only the kernel source sees is reported when a thread settles that source. Up to
+//! UCX 1.13 each look-up calls `ucs_rcache_get`; this library defines that function as well, and
+//! settles the source in it. From 1.14 on the look-up is inlined, so the source's own thread
+//! reports the change, a little later.
 
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
 
@@ -68,9 +68,9 @@ impl Notifier for Feed {
             .map_or(usize::MAX, |end| end.get() as usize);
         // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
         FEEDING.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. It may be called anywhere, inside
-        // `free` as well: it takes a recursive read lock, and calls handlers that only try their
-        // locks.
+        // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. The function may be
+        // called anywhere, inside `free` as well: it takes a recursive read lock, and calls
+        // handlers that only try their locks.
         unsafe { (self.0.vm_munmap)(ptr::without_provenance_mut(start), end - start) };
         FEEDING.fetch_sub(1, Ordering::Relaxed);
         std::mem::forget(no_unwinding);
@@ -120,7 +120,7 @@ fn try_serve() -> Result<Served, String> {
         function(c"ucm_vm_munmap")?,
     );
     let served = Served {
-        // SAFETY: the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
+        // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
         vm_munmap: unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) },
     };
     let space = space::current_or_made();
@@ -134,7 +134,7 @@ fn try_serve() -> Result<Served, String> {
     if !feed(space, served) {
         return Err("the address space cannot be subscribed to: UCX watches by itself".to_owned());
     }
-    // SAFETY: the type of `ucm_set_external_event` in `ucm/api/ucm.h`.
+    // SAFETY: this is the type of `ucm_set_external_event` in `ucm/api/ucm.h`.
     let announce =
         unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(announce) };
     // SAFETY: the function takes a set of events. This library reports these events from now on.
@@ -165,7 +165,7 @@ extern "C" fn serve_child() {
         }
         counts::LOOKED_UP.store(false, Ordering::Relaxed);
         // Every registration is of the parent's memory, so drop them all.
-        // SAFETY: as in `Feed`.
+        // SAFETY: `vm_munmap` may be called anywhere, see `Feed`.
         unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };
     }
 }
@@ -186,7 +186,8 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
         complain("ucm_set_event_handler: no libucm is loaded");
         return UNSUPPORTED;
     };
-    // SAFETY: the type of `ucm_set_event_handler` in `ucm/api/ucm.h`; a `ucs_status_t` is one byte.
+    // SAFETY: this is the type of `ucm_set_event_handler` in `ucm/api/ucm.h`; a `ucs_status_t` is
+    // one byte.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Real>(real) };
     if events & VM_UNMAPPED != 0 {
         serve();
@@ -264,7 +265,7 @@ fn first_look_up() {
 fn version() -> Option<(u32, u32)> {
     type GetVersion = unsafe extern "C" fn(*mut u32, *mut u32, *mut u32);
     let get = found::function(c"libucp", c"ucp_get_version")?;
-    // SAFETY: the type of `ucp_get_version` in `ucp/api/ucp.h`.
+    // SAFETY: this is the type of `ucp_get_version` in `ucp/api/ucp.h`.
     let get = unsafe { std::mem::transmute::<NonNull<c_void>, GetVersion>(get) };
     let [mut major, mut minor, mut release] = [0; 3];
     // SAFETY: each of the three pointers has room for an integer.

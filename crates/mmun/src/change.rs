@@ -165,7 +165,7 @@ impl Pairs {
         })
     }
 
-    /// The number of open ranges of this task's call.
+    /// How many ranges of this task's call are open.
     pub(crate) fn open(&self, tid: Pid) -> usize {
         self.open.get(&tid).map_or(0, Vec::len)
     }

@@ -90,7 +90,7 @@ pub(crate) fn main(args: DoctorArgs) -> Outcome {
 /// Whether a source can be used.
 ///
 /// # Errors
-/// What the source lacks first.
+/// The first lack of the source.
 pub(crate) fn usable(source: Source) -> Result<(), Lack> {
     probe::probe(source)
         .0

@@ -94,7 +94,7 @@ fn life(lived: &Lived) -> Vec<Detail> {
     details
 }
 
-/// A number that a viewer can show; a larger number is clamped.
+/// An integer that a viewer can show; a larger value is clamped.
 fn number(value: u64) -> Value {
     Value::Number(i64::try_from(value).unwrap_or(i64::MAX))
 }

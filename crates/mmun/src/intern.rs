@@ -1,9 +1,9 @@
-//! Strings by number.
+//! Strings, each stored once and referred to by its index.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// The number of a string in a [`Names`].
+/// The index of a string in a [`Names`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Name(u32);
 
@@ -13,7 +13,7 @@ impl Name {
     }
 }
 
-/// Distinct strings, numbered in the order in which they came.
+/// Distinct strings, in the order in which they were added.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Names {
     numbers: HashMap<Arc<str>, Name>,
@@ -32,7 +32,7 @@ impl Names {
         name
     }
 
-    /// In the order of their numbers.
+    /// All strings, in the order of their indices.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &str> {
         self.list.iter().map(|text| &**text)
     }

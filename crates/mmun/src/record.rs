@@ -121,7 +121,7 @@ pub(crate) struct Extra<'a> {
     /// The first mapping of the range.
     pub(crate) what: Option<&'a str>,
     pub(crate) pages: Option<Pages>,
-    /// The number of the stack.
+    /// The index of the stack.
     pub(crate) site: Option<u32>,
     /// The time the task ran in the call, in the last end of the call.
     pub(crate) own: Option<u64>,

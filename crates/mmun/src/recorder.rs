@@ -182,7 +182,7 @@ impl Recorder {
         inner.output.discard();
     }
 
-    /// The number of ranges that could not be examined.
+    /// How many ranges could not be examined.
     pub(crate) fn unseen(&self) -> u64 {
         self.lock()
             .capture

@@ -1,4 +1,4 @@
-//! A recorded trace in memory: what `mmun trace --json` wrote, read back.
+//! A recorded trace in memory, read from the output of `mmun trace --json`.
 //!
 //! Reports, comparisons and other formats all use this model. It ignores keys and kinds that this
 //! version does not know, as `docs/trace-json.md` demands of every reader.
@@ -26,7 +26,7 @@ use self::line::{Causes, Said};
 pub(crate) struct Recording {
     /// The time of the last record, in nanoseconds since the trace began.
     pub(crate) end: u64,
-    /// The address spaces by their numbers.
+    /// The address spaces by their ids (`mm`).
     pub(crate) spaces: BTreeMap<u64, Space>,
     /// Every range that a call changed, in the order of the ends.
     pub(crate) changes: Vec<Changed>,

@@ -87,7 +87,7 @@ impl Stacks {
         }
     }
 
-    /// The number of the stack of `task`, which is stopped before a call; `None` if it cannot be
+    /// The index of the stack of `task`, which is stopped before a call; `None` if it cannot be
     /// taken.
     pub(crate) fn take(&mut self, task: Task, capture: &mut Capture) -> Option<u32> {
         let current = current()?;

@@ -1,4 +1,4 @@
-//! Totals of a trace: number of calls, memory and time, by event, by place in the code, by mapping,
+//! Totals of a trace: count of calls, memory and time, by event, by place in the code, by mapping,
 //! by task and by cause.
 
 mod table;
@@ -51,7 +51,7 @@ pub(crate) struct Summary {
     tasks: HashMap<(Task, String), Row>,
     causes: HashMap<&'static str, Row>,
     total: Row,
-    /// The number of unmaps and clears, and of those that removed nothing. `None` without details.
+    /// The count of unmaps and clears, and of those that removed nothing. `None` without details.
     removals: Option<(u64, u64)>,
 }
 

@@ -323,7 +323,7 @@ pub(crate) fn rename(name: &std::ffi::CStr) {
     let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else {
         return;
     };
-    // The fields after the name in parentheses; the area of the arguments is numbers 48 and 49 of
+    // The fields after the name in parentheses; the area of the arguments is fields 48 and 49 of
     // proc(5).
     let fields = stat.rsplit(')').next().unwrap_or_default();
     let mut area = fields
@@ -403,8 +403,8 @@ fn set_of(signals: &[i32]) -> libc::sigset_t {
     // SAFETY: the pointer is to room for a set, which `sigemptyset` fills.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     for signal in signals {
-        // SAFETY: the set was initialised by `sigemptyset`; a bad number is an error, not
-        // undefined.
+        // SAFETY: the set was initialised by `sigemptyset`; an invalid signal is an error, not
+        // undefined behaviour.
         unsafe { libc::sigaddset(set.as_mut_ptr(), *signal) };
     }
     // SAFETY: `sigemptyset` initialised the set.

@@ -67,7 +67,8 @@ fn notify(start: u64, len: u64) {
     let Some(import) = (unsafe { import.as_ref() }) else {
         return;
     };
-    // SAFETY: the type of `notify` in `rdma/fi_ext.h`; this thread holds no lock of libfabric.
+    // SAFETY: this is the type of `notify` in `rdma/fi_ext.h`; this thread holds no lock of
+    // libfabric.
     unsafe {
         (import.notify)(
             monitor(),

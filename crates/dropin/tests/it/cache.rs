@@ -172,7 +172,7 @@ fn caches_start_and_stop_while_others_map_and_unmap() {
     }
 }
 
-/// How often to run a test that can crash by chance; `MMUN_RUNS` sets another number.
+/// How often to run a test that can crash by chance; `MMUN_RUNS` sets another value.
 fn runs() -> u32 {
     std::env::var("MMUN_RUNS")
         .ok()

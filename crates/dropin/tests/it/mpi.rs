@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use testkit::{Cap, PYTHON, require};
 
-/// Seconds of each run; `MMUN_SECONDS` sets another number.
+/// Seconds of each run; `MMUN_SECONDS` sets another value.
 fn seconds() -> String {
     std::env::var("MMUN_SECONDS").unwrap_or_else(|_| "2".to_owned())
 }

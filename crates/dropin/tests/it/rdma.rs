@@ -12,7 +12,7 @@ use testkit::{Cap, require};
 /// Rounds of an exchange: the sizes repeat after 13 rounds, the ways after 4.
 const ROUNDS: &str = "26";
 
-/// Runs the exchange; returns the number of wrong bytes, and the reports of the ranks.
+/// Runs the exchange; returns the count of wrong bytes, and the reports of the ranks.
 fn wrong_bytes(options: &[&str], source: Option<&str>) -> Option<(u64, String)> {
     let program = build("mpicc.openmpi", "exchange.c", "mpi", &[])?;
     let mut command = Command::new("mpirun.openmpi");

@@ -48,7 +48,8 @@ pub(crate) fn query(maps: &File, address: u64, which: Which) -> io::Result<Optio
         ..ProcmapQuery::default()
     };
     let ask = |query: &mut ProcmapQuery| {
-        // SAFETY: see the module; `query` and `name` live across the call.
+        // SAFETY: `query` has the kernel's layout (see the module). It and `name` live across the
+        // call.
         unsafe { libc::ioctl(maps.as_raw_fd(), PROCMAP_QUERY, &raw mut *query) }
     };
     let mut answer = ask(&mut query);
@@ -114,7 +115,8 @@ pub(crate) fn scan(
             return_mask: IS_PRESENT | IS_SWAPPED | IS_FILE | IS_ZERO | IS_HUGE,
             ..PagemapScan::default()
         };
-        // SAFETY: see the module; `scan` and `regions` live across the call.
+        // SAFETY: `scan` has the kernel's layout (see the module). It and `regions` live across the
+        // call.
         let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
         let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
         regions[..count].iter().for_each(&mut tell);

@@ -28,7 +28,7 @@ pub(crate) struct Matrix {
     /// unusable sources are entered at the start.
     places: Vec<(usize, usize)>,
     form: Form,
-    /// The number of rows that are written already.
+    /// How many rows are written already.
     written: usize,
 }
 

@@ -321,8 +321,8 @@ impl Region {
     }
 }
 
-/// `process_madvise` of libc, or by number where libc has none, on memory of the process behind
-/// `pidfd`.
+/// `process_madvise` on memory of the process behind `pidfd`: libc's function, or the bare system
+/// call if libc has no such function.
 ///
 /// Only for regions, in this process or the other one, because the content of the pages may be
 /// lost.
@@ -340,7 +340,7 @@ pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -
             // SAFETY: one live vector; the pages it names are a region's.
             unsafe { function(pidfd, &part, 1, advice, 0) }
         }
-        // SAFETY: as above.
+        // SAFETY: the system call gets the same arguments as the function above.
         None => unsafe {
             libc::syscall(libc::SYS_process_madvise, pidfd, &part, 1, advice, 0) as isize
         },

@@ -126,8 +126,8 @@ impl Observer for Looker {
             pid: root,
             seen: Arc::clone(&self.seen),
         };
-        // The first task of an address space enters it before anything is invalidated there, so
-        // this succeeds.
+        // The first task of an address space enters it before any range is invalidated there,
+        // so this succeeds.
         Registration::new(mm, witness).ok()
     }
 

@@ -18,7 +18,7 @@ use crate::stacks;
 pub(super) enum Said {
     /// A kind that this version ignores.
     Other,
-    /// A stack with its number.
+    /// A stack with its index.
     Stack(u32, stacks::Stack),
     Record {
         record: Record,

@@ -65,7 +65,7 @@ struct Data<'a> {
     sizes: Vec<(usize, u32, u32, Sum)>,
     /// Function, module, line; whether the function has a name.
     frames: Vec<(u32, u32, u32, bool)>,
-    /// For each stack number: the index of the place, and the frames, the innermost first.
+    /// For the index of each stack: the index of the place, and the frames, the innermost first.
     stacks: BTreeMap<u32, (usize, Vec<u32>)>,
     strings: Vec<&'a str>,
 }

@@ -275,7 +275,7 @@ unsafe impl Send for Mapped {}
 impl Mapped {
     fn new(file: &File, length: u64) -> Option<Mapped> {
         let size = usize::try_from(length).ok().filter(|size| *size > 0)?;
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+        // SAFETY: a fresh mapping at an address that the kernel chooses replaces no mapping.
         let begin = unsafe {
             mmap(
                 ptr::null_mut(),

@@ -219,7 +219,7 @@ impl Resolved {
             .map_or_else(|| UNKNOWN.to_owned(), Stack::place)
     }
 
-    /// All stacks with their numbers, in order.
+    /// All stacks with their indices, in order.
     pub(crate) fn all(&self) -> Vec<(u32, &Stack)> {
         let mut all: Vec<_> = self
             .stacks

@@ -30,7 +30,7 @@ struct Units {
     first: u128,
     /// The factor between a unit and the next.
     step: u128,
-    /// From this number on, no tenths are shown (except for the smallest unit, which never has
+    /// From this value on, no tenths are shown (except for the smallest unit, which never has
     /// any).
     whole_from: u128,
 }
@@ -49,7 +49,7 @@ const TIMES: Units = Units {
     whole_from: 10,
 };
 
-/// Rounds to the nearest number that can be shown; a value that would round to 1024 KiB is 1.0 MiB.
+/// Rounds to the nearest value that can be shown; a value that would round to 1024 KiB is 1.0 MiB.
 fn put_scaled(out: &mut Vec<u8>, value: u128, units: &Units) {
     let last = units.names.len() - 1;
     let (mut unit, mut one) = (0, units.first);

@@ -112,7 +112,7 @@ fn rights(status: &str) -> Vec<&str> {
         .collect()
 }
 
-/// The number of named functions in the deepest stack.
+/// The count of named functions in the deepest stack.
 fn deepest(copy: &Public) -> usize {
     let path = copy.folder().join("trace.json");
     let mut command = Command::new(copy.mmun());

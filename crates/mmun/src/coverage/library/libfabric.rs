@@ -178,19 +178,19 @@ impl Cache {
         let own = load(c"libfabric.so.1")?;
         // Search the global scope, because the drop-in may interpose these functions.
         let any = libc::RTLD_DEFAULT;
-        // SAFETY: the types of these functions in `rdma/fabric.h`.
+        // SAFETY: this is the function's type in `rdma/fabric.h`.
         let get_info =
             unsafe { std::mem::transmute::<*mut c_void, GetInfo>(symbol(any, c"fi_getinfo")?) };
-        // SAFETY: as before.
+        // SAFETY: this is the function's type in `rdma/fabric.h`.
         let open =
             unsafe { std::mem::transmute::<*mut c_void, OpenFabric>(symbol(any, c"fi_fabric")?) };
-        // SAFETY: as before.
+        // SAFETY: this is the function's type in `rdma/fabric.h`.
         let duplicate = unsafe {
             std::mem::transmute::<*mut c_void, DuplicateInfo>(symbol(own, c"fi_dupinfo")?)
         };
         let hints = hints(duplicate)?;
         let mut info: *mut Info = null_mut();
-        // SAFETY: live hints, and room for the answer.
+        // SAFETY: the hints are live, and `info` has room for the answer.
         let status = unsafe { get_info(VERSION, null(), null(), 0, hints, &raw mut info) };
         answered("verbs provider", status)?;
         let mut fabric: *mut Fabric = null_mut();

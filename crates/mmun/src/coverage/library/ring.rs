@@ -48,7 +48,7 @@ impl Ring {
 
     /// Pins a range and returns its slot. May be called in any thread.
     pub(crate) fn register(&self, start: usize, len: usize) -> io::Result<u32> {
-        // Relaxed: the number publishes no data.
+        // Relaxed: the counter publishes no data.
         let slot = self.next.fetch_add(1, Relaxed);
         self.set(slot, start, len).map(|()| slot)
     }
@@ -90,7 +90,8 @@ impl Ring {
         // SAFETY: no other handle of the submission queue exists: only one thread calls `write`,
         // which drops this handle before it returns.
         let mut queue = unsafe { self.ring.submission_shared() };
-        // SAFETY: see the module; the request has completed when this function returns.
+        // SAFETY: the request writes to the slot's pinned pages only (see the module), and
+        // completes before this function returns.
         unsafe { queue.push(&read) }.map_err(io::Error::other)?;
         drop(queue);
         self.ring.submit_and_wait(1)?;

@@ -1,5 +1,4 @@
-//! UCX's registration cache, the one that its InfiniBand transports use, with an io_uring as the
-//! device.
+//! The registration cache that UCX's InfiniBand transports use, with an io_uring as the device.
 //!
 //! `libucs` exports the cache. The interface is not public, and has changed several times. The
 //! layouts here are those of 1.12 and 1.13, and of 1.22 and later; other versions are refused.
@@ -147,7 +146,8 @@ extern "C" fn reg(
 extern "C" fn dereg(ring: *mut Ring, _: *mut c_void, region: *mut Region) {
     // SAFETY: UCX passes a live region that `reg` has registered, so the slot is written.
     let slot = unsafe { (*region).slot };
-    // SAFETY: as in `reg`. The kernel releases the pages in any case when the ring is closed.
+    // SAFETY: `ring` is the context of `open`, as in `reg`. If this fails, the kernel releases the
+    // pages when the ring is closed.
     let _ = unsafe { &*ring }.deregister(slot);
 }
 
@@ -178,11 +178,11 @@ impl Cache {
     pub(crate) fn open(ring: &'static Ring) -> Result<Cache, Unavailable> {
         let (major, minor) = version()?;
         let ucs = load(c"libucs.so.0")?;
-        // SAFETY: the types in the versions that are accepted below.
+        // SAFETY: this is the function's type in the versions that are accepted below.
         let create = unsafe {
             std::mem::transmute::<*mut c_void, Create>(symbol(ucs, c"ucs_rcache_create")?)
         };
-        // SAFETY: as before.
+        // SAFETY: this is the function's type in the same versions.
         let put = unsafe {
             std::mem::transmute::<*mut c_void, Put>(symbol(ucs, c"ucs_rcache_region_put")?)
         };
@@ -202,7 +202,7 @@ impl Cache {
             (1, 12 | 13) => {
                 // UCX's transports call the function by name, so the drop-in may interpose it.
                 let get = symbol(libc::RTLD_DEFAULT, c"ucs_rcache_get")?;
-                // SAFETY: the type of these versions.
+                // SAFETY: this is the function's type in these versions.
                 let get = Get::Of13(unsafe { std::mem::transmute::<*mut c_void, Get13>(get) });
                 let rest = rest((&raw const OPS13).cast());
                 let params = Params13 {
@@ -225,7 +225,7 @@ impl Cache {
             (1, 22..) => {
                 // The look-up is compiled into UCX's transports, so no library can interpose it.
                 let get = symbol(ucs, c"ucs_rcache_get")?;
-                // SAFETY: the type of these versions.
+                // SAFETY: this is the function's type in these versions.
                 let get = Get::Of22(unsafe { std::mem::transmute::<*mut c_void, Get22>(get) });
                 let params = Params22 {
                     region: size_of::<Region>(),
@@ -265,7 +265,7 @@ impl cache::Cache for Cache {
             Get::Of13(get) => unsafe {
                 get(self.cache, at, len, protection, null_mut(), &raw mut region)
             },
-            // SAFETY: as before.
+            // SAFETY: as for `Of13`.
             Get::Of22(get) => unsafe {
                 get(
                     self.cache,

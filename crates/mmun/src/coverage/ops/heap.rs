@@ -21,7 +21,7 @@ use crate::coverage::region::{Region, page_size};
 const LARGE: usize = 40 << 20;
 /// A size that `malloc` takes from the heap.
 const SMALL: usize = 64 << 10;
-/// The number of bytes that [`end_moves`] adds to the heap.
+/// How many bytes [`end_moves`] adds to the heap.
 fn gain() -> usize {
     64 * page_size()
 }
