@@ -4,7 +4,7 @@
  *
  * A program can unmap memory that it has registered with a device, and then map other memory at the
  * same address. A cache that still finds the old registration lets the device read and write pages
- * that the program no longer owns. This library reports the change before the cache can serve the
+ * that the program no longer owns. This library reports the change before the cache can return the
  * stale registration.
  *
  *	struct mmun *mmun;
@@ -13,7 +13,7 @@
  *
  *	struct mmun_watch *watch;
  *	mmun_watch(mmun, buffer, length, &watch);	// First the watch,
- *	key = register_memory(buffer, length);		// then what it stands for.
+ *	key = register_memory(buffer, length);		// then the registration.
  *
  *	if (mmun_watch_valid(watch))			// At every use: about a nanosecond.
  *		transfer(key);
@@ -34,16 +34,17 @@
  * Errors     A function returns 0 or a negative error number. mmun_last_error() returns the details
  *            as one line of text.
  * Arguments  A null or misaligned pointer, an empty range and a range that wraps are -EINVAL. A
- *            function that fails sets its results to NULL. Arguments may overlap: a function reads
- *            all inputs before it writes an output.
+ *            function that fails sets a resulting handle to NULL, but not if an input struct was
+ *            invalid. Arguments may overlap: a function reads all inputs before it writes an
+ *            output.
  * Structs    The first field of a struct is its size. The caller sets it to sizeof, and the library
  *            learns from it which fields the caller's header has. The library reads a field that an
  *            older caller does not have as zero. A newer caller must leave each field that the
- *            library does not know at zero, or the call fails with -E2BIG.
+ *            library does not know at zero, or the function fails with -E2BIG.
  * Threads    Any thread may call any function at any time, also several threads with the same
- *            handle, unless the function says otherwise. A closed handle must not be used. A call
- *            that ends a handle (close, unsubscribe, unwatch, put) must be the only call with that
- *            handle: two threads that end one handle at the same time cause a double free.
+ *            handle, unless the function says otherwise. A closed handle must not be used. While
+ *            one thread ends a handle (close, unsubscribe, unwatch, put), no other thread may use
+ *            it: if two threads end one handle at the same time, its memory is freed twice.
  * Callbacks  A callback may run in any thread, in several threads at once, and in the middle of
  *            malloc() and free(). struct mmun_change says what a callback may do. A C++ exception
  *            that leaves a callback ends the process with a message.
@@ -53,10 +54,10 @@
  * Handles    Each handle keeps the objects that it needs: a program may close a struct mmun before
  *            the watches, subscriptions and caches that were made from it.
  * Signals    A signal handler may call mmun_watch_valid() and no other function.
- * Cancelling pthread_cancel() takes effect after a function that opens, closes, subscribes or
- *            watches, and after the functions of a registrar. Cancelling a thread in a callback of
- *            struct mmun_ops ends the process with a message. Asynchronous cancellation must be
- *            off.
+ * Cancelling While a thread is in a function that opens, closes, subscribes or watches, or in a
+ *            function of a registrar, pthread_cancel() takes effect only when that function
+ *            returns. Cancelling a thread in a callback of struct mmun_ops ends the process with a
+ *            message. Asynchronous cancellation must be off.
  * Stacks     Every function needs at most 64 KiB of stack, besides what your callbacks use.
  * Loading    A program may link the library, or load it with dlopen() at any time; dlclose() leaves
  *            it loaded. The library has 352 bytes of static TLS. glibc reserves 1,664 bytes of
@@ -77,7 +78,7 @@
 extern "C" {
 #endif
 
-/* The version of the binary interface: the major one times 65536, and the minor one. */
+/* The version of the binary interface: the major version times 65536, plus the minor version. */
 #define MMUN_ABI_VERSION 1u
 
 /* Returns the version of the library that is loaded. Programs work with any library of the same
@@ -88,9 +89,9 @@ uint32_t mmun_abi_version(void);
  * NULL. */
 const char *mmun_strerror(int error);
 
-/* Returns the reason why the last failed call of this thread failed: for example what a source
- * lacks, and the command that grants it. The string is valid until the next call fails in this
- * thread. It is never NULL, and empty if no call has failed. */
+/* Returns the reason for the last failure of a function in this thread: for example which right a
+ * source lacks, and the command that grants it. The string is valid until the next failure in this
+ * thread. It is never NULL, and empty if no function has failed. */
 const char *mmun_last_error(void);
 
 /* ------------------------------------------------------------------------------------------------
@@ -118,22 +119,22 @@ struct mmun;
 struct mmun_options {
 	size_t size;       /* sizeof(struct mmun_options) */
 	uint32_t sources;  /* Sources to start, if they work here. 0: hook and kernel. */
-	uint32_t required; /* Sources without which mmun_open() fails. */
+	uint32_t required; /* Sources to start; mmun_open() fails if one of them does not work. */
 };
 
 /*
- * Opens the sources. If options is NULL, it starts those of hook and kernel that work here, and
- * fails if neither works. The first call takes some ten milliseconds. The kernel source starts
- * threads.
+ * Opens the sources. If options is NULL, the function starts those of hook and kernel that work
+ * here, and fails if neither works. The first call takes some ten milliseconds. The kernel source
+ * starts threads.
  *
- * -EOPNOTSUPP: a required source does not work here, or no source does; mmun_last_error() says what
- * is missing and how to grant it. -EINVAL, -E2BIG: the options are wrong. Other errors come from
- * the kernel.
+ * -EOPNOTSUPP: a required source does not work here, or no source works. mmun_last_error() then
+ * names the missing feature or right, and how to grant it. -EINVAL, -E2BIG: the options are wrong.
+ * Other errors come from the kernel.
  */
 int mmun_open(const struct mmun_options *options, struct mmun **mmun);
 
-/* Closes the handle; NULL does nothing. The sources end when the last handle, watch, subscription
- * and cache has ended. Must not be called in a callback. */
+/* Closes the handle; for NULL it does nothing. The sources end when the last handle, watch,
+ * subscription and cache has ended. Must not be called in a callback. */
 void mmun_close(struct mmun *mmun);
 
 struct mmun_status {
@@ -152,50 +153,51 @@ struct mmun_status {
 	char no_kernel[256];    /* The same for the kernel source. */
 };
 
-/* Writes the state of the sources to `status`. Call it once after mmun_open() and warn the user if
- * complete is 0: changes can be missed then. */
+/* Writes the state of the sources to `status`. Call this function once after mmun_open(), and warn
+ * the user if complete is 0, because then the sources can miss changes. */
 int mmun_status(const struct mmun *mmun, struct mmun_status *status);
 
 /* ------------------------------------------------------------------------------------------------
- * Watches: one question about one range
+ * Watches: has the memory of this range changed?
  * ---------------------------------------------------------------------------------------------- */
 
 /* A range, and whether its memory has changed since the watch was made or renewed. */
 struct mmun_watch;
 
 /*
- * Watches the pages of `length` bytes at `address`. Translate the range after this call returns:
- * every change that began before the call is over then. The memory need not be mapped, and `address`
- * may be any address.
+ * Watches the pages of `length` bytes at `address`. Translate the range after this function has
+ * returned: then every change that began before the call is over. The memory need not be mapped,
+ * and `address` may be any address.
  *
- * If the kernel source runs, it marks the watch. Otherwise the hook marks it, and invalidations
- * that the program opens. The call may wait for changes under way: -EDEADLK in a callback or inside
- * an invalidation.
+ * A change of the range makes the watch invalid. If the kernel source runs, it detects the changes.
+ * Otherwise the hook and the invalidations that the program opens do. The function may wait for
+ * changes under way, so it returns -EDEADLK in a callback or inside an invalidation.
  */
 int mmun_watch(const struct mmun *mmun, const void *address, size_t length, struct mmun_watch **watch);
 
 /*
  * Returns true if the memory of the range has not changed since mmun_watch() or mmun_watch_renew().
- * It runs no callback, takes no lock, allocates nothing and does not wait. So it may be called
- * anywhere: under any lock, in free(), in a callback and in a signal handler.
+ * The function runs no callback, takes no lock, allocates nothing and does not wait. So it may be
+ * called anywhere: under any lock, in free(), in a callback and in a signal handler.
  *
  * Call it before each use of an entry. If another thread can unmap memory that is in use, call it
  * again after the use. It returns false for NULL.
  *
- * With the kernel source it may return a spurious false: while another thread keeps reading the
- * records, and after a change of other memory nearby. If munmap(), mprotect() or mremap() cuts a
- * mapping, the kernel announces the huge page (2 MiB) around each cut that is not at a multiple of
- * 2 MiB, also if no huge page lies there. So give buffers that are unmapped one by one mappings of
- * their own, with a gap or different protection between them, or unmap in multiples of 2 MiB.
+ * With the kernel source it may return false although the range has not changed. This happens while
+ * another thread keeps reading the source's records, and after a change of other memory nearby. If
+ * munmap(), mprotect() or mremap() cuts a mapping at an address that is not a multiple of 2 MiB,
+ * the kernel announces a change of the whole 2 MiB around the cut, even if no huge page lies there.
+ * So give buffers that are unmapped one by one mappings of their own, with a gap or different
+ * protection between them, or unmap in multiples of 2 MiB.
  */
 bool mmun_watch_valid(const struct mmun_watch *watch);
 
-/* Makes the watch valid again; cheaper than a new watch. Translate the range again afterwards.
- * Waits as mmun_watch() does, and is refused where that is. No other thread may use the watch
- * meanwhile. After an error the watch is not valid. */
+/* Makes the watch valid again, which is cheaper than a new watch. Translate the range again
+ * afterwards. Waits as mmun_watch() does, and returns -EDEADLK in the same cases. No other thread
+ * may use the watch meanwhile. After an error the watch is not valid. */
 int mmun_watch_renew(struct mmun_watch *watch);
 
-/* Ends a watch; NULL does nothing. Waits for no callback. */
+/* Ends a watch; for NULL it does nothing. Waits for no callback. */
 void mmun_unwatch(struct mmun_watch *watch);
 
 /* ------------------------------------------------------------------------------------------------
@@ -204,11 +206,11 @@ void mmun_unwatch(struct mmun_watch *watch);
 
 struct mmun_subscription;
 
-/* The kind of a change. It is a hint: a subscriber that drops every entry of the range, whatever
- * the kind, is correct. The numbers are those of enum mmu_notifier_event. */
+/* The kind of a change. The kind is only a hint: a subscriber is correct if it ignores the kind and
+ * drops every entry of the range. The values are those of enum mmu_notifier_event. */
 enum mmun_event {
 	MMUN_EVENT_UNMAP = 0,           /* The mapping is removed or moved. */
-	MMUN_EVENT_CLEAR = 1,           /* The pages are discarded. MMUN_CAUSE_KERNEL: any kind. */
+	MMUN_EVENT_CLEAR = 1,           /* The pages are discarded. With MMUN_CAUSE_KERNEL: any change. */
 	MMUN_EVENT_PROTECTION_VMA = 2,  /* The protection of the mapping changes. */
 	MMUN_EVENT_PROTECTION_PAGE = 3, /* The protection of single pages changes. */
 	MMUN_EVENT_SOFT_DIRTY = 4,
@@ -233,9 +235,10 @@ enum mmun_cause {
  * includes the last address.
  *
  * A callback with MMUN_CAUSE_CALLER may run in the middle of free(). So it must not allocate, free
- * or print, and must not take a lock that any thread holds while it allocates, frees or prints. It
- * may map and unmap. A callback with MMUN_CAUSE_KERNEL may do all of that; it must not wait for a
- * thread that calls this library. No callback may unsubscribe, close, or open.
+ * or print, and must not take a lock that any thread holds while it allocates, frees or prints. The
+ * callback may map and unmap. A callback with MMUN_CAUSE_KERNEL may also allocate, free and print,
+ * but must not wait for a thread that calls this library. No callback may unsubscribe, close, or
+ * open.
  */
 struct mmun_change {
 	size_t size; /* Size in the library; a newer library may append fields. */
@@ -249,8 +252,8 @@ struct mmun_change {
 struct mmun_ops {
 	size_t size; /* sizeof(struct mmun_ops) */
 
-	/* Drops every entry of the range. After this returns, no thread may use an old translation
-	 * of the range, and no thread may enter a new one before `end`. */
+	/* Drops every entry of the range. After `start` has returned, no thread may use an old
+	 * translation of the range, and before `end` no thread may enter a new one. */
 	void (*start)(void *context, const struct mmun_change *change);
 	/* The change is over. */
 	void (*end)(void *context, const struct mmun_change *change);
@@ -258,29 +261,29 @@ struct mmun_ops {
 
 /*
  * Calls `ops` for every change of this process's memory from now on. The library copies `ops`. If a
- * change is made while this call runs, either its callback runs, or it is over when the call
- * returns.
+ * change is made while this function runs, either the change's callbacks run, or the change is over
+ * when the function returns.
  *
- * With the kernel source, callbacks run soon after a change has begun, and one call can stand for
- * several changes of the same range. A cache that must not serve
- * a stale entry calls mmun_settle() before each look-up, or keeps a watch in each entry and uses
- * callbacks only to free entries early.
+ * With the kernel source, callbacks run soon after a change has begun, and one callback can stand
+ * for several changes of the same range. A cache that must not return a stale entry calls
+ * mmun_settle() before each look-up, or keeps a watch in each entry and uses callbacks only to free
+ * entries early.
  *
  * -EDEADLK in a callback or inside an invalidation.
  */
 int mmun_subscribe(const struct mmun *mmun, const struct mmun_ops *ops, void *context,
 		   struct mmun_subscription **subscription);
 
-/* Ends a subscription: after this returns 0, no callback runs, and no further callback starts. In a
- * callback or inside an invalidation it would wait for itself: it returns -EDEADLK there, and the
- * subscription stays. Only one thread may call it for a subscription, also while the call waits: a
- * second call uses freed memory. */
+/* Ends a subscription: after the function has returned 0, no callback runs, and no further callback
+ * starts. In a callback or inside an invalidation the function would wait for itself, so it returns
+ * -EDEADLK, and the subscription stays. While the function waits, no other thread may end the same
+ * subscription, because the first call frees its memory. */
 int mmun_unsubscribe(struct mmun_subscription *subscription);
 
 /* Runs the callbacks of all changes that began before the call, or waits until another thread has
- * run them. Costs two loads if no memory has changed. Without the kernel source it does nothing,
- * because the other sources call back in the thread that makes the change. -EDEADLK in a callback
- * of the kernel source. */
+ * run them. Costs two loads if no memory has changed. Without the kernel source the function does
+ * nothing, because the other sources run the callbacks in the thread that makes the change. Returns
+ * -EDEADLK in a callback of the kernel source. */
 int mmun_settle(const struct mmun *mmun);
 
 /*
@@ -302,12 +305,13 @@ int mmun_settle(const struct mmun *mmun);
  *	}
  *
  * _begin waits until no change is under way and returns a sequence number. _retry returns true if a
- * change of watched or subscribed memory has begun since: the registration may be of the old memory
- * then, and must not be published. If a change begins after _retry has returned false, its `start`
- * waits for the lock and finds the entry. A cache that watches its entries needs neither function.
+ * change of watched or subscribed memory has begun since then: the registration may be of the old
+ * memory, and must not be published. If a change begins after _retry has returned false, its
+ * `start` waits for the lock and finds the entry. A cache that watches its entries needs neither
+ * function.
  *
- * _begin returns 0 in a callback, inside an invalidation, and in the child of a fork; _retry of 0
- * returns true.
+ * _begin returns 0 in a callback, inside an invalidation, and in the child of a fork. For the
+ * sequence number 0, _retry returns true.
  */
 uint64_t mmun_fill_begin(const struct mmun *mmun);
 bool mmun_fill_retry(const struct mmun *mmun, uint64_t seq);
@@ -316,18 +320,19 @@ bool mmun_fill_retry(const struct mmun *mmun, uint64_t seq);
  * The registration cache
  * ---------------------------------------------------------------------------------------------- */
 
-/* A cache of registrations that never serves a stale registration. It watches, fills and evicts by
+/* A cache of registrations that never returns a stale registration. It watches, fills and evicts by
  * itself. */
 struct mmun_regcache;
 
-/* The cache may call deregister_region in a callback with MMUN_CAUSE_CALLER, whose rules then hold
- * for deregister_region. A region without a lease is then deregistered before its memory changes.
- * Without the flag, a later call of the cache deregisters it. */
+/* With this flag, the cache may call deregister_region in a callback with MMUN_CAUSE_CALLER, and
+ * the rules for such callbacks hold for deregister_region. So a region without a lease is
+ * deregistered before its memory changes. Without the flag, a later function of the cache
+ * deregisters the region. */
 #define MMUN_REGISTRAR_IN_CALLBACKS (UINT64_C(1) << 0)
 
-/* Your two functions that register and deregister memory. Several threads may call them at once,
- * for ranges that overlap; the cache holds no lock meanwhile. They must not use the cache that
- * calls them. */
+/* Your two functions that register and deregister memory. The cache may call them in several
+ * threads at once, for ranges that overlap, and holds no lock meanwhile. The functions must not use
+ * the cache that calls them. */
 struct mmun_registrar {
 	size_t size; /* sizeof(struct mmun_registrar) */
 	void *context;
@@ -355,22 +360,22 @@ struct mmun_regcache_options {
 	uint64_t max_region_bytes; /* Largest region that merging makes. 0: 1 GiB */
 };
 
-/* A lease of a region, in the caller's memory. The caller may move it, and another thread may put
- * it. A lease and its copy must not both be put. */
+/* A lease of a region, in the caller's memory. The caller may move the struct, and another thread
+ * may put the lease. A lease and its copy must not both be put. */
 struct mmun_lease {
 	void *handle; /* The handle that register_region has stored. */
 	size_t mmun_private[2];
 };
 
-/* Opens a cache for this process's memory. NULL for the options stands for all zero. The library
+/* Opens a cache for this process's memory. If `options` is NULL, every option is zero. The library
  * copies `registrar`. */
 int mmun_regcache_open(const struct mmun *mmun, const struct mmun_registrar *registrar,
 		       const struct mmun_regcache_options *options, struct mmun_regcache **cache);
 
-/* Deregisters every region and ends the cache: after this returns 0, the library does not call the
- * registrar any more. NULL does nothing. No other thread may use the cache meanwhile. -EBUSY if a
- * lease has not been put, -EDEADLK in a callback or inside an invalidation; the cache stays
- * then. */
+/* Deregisters every region and ends the cache: after the function has returned 0, the library does
+ * not call the registrar any more. For NULL the function does nothing. No other thread may use the
+ * cache meanwhile. Returns -EBUSY if a lease has not been put, and -EDEADLK in a callback or inside
+ * an invalidation; in both cases the cache stays open. */
 int mmun_regcache_close(struct mmun_regcache *cache);
 
 /*
@@ -382,16 +387,19 @@ int mmun_regcache_close(struct mmun_regcache *cache);
  *
  * An error of the registrar is returned as it is. -ENOSPC: every region in the full cache is
  * leased. -EFBIG: the request is larger than max_bytes. -EDEADLK: a miss in a callback of the
- * kernel source. After an error the lease is empty.
+ * kernel source, or a request that would wait for its own thread. After an error the lease is
+ * empty.
  */
 int mmun_regcache_get(const struct mmun_regcache *cache, void *address, size_t length, struct mmun_lease *lease);
 
-/* Ends a lease. Ends the process with a message if the lease was put before or never got. */
+/* Ends a lease. If the lease was already put, or `lease` is NULL or empty, the function ends the
+ * process with a message. */
 void mmun_regcache_put(struct mmun_lease *lease);
 
 /*
- * Returns true if the region is current: the device reaches the memory that the program has at its
- * address. Ask after a transfer: true means that the transfer used that memory.
+ * Returns true if the region is current: the device reaches the memory that the program has at the
+ * region's addresses. Call this function after a transfer: true means that the transfer used that
+ * memory.
  *
  * After false, repeat the transfer with a new lease, because it may have used other memory. There
  * are four reasons for false:
@@ -399,12 +407,12 @@ void mmun_regcache_put(struct mmun_lease *lease);
  * - The memory was unmapped or changed during the lease, perhaps because the program frees memory
  *   that is in use.
  * - mmun_regcache_flush() removed the region. No memory was lost.
- * - A larger region replaced it. No memory was lost.
+ * - A larger region replaced this one. No memory was lost.
  * - A change of the same addresses was under way in another thread when the lease began: that
  *   thread's munmap() had not returned, but the kernel had already given the addresses to this
  *   thread. No memory was lost.
  *
- * It returns false for NULL and for a lease that was put.
+ * The function also returns false for NULL and for a lease that was put.
  */
 bool mmun_lease_valid(const struct mmun_lease *lease);
 
@@ -415,8 +423,8 @@ int mmun_lease_range(const struct mmun_lease *lease, void **address, size_t *len
  * regions it removed. */
 uint64_t mmun_regcache_flush(const struct mmun_regcache *cache);
 
-/* Deregisters the regions that callbacks have removed from the cache. Misses and puts do so as
- * well; call this if the program makes neither for a long time. */
+/* Deregisters the regions that callbacks have removed from the cache. A miss and a put deregister
+ * them as well. So call this function only if the program has neither for a long time. */
 void mmun_regcache_reap(const struct mmun_regcache *cache);
 
 struct mmun_regcache_stats {
@@ -426,13 +434,13 @@ struct mmun_regcache_stats {
 	uint64_t waits;        /* Requests that waited while another thread registered. */
 	uint64_t registered;   /* Calls of register_region that succeeded. */
 	uint64_t deregistered; /* Calls of deregister_region. */
-	uint64_t failed;       /* Calls of register_region that failed. */
+	uint64_t failed;       /* Registrations that register_region or the kernel source refused. */
 	uint64_t invalidated;  /* Regions removed because their memory changed. */
 	uint64_t replaced;     /* Regions removed because a larger one replaced them. */
 	uint64_t evicted;      /* Regions removed to make room. */
 	uint64_t flushed;      /* Regions removed by mmun_regcache_flush(). */
 	uint64_t collisions;   /* Registrations repeated because a change raced with them. */
-	uint64_t lost;         /* How often the kernel source lost records: all regions were removed. */
+	uint64_t lost;         /* Records that the kernel source lost. Each loss removes all regions. */
 	uint64_t regions;      /* Regions that are registered now, */
 	uint64_t bytes;        /* and their bytes. */
 	uint64_t live_regions; /* Those of them that a look-up finds, */

@@ -65,8 +65,8 @@ struct Close {
 // The event sources of this process.
 class Sources {
 public:
-	// Starts those of `sources` that work here (0: hook and kernel). Throws if one of
-	// `required` does not.
+	// Starts those of `sources` that work here (0: hook and kernel), and all of `required`.
+	// Throws if one of `required` does not work, or if no source works.
 	explicit Sources(std::uint32_t sources = 0, std::uint32_t required = 0)
 	{
 		const struct mmun_options options = {sizeof(options), sources, required};
@@ -85,7 +85,8 @@ public:
 		return status;
 	}
 
-	// Runs the callbacks of all changes that began before the call, or waits for them.
+	// Runs the callbacks of all changes that began before the call, or waits until another
+	// thread has run them.
 	void settle() const { detail::check(mmun_settle(get())); }
 
 	// Fills a cache that has a subscription. `make` runs without the lock: it registers the
@@ -93,9 +94,9 @@ public:
 	// it gets the object by move and publishes it. If a change raced with the registration, the
 	// object is destroyed without the lock and `make` runs again.
 	//
-	// The subscription's `start` must take `mutex` as well. It may run in the middle of free(),
-	// so no thread may allocate while it holds `mutex`: `enter` writes to memory that was
-	// allocated before.
+	// The subscription's `start` must take `mutex` as well, and may run in the middle of
+	// free(). So no thread may allocate while it holds `mutex`: `enter` must write to memory
+	// that was allocated before.
 	template <class Mutex, class Make, class Enter> void fill(Mutex &mutex, Make make, Enter enter) const
 	{
 		for (;;) {
@@ -137,8 +138,9 @@ private:
 	std::unique_ptr<struct mmun_watch, detail::Close> handle_;
 };
 
-// Calls start(change) and end(change) of an object for every change. The destructor waits until no
-// call runs. It must not run in a callback: it ends the process there.
+// Calls start(change) and end(change) of an object for every change. The destructor waits until
+// neither of them runs. The destructor must not run in a callback, where it would wait for itself:
+// it ends the process.
 template <class Subscriber> class Subscription {
 public:
 	template <class... Arguments>
@@ -204,7 +206,7 @@ public:
 	}
 
 	void *handle() const noexcept { return lease_.handle; }
-	// See mmun_lease_valid(): false does not prove a bug in the program.
+	// See mmun_lease_valid(). A result of false does not prove a bug in the program.
 	bool valid() const noexcept { return held_ && mmun_lease_valid(&lease_); }
 
 private:
