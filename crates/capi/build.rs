@@ -1,4 +1,4 @@
-//! The shared library's name and the version of its symbols.
+//! Sets the soname of the shared library and the version of its symbols.
 
 use std::path::Path;
 use std::process::Command;
@@ -24,11 +24,11 @@ fn main() {
     }
 }
 
-/// Writes a wrapper of the linker that gives the symbols their version. Only gcc has the option
-/// `-wrapper`.
+/// Writes a wrapper of the linker that gives the symbols their version, and returns its path. Only
+/// gcc has the option `-wrapper`, so other compilers get `None`.
 ///
-/// rustc passes the linker a version script with an anonymous version, which excludes any other
-/// version. So the wrapper gives the version in that script a name.
+/// rustc passes the linker a version script with an anonymous version, and a linker accepts no
+/// other version beside an anonymous one. So the wrapper gives the version in that script a name.
 fn wrapper() -> Option<String> {
     let linker = env::var("RUSTC_LINKER").unwrap_or_else(|_| "cc".into());
     let about = Command::new(linker).arg("--version").output().ok()?;

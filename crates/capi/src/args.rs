@@ -1,9 +1,9 @@
 //! C structs that grow: their first field, `size`, tells the library which fields the caller has.
 //!
-//! A caller that was compiled with an older header passes a smaller `size`; the library reads its
-//! missing fields as zero. A caller that was compiled with a newer header passes a larger `size`.
-//! The fields that this library does not know must be zero: the call fails with `E2BIG` instead of
-//! ignoring a field.
+//! A caller that was compiled with an older header passes a smaller `size`, and the library reads
+//! the missing fields as zero. A caller that was compiled with a newer header passes a larger
+//! `size`. The fields that this library does not know must be zero. Otherwise the function fails
+//! with `E2BIG`, because ignoring such a field could be wrong.
 
 use crate::error::{INVALID, TOO_NEW, fail};
 use libc::c_int;
@@ -20,19 +20,21 @@ pub(crate) unsafe trait Growing: Sized {
     const FIRST: usize;
 }
 
-/// Same limit as the kernel's for extensible structs.
+/// The largest size of a caller's struct: one page, as in the kernel.
 const LARGEST: usize = 4096;
 
 /// Returns the size that the caller's struct has.
 ///
 /// # Safety
-/// `place` must be null, or begin with a `usize` that says how many bytes are there.
+/// `place` must be null, or point to a `usize` that is the size of the struct that it begins. That
+/// many bytes must be readable.
 unsafe fn size<T: Growing>(place: *const T) -> Result<usize, c_int> {
     const { assert!(size_of::<T>() <= LARGEST && T::FIRST <= size_of::<T>()) };
     if place.is_null() || !place.is_aligned() {
         return Err(fail(-libc::EINVAL, INVALID));
     }
-    // SAFETY: The place begins with a `usize`: the caller's duty.
+    // SAFETY: `place` is aligned and not null, as just checked, and so points to a readable
+    // `usize`, as the caller promises.
     let size = unsafe { place.cast::<usize>().read() };
     if size < T::FIRST {
         return Err(fail(
@@ -52,45 +54,47 @@ unsafe fn size<T: Growing>(place: *const T) -> Result<usize, c_int> {
 /// # Safety
 /// As for [`size`].
 pub(crate) unsafe fn read<T: Growing>(place: *const T) -> Result<T, c_int> {
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: The caller makes the promise of `size` for `place`.
     let size = unsafe { size(place) }?;
     let known = size.min(size_of::<T>());
     for at in known..size {
-        // SAFETY: `size` bytes are there: the caller's duty.
+        // SAFETY: `at` is less than `size`, and the caller promises that `size` bytes are readable.
         if unsafe { place.cast::<u8>().wrapping_add(at).read() } != 0 {
             return Err(fail(-libc::E2BIG, TOO_NEW));
         }
     }
-    // SAFETY: All zeroes is a valid value, as every bit pattern is (`Growing`).
+    // SAFETY: Every bit pattern is a valid `T` (see `Growing`), so all zeroes are.
     let mut value: T = unsafe { mem::zeroed() };
-    // SAFETY: `known` bytes are there on both sides, and `value` is new.
+    // SAFETY: `known` is at most the size of `T` and at most the readable `size` bytes. `value` is
+    // a new local variable, so the two do not overlap.
     unsafe { ptr::copy_nonoverlapping(place.cast::<u8>(), (&raw mut value).cast::<u8>(), known) };
     Ok(value)
 }
 
-/// Writes all fields but `size` into the caller's struct, and zeroes the fields that this library
-/// does not know.
+/// Writes all fields except `size` into the caller's struct, and zeroes the fields that this
+/// library does not know.
 ///
 /// # Safety
-/// As for [`size`], and the bytes must be the caller's to be written.
+/// As for [`size`], and the bytes must be writable as well.
 pub(crate) unsafe fn write<T: Growing>(place: *mut T, value: &T) -> Result<(), c_int> {
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: The caller makes the promise of `size` for `place`.
     let size = unsafe { size(place) }?;
     let known = size.min(size_of::<T>());
     let header = size_of::<usize>();
     let (from, to) = (ptr::from_ref(value).cast::<u8>(), place.cast::<u8>());
     let (behind_size, into) = (from.wrapping_add(header), to.wrapping_add(header));
-    // SAFETY: `known` bytes are there on both sides, and `value` is the library's own.
+    // SAFETY: `known` is at most the size of `T` and at most the writable `size` bytes. `value` is
+    // memory of the library, so it does not overlap the caller's struct.
     unsafe { ptr::copy_nonoverlapping(behind_size, into, known - header) };
-    // SAFETY: `size` bytes are there: the caller's duty.
+    // SAFETY: The caller promises that `size` bytes are writable, and `known` is at most `size`.
     unsafe { ptr::write_bytes(to.wrapping_add(known), 0, size - known) };
     Ok(())
 }
 
-/// Returns the place for a result, set to null.
+/// Stores null in the caller's variable for a result, and returns that variable.
 ///
 /// # Safety
-/// `place` must be null or valid for writes.
+/// `place` must be null, or valid for writes as long as the reference lives.
 pub(crate) unsafe fn result<'a, T>(place: *mut *mut T) -> Result<&'a mut *mut T, c_int> {
     let invalid = || {
         fail(
@@ -101,7 +105,7 @@ pub(crate) unsafe fn result<'a, T>(place: *mut *mut T) -> Result<&'a mut *mut T,
     if !place.is_aligned() {
         return Err(invalid());
     }
-    // SAFETY: Null or valid: the caller's duty.
+    // SAFETY: `place` is aligned, as just checked, and null or valid, as the caller promises.
     let place = unsafe { place.as_mut() }.ok_or_else(invalid)?;
     *place = ptr::null_mut();
     Ok(place)
@@ -111,7 +115,7 @@ pub(crate) unsafe fn result<'a, T>(place: *mut *mut T) -> Result<&'a mut *mut T,
 mod tests {
     use super::*;
 
-    /// The second version of a struct whose first one had no `added`.
+    /// The second version of a struct. Its first version had no field `added`.
     #[repr(C)]
     #[derive(Debug, Clone, Copy, PartialEq)]
     struct Versioned {
@@ -120,7 +124,7 @@ mod tests {
         added: u64,
     }
 
-    // SAFETY: Three words.
+    // SAFETY: The type is `repr(C)`, begins with a `usize` and consists of integers.
     unsafe impl Growing for Versioned {
         const FIRST: usize = 16;
     }
@@ -138,7 +142,7 @@ mod tests {
             first: 1,
             added: 7,
         };
-        // SAFETY: 16 bytes are there.
+        // SAFETY: `size` is 16, and `old` has more bytes.
         let read = unsafe { read(&raw const old) };
         assert_eq!(
             read,
@@ -157,7 +161,7 @@ mod tests {
             first: 1,
             added: 7,
         };
-        // SAFETY: 16 bytes are there.
+        // SAFETY: `size` is 16, and `old` has more bytes, which this test owns.
         unsafe {
             write(
                 &raw mut old,
@@ -189,13 +193,13 @@ mod tests {
         for (unknown, expected) in [(0, Ok(known)), (1 << 63, Err(-libc::E2BIG))] {
             let future = Future { known, unknown };
             assert_eq!(
-                // SAFETY: 32 bytes are there.
+                // SAFETY: `size` is 32, the size of `future`.
                 unsafe { read((&raw const future).cast::<Versioned>()) },
                 expected
             );
         }
         let mut future = Future { known, unknown: 9 };
-        // SAFETY: 32 bytes are there.
+        // SAFETY: `size` is 32, the size of `future`, which this test owns.
         unsafe { write((&raw mut future).cast::<Versioned>(), &known) }.expect("a good size");
         assert_eq!(future.unknown, 0);
     }
@@ -213,7 +217,7 @@ mod tests {
                 first: 0,
                 added: 0,
             };
-            // SAFETY: A size that is refused is not followed.
+            // SAFETY: `read` refuses these sizes, and then reads no byte after `size`.
             assert_eq!(unsafe { read(&raw const value) }, Err(code), "{size}");
         }
     }

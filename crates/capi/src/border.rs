@@ -1,11 +1,11 @@
-//! The border to C: exports functions, reports misuse, and ends the process where no error can be
-//! returned.
+//! The border to C: exports functions, reports misuse, and ends the process if a function cannot
+//! return an error.
 
 use libc::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Defines exported functions. A panic in one is a bug of ours: it ends the process, with the
-/// function's name.
+/// Defines exported functions. A panic in such a function is a bug of this library, and ends the
+/// process with a message that names the function.
 macro_rules! export {
     ($($(#[$attribute:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block)*) => {$(
         $(#[$attribute])*
@@ -23,9 +23,9 @@ macro_rules! export {
 
 pub(crate) use export;
 
-/// Makes a value that runs `$call` when unwinding drops it; without unwinding, the caller forgets
-/// the value. The value has no fields, because storing a function's name in it would cost a store
-/// on each call.
+/// Makes a value that evaluates `$call` when unwinding drops the value. Without unwinding, the
+/// caller forgets the value. The value has no fields, because a field with the function's name
+/// would cost a store on each call.
 macro_rules! on_unwind {
     ($call:expr) => {{
         struct OnUnwind;
@@ -41,7 +41,8 @@ macro_rules! on_unwind {
 
 pub(crate) use on_unwind;
 
-/// Runs a callback of the program; an exception that leaves the callback ends the process.
+/// Runs a callback of the program. An exception or a cancellation that leaves the callback ends the
+/// process.
 macro_rules! guarded {
     ($name:literal, $callback:expr) => {{
         let guard = $crate::border::on_unwind!($crate::border::die(
@@ -56,9 +57,9 @@ macro_rules! guarded {
 
 pub(crate) use guarded;
 
-/// Defers `pthread_cancel` until this is dropped. Cancellation unwinds the thread; neither our
-/// functions nor callbacks through Rust support that. The calls that wait for threads or close
-/// descriptors are cancellation points.
+/// Defers `pthread_cancel` until the value is dropped. Cancellation unwinds the thread, and neither
+/// the functions of this library nor Rust code that calls a callback may be unwound. The system
+/// calls that wait for threads or close descriptors are cancellation points.
 #[must_use]
 pub(crate) struct Uncancelled(c_int);
 
@@ -75,7 +76,8 @@ impl Uncancelled {
 
 impl Drop for Uncancelled {
     fn drop(&mut self) {
-        // SAFETY: A thread may restore its state; the second argument may be null on Linux.
+        // SAFETY: `self.0` is a state that `enter` has read, and the second argument may be null on
+        // Linux.
         unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
     }
 }
@@ -85,7 +87,7 @@ unsafe extern "C" {
     fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
 }
 
-/// Says that an exported function has panicked.
+/// Reports that an exported function has panicked.
 #[cold]
 pub(crate) fn say_bug(function: &str) {
     say(&[
@@ -95,7 +97,8 @@ pub(crate) fn say_bug(function: &str) {
     ]);
 }
 
-/// Writes a line to standard error without the allocator, which this thread may be inside of.
+/// Writes a line to standard error. Does not use the allocator, because this thread may be inside
+/// the allocator.
 fn say(words: &[&str]) {
     let mut line = [0_u8; 512];
     let mut length = 0;
@@ -105,12 +108,12 @@ fn say(words: &[&str]) {
         length += room;
     }
     line[length] = b'\n';
-    // SAFETY: `write` reads `length + 1` bytes, which `line` has.
+    // SAFETY: `write` reads `length + 1` bytes, and `length` is less than the length of `line`.
     unsafe { libc::write(2, line.as_ptr().cast(), length + 1) };
 }
 
-/// Ends the process: the caller has no result in which an error could be returned, and going on
-/// would hang or corrupt.
+/// Ends the process, because the function cannot return an error, and to continue would hang or
+/// corrupt memory.
 #[cold]
 pub(crate) fn die(function: &str, reason: &str) -> ! {
     say(&["libmmun: ", function, ": ", reason]);
@@ -130,8 +133,8 @@ pub(crate) fn warn(said: &AtomicBool, words: &[&str]) {
     }
 }
 
-/// Says once, at each place in the code, that the caller made a mistake: the kernel's
-/// `WARN_ON_ONCE`.
+/// Warns of a mistake of the caller, once for each place in the code that uses this macro: the
+/// kernel's `WARN_ON_ONCE`.
 macro_rules! warn_once {
     ($($word:expr),+) => {{
         static SAID: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
@@ -156,7 +159,7 @@ mod tests {
 
     export! {
         /// # Safety
-        /// None.
+        /// Has no preconditions.
         fn mmun_test_that_panics() {
             panic!("on purpose");
         }
@@ -166,7 +169,7 @@ mod tests {
     fn a_panic_ends_the_process_with_the_name_of_the_function() {
         const CHILD: &str = "MMUN_TEST_PANICS";
         if env::var_os(CHILD).is_some() {
-            // SAFETY: None.
+            // SAFETY: The function has no preconditions.
             return unsafe { mmun_test_that_panics() };
         }
         let own = env::current_exe().expect("this program has a path");

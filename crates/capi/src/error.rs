@@ -18,8 +18,9 @@ pub(crate) const IN_CALLBACK: &CStr =
     c"called inside an invalidation or a callback: the call would wait for itself";
 
 mmu_notifier::thread_word! {
-    /// The address of the text that `mmun_last_error` returns, static or in `OWNED`; zero for an
-    /// empty text. Setting it allocates nothing: a call may fail in the middle of `free`.
+    /// The address of the text that `mmun_last_error` returns: a static text, or the text in
+    /// `OWNED`. Zero for an empty text. Setting this word allocates nothing, because a function may
+    /// fail in the middle of `free`.
     static TEXT: u64 = 0;
 }
 
@@ -34,7 +35,7 @@ pub(crate) fn fail(code: c_int, text: &'static CStr) -> c_int {
     code
 }
 
-/// Does the same with an allocated text.
+/// Like [`fail`], with an allocated text.
 #[cold]
 pub(crate) fn fail_with(code: c_int, text: String) -> c_int {
     let text = CString::new(text.replace('\0', "?")).unwrap_or_default();
@@ -76,7 +77,8 @@ pub(crate) fn of_source(error: &Error) -> c_int {
     }
 }
 
-/// Stores the error of a cache, and returns its error number: the registrar's own is kept.
+/// Stores the error of a cache, and returns its error number. An error number of the registrar is
+/// returned unchanged.
 #[cold]
 pub(crate) fn of_cache(error: &::regcache::Error<Refused>) -> c_int {
     use ::regcache::Error as E;
@@ -112,7 +114,7 @@ export! {
     /// Returns the text of the last error of this thread.
     ///
     /// # Safety
-    /// None.
+    /// Has no preconditions.
     fn mmun_last_error() -> *const c_char {
         match TEXT.get() {
             0 => c"".as_ptr(),
@@ -120,10 +122,10 @@ export! {
         }
     }
 
-    /// Returns what an error number means in this library.
+    /// Returns the meaning of an error number in this library.
     ///
     /// # Safety
-    /// None.
+    /// Has no preconditions.
     fn mmun_strerror(code: c_int) -> *const c_char {
         let text = match code.checked_neg() {
             Some(0) => c"success",
@@ -148,7 +150,7 @@ export! {
     /// Returns the version of the binary interface.
     ///
     /// # Safety
-    /// None.
+    /// Has no preconditions.
     fn mmun_abi_version() -> u32 {
         ABI_VERSION
     }

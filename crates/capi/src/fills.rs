@@ -2,9 +2,9 @@
 //! sequence number.
 //!
 //! A bracket calls intervals before subscribers. If the change's interval callback comes before the
-//! fill's check of the sequence, the fill sees the new sequence and retries. If it comes after the
-//! check, the subscriber's callback comes later still: it waits for the cache's lock and finds the
-//! new entry.
+//! fill's check of the sequence, the fill sees the new sequence and retries. If the interval
+//! callback comes after the check, the subscriber's callback comes even later. The subscriber's
+//! callback then waits for the cache's lock, and finds the new entry.
 
 use mmu_notifier::raw::{Interval, RawIntervalOps};
 use mmu_notifier::{InvalidateRange, MmWithUser, VaRange, WouldBlock};
@@ -14,26 +14,27 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Made at the first fill, because every bracket pays for an interval.
+/// The sequence of fills. The interval is made at the first fill, because each interval makes every
+/// bracket slower.
 #[derive(Default)]
 pub(crate) struct Fills {
-    /// Null, or inserted until this is dropped.
+    /// Null, or an interval that stays inserted until the drop of this value.
     interval: AtomicPtr<Interval<Whole>>,
     making: Mutex<()>,
 }
 
-/// The one interval.
+/// The callback of the one interval, with the interval's address.
 struct Whole(NonNull<Interval<Whole>>);
 
-// SAFETY: An interval may be used by any thread.
+// SAFETY: Any thread may use an interval, and the value holds only an interval's address.
 unsafe impl Send for Whole {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Whole {}
 
 impl RawIntervalOps for Whole {
     fn invalidate(&self, _: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
-        // SAFETY: A reference needs a live interval: the core calls this only while the interval is
-        // inserted.
+        // SAFETY: A reference needs a live interval. The core calls this function only while the
+        // interval is inserted.
         unsafe { self.0.as_ref() }.set_seq(seq);
         Ok(())
     }
@@ -42,7 +43,8 @@ impl RawIntervalOps for Whole {
 impl Fills {
     fn interval(&self) -> Option<&Interval<Whole>> {
         // ORDER(capi-fills): Acquire, for the interval's content. Partner: the store in `make`.
-        // SAFETY: Null, or inserted until the drop.
+        // SAFETY: The pointer is null, or the interval stays inserted, and so live, until the drop
+        // of `self`.
         unsafe { self.interval.load(Ordering::Acquire).as_ref() }
     }
 
@@ -56,10 +58,10 @@ impl Fills {
         >::uninit(
         ))))
         .cast();
-        // SAFETY: The place must outlive the interval: the box is leaked, and freed in `drop` or
-        // below.
+        // SAFETY: The place must be valid until the interval is removed. The box is leaked. It is
+        // freed in `drop` after the removal, or below if the insert fails.
         if unsafe { Interval::insert(place, mm, VaRange::ALL, Whole(place)) }.is_err() {
-            // SAFETY: It was leaked above, and nothing was written.
+            // SAFETY: The box was leaked above, and the failed insert has written nothing to it.
             drop(unsafe { Box::from_raw(place.cast::<MaybeUninit<Interval<Whole>>>().as_ptr()) });
             return None;
         }
@@ -86,15 +88,15 @@ impl Drop for Fills {
         let Some(interval) = NonNull::new(*self.interval.get_mut()) else {
             return;
         };
-        // SAFETY: The interval is inserted, and only `self` leads to it.
+        // SAFETY: The interval is inserted, and only `self`, which is being dropped, leads to it.
         if unsafe { Interval::remove(interval) }.is_ok() {
-            // SAFETY: It was leaked in `make`, and has been dropped.
+            // SAFETY: The box was leaked in `make`, and `remove` has dropped the interval in it.
             drop(unsafe {
                 Box::from_raw(interval.cast::<MaybeUninit<Interval<Whole>>>().as_ptr())
             });
         }
-        // Otherwise this is a callback, or the child of a fork: the interval is leaked, which is
-        // harmless.
+        // If the removal fails, this thread is in a callback or in the child of a fork. Then the
+        // interval is leaked, which is harmless.
     }
 }
 

@@ -38,16 +38,15 @@ struct Driver {
     invalidate: unsafe extern "C-unwind" fn(*mut IntervalNotifier, *const Range, c_ulong) -> bool,
 }
 
-// SAFETY: C code promises a callback that may run on any thread, in parallel: the header demands
-// that.
+// SAFETY: The callback may run on any thread, in parallel (crate docs, Callbacks).
 unsafe impl Send for Driver {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Driver {}
 
 impl RawIntervalOps for Driver {
     fn invalidate(&self, range: &InvalidateRange<'_>, seq: u64) -> Result<(), WouldBlock> {
-        // SAFETY: The driver's own callback, with its own interval, which is inserted: the header
-        // demands that.
+        // SAFETY: The function follows its prototype (crate docs, Callbacks). It gets the driver's
+        // own interval, which is live, because the core calls only inserted intervals.
         let call = |told| unsafe { (self.invalidate)(self.me.as_ptr(), told, seq) };
         let done = guarded!(
             "mmu_interval_notifier_ops.invalidate",
@@ -69,30 +68,34 @@ impl RawIntervalOps for Driver {
 /// Returns the interval of the core in an interval of C.
 ///
 /// # Safety
-/// `interval` must be a place for one.
+/// `interval` must point to memory for an `IntervalNotifier`.
 unsafe fn node(interval: NonNull<IntervalNotifier>) -> NonNull<Interval<Driver>> {
-    // SAFETY: The place must be within one allocation: the caller's duty.
+    // SAFETY: The field must be inside one allocation. `interval` points to memory for the whole
+    // struct, as the caller promises.
     let node = unsafe { &raw mut (*interval.as_ptr()).node };
     NonNull::new(node.cast()).expect("the address of a field is not null")
 }
 
+/// Returns the core's interval behind an argument of an exported function. Ends the process if the
+/// argument is null.
+///
 /// # Safety
-/// `interval` must be null or inserted, and stay so.
+/// `interval` must be null, or inserted as long as the reference lives.
 unsafe fn inserted<'a>(function: &str, interval: *const IntervalNotifier) -> &'a Interval<Driver> {
     let Some(interval) = NonNull::new(interval.cast_mut()) else {
         die(function, "the interval is null")
     };
-    // SAFETY: A place for an interval: the caller's duty.
+    // SAFETY: The caller promises an inserted interval, so `interval` points to a whole struct.
     let node = unsafe { node(interval) };
-    // SAFETY: A reference needs a live node: inserted, which is the caller's duty.
+    // SAFETY: A reference needs a live node. The caller promises that the interval stays inserted.
     unsafe { node.as_ref() }
 }
 
 /// Checks the arguments of either insert function, and inserts with `insert`.
 ///
 /// # Safety
-/// `interval` must be null or a place for an interval, `mm` null or the bits of a handle, `ops`
-/// null or a table.
+/// `interval` must be null or point to memory for an interval, `mm` must be null or the bits of a
+/// handle, and `ops` must be null or point to a table.
 unsafe fn insert(
     interval: *mut IntervalNotifier,
     mm: *mut MmStruct,
@@ -103,23 +106,26 @@ unsafe fn insert(
     let Some(me) = NonNull::new(interval).filter(|_| !mm.is_null()) else {
         return -libc::EINVAL;
     };
-    // SAFETY: Null or a table: the caller's duty.
+    // SAFETY: `ops` is null or points to a table, as the caller promises.
     let Some(invalidate) = unsafe { ops.as_ref() }.and_then(|ops| ops.invalidate) else {
         return -libc::EINVAL;
     };
-    // Rounding to whole pages adds no callback, because brackets are of whole pages as well.
+    // Rounding the interval to whole pages causes no additional callback, because the ranges of
+    // brackets are whole pages as well.
     let Ok(range) = VaRange::covering(Va::new(start), length) else {
         return -libc::EOVERFLOW;
     };
-    // SAFETY: The bits of a handle: the caller's duty.
+    // SAFETY: `mm` is not null here, so it is the bits of a handle, as the caller promises. Until
+    // this function returns, the caller keeps the handle.
     let user = unsafe { mm::borrow_user(&raw const mm) };
     let Some(user) = user.filter(|mm| !mm.is_inherited()) else {
         return -libc::EINVAL;
     };
-    // SAFETY: The place must be valid: the caller's duty.
+    // SAFETY: `interval` is not null here, so it points to memory for an interval, as the caller
+    // promises. No other code uses that memory before the insert.
     let place = unsafe { &mut *interval };
     (place.start, place.last, place.ops, place.mm) = (start, start + (length - 1), ops, mm);
-    // SAFETY: A place for an interval: the caller's duty.
+    // SAFETY: `me` points to memory for an interval, as the caller promises.
     let node = unsafe { node(me) };
     insert(user, node, range, Driver { me, invalidate }).map_or_else(|error| error, |()| 0)
 }
@@ -137,15 +143,15 @@ export! {
         ops: *const IntervalOps,
     ) -> c_int {
         let into = |user: &_, node, range, driver| {
-            // SAFETY: The place is large enough (asserted above), and the driver's until it is
-            // removed.
+            // SAFETY: The field is large enough and aligned (asserted above). The driver keeps it
+            // at its place until the removal (crate docs, Objects).
             unsafe { Interval::insert(node, user, range, driver) }.map_err(|WouldDeadlock| -libc::EDEADLK)
         };
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: The arguments are as `insert` demands (crate docs, Pointers and Address spaces).
         unsafe { insert(interval, mm, (start, length), ops, into) }
     }
 
-    /// The same under the write lock.
+    /// Like `mmun_interval_insert`, for a caller that holds the write lock.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -161,14 +167,14 @@ export! {
                 warn_once!("mmu_interval_notifier_insert_locked: this thread does not hold the write lock: refused");
                 return Err(-libc::EINVAL);
             };
-            // SAFETY: The guard is there, this thread's, and no other code uses it until the insert
-            // has returned.
+            // SAFETY: `held` returns an initialised guard of this thread. No other code of this
+            // thread uses the guard before `insert_locked` returns, because no callback runs there.
             let guard = unsafe { &mut *guard };
-            // SAFETY: The place is large enough (asserted above), and the driver's until it is
-            // removed.
+            // SAFETY: The field is large enough and aligned (asserted above). The driver keeps it
+            // at its place until the removal (crate docs, Objects).
             unsafe { Interval::insert_locked(node, guard, range, driver) }.map_err(|WouldDeadlock| -libc::EDEADLK)
         };
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: The arguments are as `insert` demands (crate docs, Pointers and Address spaces).
         unsafe { insert(interval, mm, (start, length), ops, into) }
     }
 
@@ -178,15 +184,15 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_remove(interval: *mut IntervalNotifier) {
         const NAME: &str = "mmu_interval_notifier_remove";
-        // SAFETY: It is inserted: the header demands that.
+        // SAFETY: The interval is null or inserted (crate docs, Objects).
         if unsafe { inserted(NAME, interval) }.mm().is_inherited() {
             // The interval belongs to the parent; no bracket of the child calls it.
             return;
         }
         let Some(interval) = NonNull::new(interval) else { die(NAME, "the interval is null") };
-        // SAFETY: It is the caller's interval.
+        // SAFETY: The interval is inserted, so the pointer points to a whole struct.
         let node = unsafe { node(interval) };
-        // SAFETY: It is inserted, and no code uses it any more: the header demands that.
+        // SAFETY: The interval is inserted, and only this thread uses it (crate docs, Objects).
         mm::must_not_wait(NAME, unsafe { Interval::remove(node) });
     }
 
@@ -195,7 +201,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_read_begin(interval: *mut IntervalNotifier) -> c_ulong {
-        // SAFETY: It is inserted: the header demands that.
+        // SAFETY: The interval is null or inserted (crate docs, Objects).
         unsafe { inserted("mmu_interval_read_begin", interval) }.read_begin()
     }
 
@@ -204,16 +210,16 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_read_retry(interval: *mut IntervalNotifier, seq: c_ulong) -> bool {
-        // SAFETY: It is inserted: the header demands that.
+        // SAFETY: The interval is null or inserted (crate docs, Objects).
         unsafe { inserted("mmu_interval_read_retry", interval) }.read_retry(seq)
     }
 
-    /// Stores the sequence that the callback was given.
+    /// Stores the sequence number that the core has passed to the callback.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_interval_set_seq(interval: *mut IntervalNotifier, seq: c_ulong) {
-        // SAFETY: It is inserted: the header demands that.
+        // SAFETY: The interval is null or inserted (crate docs, Objects).
         unsafe { inserted("mmu_interval_set_seq", interval) }.set_seq(seq);
     }
 }

@@ -1,5 +1,5 @@
-//! The layout of the structs in Rust. A test compares it with `abi/layout.txt`; a test in C
-//! compares that file with the header.
+//! The layout of the structs in Rust. A test compares this layout with `abi/layout.txt`, and a test
+//! in C compares that file with the headers.
 
 /// Defines the lines of `abi/layout.txt` for structs of the module. A field may have another name
 /// in C.

@@ -2,8 +2,8 @@
 //!
 //! # Safety
 //! In C a handle is a pointer that is never dereferenced: the bits of an [`Mm`] or [`MmWithUser`],
-//! which are one word. `mmgrab`, `mmget` and `mmget_not_zero` clone a handle, `mmdrop` and `mmput`
-//! drop one; every other function borrows its caller's handle.
+//! which are one word each. `mmgrab`, `mmget` and `mmget_not_zero` clone a handle, and `mmdrop` and
+//! `mmput` drop a handle. Every other function borrows the caller's handle.
 
 use crate::border::{SELF_WAIT, die, export};
 use mmu_notifier::{Mm, MmWithUser, MmapWriteGuard, WouldDeadlock};
@@ -22,7 +22,7 @@ const _: () = assert!(
     size_of::<Mm>() == size_of::<*mut MmStruct>() && size_of::<MmWithUser>() == size_of::<Mm>()
 );
 
-/// Returns the bits of a handle. The bits are not counted as a handle.
+/// Returns the bits of a handle, without counting one more handle.
 #[inline(always)]
 pub(crate) fn bits(mm: &Mm) -> *mut MmStruct {
     // SAFETY: Both are one word (asserted above), and any word is a valid pointer if it is never
@@ -36,33 +36,37 @@ pub(crate) fn bits(mm: &Mm) -> *mut MmStruct {
 /// `place` must hold the bits of a handle that is counted for as long as the reference lives.
 #[inline(always)]
 pub(crate) unsafe fn borrow<'a>(place: *const *mut MmStruct) -> &'a Mm {
-    // SAFETY: The place must hold an `Mm`: its bits, and the count, are the caller's duty.
+    // SAFETY: A reference needs a live `Mm`. `place` holds the bits of a counted handle, as the
+    // caller promises.
     unsafe { &*place.cast() }
 }
 
 /// Returns the user whose bits lie at `place`, or `None` if the address space has ended.
 ///
 /// # Safety
-/// As for `borrow`. If the address space is alive now, the caller must keep it alive.
+/// As for `borrow`. If the address space is alive now, the caller must keep it alive as long as the
+/// reference lives.
 #[inline(always)]
 pub(crate) unsafe fn borrow_user<'a>(place: *const *mut MmStruct) -> Option<&'a MmWithUser> {
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: The caller makes the promise of `borrow` for `place`.
     let mm = unsafe { borrow(place) };
-    // SAFETY: The place must hold an `MmWithUser`: it is one word like `Mm`, and the caller keeps
-    // the address space alive.
+    // SAFETY: A reference needs a live `MmWithUser`. It is one word like `Mm`, and the caller
+    // promises to keep the address space alive.
     (mm.mm_users() != 0).then(|| unsafe { &*place.cast() })
 }
 
 /// Takes a handle over from C.
 ///
 /// # Safety
-/// `mm` must be the bits of a handle that is the caller's to give.
+/// `mm` must be null, or the bits of a `T` that the caller owns and gives up. With `ManuallyDrop`
+/// as `T`, the caller keeps its handle.
 unsafe fn take<T>(function: &str, mm: *mut MmStruct) -> T {
     const { assert!(size_of::<T>() == size_of::<*mut MmStruct>()) };
     if mm.is_null() {
         die(function, "the address space is null");
     }
-    // SAFETY: Both are one word, and these are the bits of a `T`: the caller's duty.
+    // SAFETY: Both types are one word (asserted above), and `mm` is the bits of a `T`, as the
+    // caller promises.
     unsafe { mem::transmute_copy(&mm) }
 }
 
@@ -72,7 +76,8 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_mmgrab(mm: *mut MmStruct) {
-        // SAFETY: The caller has a handle, which stays its own.
+        // SAFETY: `mm` is null or a handle of the caller (crate docs, Address spaces), which
+        // `ManuallyDrop` leaves with the caller.
         let mm = unsafe { take::<ManuallyDrop<Mm>>("mmgrab", mm) };
         mem::forget(Mm::clone(&mm));
     }
@@ -82,7 +87,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_mmdrop(mm: *mut MmStruct) {
-        // SAFETY: The caller gives its handle.
+        // SAFETY: `mm` is null or a handle (crate docs, Address spaces), which the caller gives up.
         drop(unsafe { take::<Mm>("mmdrop", mm) });
     }
 
@@ -91,7 +96,8 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_mmget(mm: *mut MmStruct) {
-        // SAFETY: The caller has a user, which stays its own.
+        // SAFETY: `mm` is null or a user of the caller (crate docs, Address spaces), which
+        // `ManuallyDrop` leaves with the caller.
         let mm = unsafe { take::<ManuallyDrop<MmWithUser>>("mmget", mm) };
         mem::forget(MmWithUser::clone(&mm));
     }
@@ -101,7 +107,8 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_mmget_not_zero(mm: *mut MmStruct) -> bool {
-        // SAFETY: The caller has a handle, which stays its own.
+        // SAFETY: `mm` is null or a handle of the caller (crate docs, Address spaces), which
+        // `ManuallyDrop` leaves with the caller.
         let mm = unsafe { take::<ManuallyDrop<Mm>>("mmget_not_zero", mm) };
         mm.mmget_not_zero().map(mem::forget).is_some()
     }
@@ -111,7 +118,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_mmput(mm: *mut MmStruct) {
-        // SAFETY: The caller gives its user.
+        // SAFETY: `mm` is null or a user (crate docs, Address spaces), which the caller gives up.
         drop(unsafe { take::<MmWithUser>("mmput", mm) });
     }
 
@@ -119,7 +126,7 @@ export! {
     /// as the process runs.
     ///
     /// # Safety
-    /// None.
+    /// Has no preconditions.
     fn mmun_current_mm() -> *mut MmStruct {
         bits(mmu_source::current_ref())
     }
@@ -127,7 +134,7 @@ export! {
     /// Makes an address space with one user.
     ///
     /// # Safety
-    /// None.
+    /// Has no preconditions.
     fn mmun_mm_new() -> *mut MmStruct {
         bits(&ManuallyDrop::new(MmWithUser::new()))
     }
@@ -137,7 +144,8 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_mm_has_notifiers(mm: *mut MmStruct) -> bool {
-        // SAFETY: The caller has a handle, which stays its own.
+        // SAFETY: `mm` is null or a handle of the caller (crate docs, Address spaces), which
+        // `ManuallyDrop` leaves with the caller.
         unsafe { take::<ManuallyDrop<Mm>>("mm_has_notifiers", mm) }.has_notifiers()
     }
 
@@ -149,7 +157,8 @@ export! {
         if mm.is_null() {
             die("mmap_write_lock", "the address space is null");
         }
-        // SAFETY: The caller has a handle.
+        // SAFETY: `mm` is a handle that the caller keeps until it unlocks (crate docs, Address
+        // spaces).
         if let Err(WouldDeadlock) = unsafe { lock(mm) } {
             die("mmap_write_lock", "this thread holds the lock, or is inside an invalidation: it would wait for itself");
         }
@@ -168,9 +177,9 @@ export! {
 
 /// A write lock that C code holds.
 struct Held {
-    /// Null if none.
+    /// The bits of the locked address space's handle. Null if this entry holds no lock.
     mm: Cell<*mut MmStruct>,
-    /// Initialized if `mm` is not null. Borrows the handle at `mm`.
+    /// Initialised if `mm` is not null. Borrows the handle whose bits are in `mm`.
     guard: UnsafeCell<MaybeUninit<MmapWriteGuard<'static>>>,
 }
 
@@ -196,13 +205,14 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
             );
         };
         free.mm.set(mm);
-        // SAFETY: The place holds the bits of a counted handle, and keeps them until the guard is
-        // dropped. The address space may have no user any more, but the lock needs no user.
+        // SAFETY: `free.mm` holds the bits of a handle that stays counted until `unlock`, as the
+        // caller promises, and `unlock` clears the bits after it has dropped the guard. The
+        // address space may have no user any more, but taking the lock needs no user.
         let user: &'static MmWithUser = unsafe { &*free.mm.as_ptr().cast() };
         match user.mmap_write_lock() {
             Ok(guard) => {
-                // SAFETY: Writing needs a place that no other code uses: it was free, and belongs
-                // to this thread.
+                // SAFETY: The place must be writable and unused. It is a thread-local variable of
+                // this thread, and the entry was free.
                 unsafe { (*free.guard.get()).write(guard) };
                 Ok(())
             }
@@ -214,11 +224,12 @@ pub(crate) unsafe fn lock(mm: *mut MmStruct) -> Result<(), WouldDeadlock> {
     })
 }
 
-/// Unlocks; returns false if this thread had not locked it.
+/// Releases the write lock of `mm`. Returns false if this thread does not hold it.
 pub(crate) fn unlock(mm: *mut MmStruct) -> bool {
     let Some(guard) = held(mm) else { return false };
-    // SAFETY: The guard is initialized, and no other code of this thread is using it: no callback
-    // runs while a function uses the guard.
+    // SAFETY: The guard must be initialised, unused and dropped once. `held` returns only
+    // initialised guards. No other code of this thread is using the guard, because no callback runs
+    // while a function uses it. The entry is cleared below, so the guard is not dropped again.
     unsafe { guard.drop_in_place() };
     HELD.with(|held| {
         held.iter()

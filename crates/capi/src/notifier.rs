@@ -25,8 +25,8 @@ const NODE_WORDS: usize = 14;
 const _: () = assert!(size_of::<Node<Driver>>() <= NODE_WORDS * size_of::<usize>());
 const _: () = assert!(align_of::<Node<Driver>>() <= align_of::<usize>());
 
-/// `struct mmu_notifier_ops`. Callbacks may unwind as far as C++ is concerned: `guarded` ends the
-/// process then.
+/// `struct mmu_notifier_ops`. The callbacks are `C-unwind`, because a C++ exception may leave one.
+/// Then `guarded` ends the process.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Ops {
@@ -47,7 +47,7 @@ type Young =
     unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong, c_ulong) -> c_int;
 type TestYoung = unsafe extern "C-unwind" fn(*mut MmuNotifier, *mut MmStruct, c_ulong) -> c_int;
 
-/// The core's subscriber for a driver's notifier; it forwards each callback to `ops`.
+/// The core's subscriber for a driver's notifier. It forwards each callback to `ops`.
 ///
 /// # Invariants
 /// `me` is the notifier whose node holds this value. `ops` is its table, which lives until the
@@ -57,10 +57,9 @@ struct Driver {
     ops: NonNull<Ops>,
 }
 
-// SAFETY: C code promises callbacks that may run on any thread, in parallel: the header demands
-// that.
+// SAFETY: The callbacks may run on any thread, in parallel (crate docs, Callbacks).
 unsafe impl Send for Driver {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Driver {}
 
 static DRIVERS: Notifiers<Driver> = Notifiers::new();
@@ -68,14 +67,15 @@ static DRIVERS: Notifiers<Driver> = Notifiers::new();
 impl Driver {
     #[inline(always)]
     fn ops(&self) -> &Ops {
-        // SAFETY: The table lives (invariant).
+        // SAFETY: A reference needs a live table. By the invariant the table lives until the
+        // notifier is freed, and `self` is a part of the notifier.
         unsafe { self.ops.as_ref() }
     }
 
     #[inline(always)]
     fn start(&self, range: &InvalidateRange<'_>) -> c_int {
-        // SAFETY: The driver's own callback, with its own notifier, which is registered: the header
-        // demands that.
+        // SAFETY: The function follows its prototype (crate docs, Callbacks). It gets the driver's
+        // own notifier, which is live, because the core calls only registered notifiers.
         let call = |start: Start, told| unsafe { start(self.me.as_ptr(), told) };
         self.ops().invalidate_range_start.map_or(0, |start| {
             guarded!(
@@ -172,16 +172,16 @@ impl SecondaryTlb for Driver {
     }
 }
 
-// SAFETY: The header tells the driver to keep a notifier until `free_notifier` is called or
-// `mmu_notifier_unregister` returns.
+// SAFETY: A node must stay at its place until it is disposed of or unregistered. The header demands
+// that the driver keeps a notifier until `free_notifier` runs or `mmu_notifier_unregister` returns.
 unsafe impl Embedded for Driver {
     unsafe fn dispose(node: NonNull<Node<Self>>) {
-        // SAFETY: The node is live and holds its value: the caller's duty.
+        // SAFETY: The core, which is the caller, promises that the node is live and has its value.
         let &Driver { me, ops } = unsafe { node.as_ref() }.value();
-        // SAFETY: The table lives until the notifier is freed (invariant).
+        // SAFETY: By the invariant the table lives until the notifier is freed, below.
         if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
-            // SAFETY: The driver's own function, called once, with its own notifier, which no code
-            // uses any more.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks). The core calls
+            // `dispose` once for each notifier, when no code uses the notifier any more.
             guarded!("mmu_notifier_ops.free_notifier", unsafe {
                 free(me.as_ptr())
             });
@@ -195,12 +195,13 @@ unsafe impl Embedded for Driver {
 /// `notifier` must point to memory for an `MmuNotifier`.
 #[inline(always)]
 unsafe fn node(notifier: NonNull<MmuNotifier>) -> NonNull<Node<Driver>> {
-    // SAFETY: The place must be within one allocation: the caller's duty.
+    // SAFETY: The field must be inside one allocation. `notifier` points to memory for the whole
+    // struct, as the caller promises.
     let node = unsafe { &raw mut (*notifier.as_ptr()).node };
     NonNull::new(node.cast()).expect("the address of a field is not null")
 }
 
-/// Why nothing was registered, as an error number of C.
+/// The reason why no notifier was registered or found, as a negative error number.
 type Refused = c_int;
 
 const DEADLOCK: Refused = -libc::EDEADLK;
@@ -208,14 +209,14 @@ const DEADLOCK: Refused = -libc::EDEADLK;
 /// Returns the address space if it is alive and belongs to this process.
 ///
 /// # Safety
-/// As for [`mm::borrow_user`].
+/// As for [`mm::borrow_user`], except that the bits may be null.
 #[inline(always)]
 unsafe fn alive<'a>(place: *const *mut MmStruct) -> Result<&'a MmWithUser, Refused> {
-    // SAFETY: The place must be valid: the caller's duty.
+    // SAFETY: `place` is readable, because the caller promises that it holds a handle's bits.
     if unsafe { *place }.is_null() {
         return Err(-libc::EINVAL);
     }
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: The caller makes the promise of `borrow_user` for `place`.
     unsafe { mm::borrow_user(place) }
         .filter(|mm| !mm.is_inherited())
         .ok_or(-libc::ESRCH)
@@ -225,7 +226,7 @@ unsafe fn alive<'a>(place: *const *mut MmStruct) -> Result<&'a MmWithUser, Refus
 #[inline(always)]
 fn find(mm: &MmWithUser, ops: NonNull<Ops>) -> Result<Option<NonNull<MmuNotifier>>, Refused> {
     match DRIVERS.find(mm, |driver| driver.ops == ops) {
-        // SAFETY: The node is counted, so its value is live.
+        // SAFETY: `find` has just counted a reference to the node, so the node is live.
         Ok(Some(node)) => Ok(Some(unsafe { node.as_ref() }.value().me)),
         Ok(None) => Ok(None),
         Err(Overflow) => Err(-libc::EOVERFLOW),
@@ -235,17 +236,18 @@ fn find(mm: &MmWithUser, ops: NonNull<Ops>) -> Result<Option<NonNull<MmuNotifier
 /// Registers `notifier`, whose `ops` is set, under the write lock that this thread holds.
 ///
 /// # Safety
-/// `notifier` must be a notifier of C that is not registered, and `mm` the bits of a user.
+/// `notifier` must point to a notifier that is not registered. Its `ops` must be null or point to a
+/// table that lives until the notifier is freed. `mm` must be the bits of a user.
 unsafe fn register(
     function: &str,
     notifier: NonNull<MmuNotifier>,
     mm: *mut MmStruct,
 ) -> Result<(), Refused> {
-    // SAFETY: The place must be valid: the caller's duty.
+    // SAFETY: `notifier` points to a notifier, as the caller promises.
     let Some(ops) = NonNull::new(unsafe { (*notifier.as_ptr()).ops }.cast_mut()) else {
         return Err(-libc::EINVAL);
     };
-    // SAFETY: The table must live: the caller's duty.
+    // SAFETY: `ops` is not null, so it points to a live table, as the caller promises.
     let table = unsafe { ops.as_ref() };
     if table.arch_invalidate_secondary_tlbs.is_some()
         && (table.invalidate_range_start.is_some() || table.invalidate_range_end.is_some())
@@ -263,21 +265,23 @@ unsafe fn register(
         );
         return Err(-libc::EINVAL);
     };
-    // SAFETY: The guard is this thread's, and no other code uses it until `register` returns.
+    // SAFETY: `held` returns an initialised guard of this thread. No other code of this thread uses
+    // the guard before `register` returns, because no callback runs there.
     let guard = unsafe { &mut *guard };
-    // SAFETY: The place must be valid: the caller's duty.
+    // SAFETY: `notifier` points to a notifier that is not registered, as the caller promises. So no
+    // other code uses its field `mm`.
     let place_of_mm = unsafe { &mut (*notifier.as_ptr()).mm };
     // As in the kernel, `mm` is set before a callback can read it.
     let before = mem::replace(place_of_mm, mm);
-    // SAFETY: A place for a notifier: the caller's duty.
+    // SAFETY: `notifier` points to memory for a notifier, as the caller promises.
     let place = unsafe { node(notifier) };
     if let Err(WouldDeadlock) =
-        // INVARIANT: The value of the node in `notifier`, with its table.
-        // SAFETY: The place is valid, large enough (asserted above), and the driver's until it is
-        // freed.
+        // INVARIANT: `me` is the notifier whose node gets this value, and `ops` is its table.
+        // SAFETY: The field is large enough and aligned (asserted above). The driver keeps it at
+        // its place until the notifier is freed (crate docs, Objects).
         unsafe { DRIVERS.register(place, Driver { me: notifier, ops }, guard) }
     {
-        // SAFETY: As above.
+        // SAFETY: The registration has failed, so still no other code uses the field `mm`.
         unsafe { (*notifier.as_ptr()).mm = before };
         return Err(DEADLOCK);
     }
@@ -287,13 +291,14 @@ unsafe fn register(
 /// Finds or makes the notifier of `ops` under the write lock.
 ///
 /// # Safety
-/// `mm` must be the bits of a user, and `ops` a table.
+/// `mm` must be null or the bits of a user. `ops` must point to a table that lives until every
+/// notifier of it is freed.
 unsafe fn get_locked(
     function: &str,
     ops: NonNull<Ops>,
     mm: *mut MmStruct,
 ) -> Result<NonNull<MmuNotifier>, Refused> {
-    // SAFETY: The caller has a user.
+    // SAFETY: The local variable holds null or the bits of a user, as the caller promises.
     let user = unsafe { alive(&raw const mm) }?;
     if let Some(found) = find(user, ops)? {
         return Ok(found);
@@ -305,15 +310,16 @@ unsafe fn get_locked(
         );
         return Err(-libc::EINVAL);
     }
-    // `register` checks this again; this check comes before `alloc_notifier`.
+    // `register` would return the same error, but only after a needless `alloc_notifier`.
     if would_deadlock(user) {
         return Err(DEADLOCK);
     }
-    // SAFETY: The table must live: the caller's duty.
+    // SAFETY: `ops` points to a live table, as the caller promises.
     let Some(alloc) = unsafe { ops.as_ref() }.alloc_notifier else {
         return Err(-libc::EINVAL);
     };
-    // SAFETY: The driver's own function, under the lock, as the header says.
+    // SAFETY: The function follows its prototype (crate docs, Callbacks). This thread holds the
+    // write lock, as the header promises to the function.
     let call = || unsafe { alloc(mm) };
     let made = guarded!("mmu_notifier_ops.alloc_notifier", call());
     let Some(notifier) = NonNull::new(made) else {
@@ -322,22 +328,23 @@ unsafe fn get_locked(
     if is_error(made) {
         return Err(c_int::try_from(made.addr() as isize).expect("an error number is small"));
     }
-    // SAFETY: The place must be valid: a notifier that the driver has just made.
+    // SAFETY: `made` is neither null nor an error, so it points to a notifier that the driver has
+    // just made, and that no other code uses.
     unsafe { (*made).ops = ops.as_ptr() };
-    // SAFETY: It is not registered, and the caller has a user.
+    // SAFETY: The new notifier is not registered, its table lives, and the caller has a user.
     unsafe { register(function, notifier, mm) }
         .map(|()| notifier)
         .inspect_err(|_| {
-            // SAFETY: The table must live: the caller's duty.
+            // SAFETY: `ops` points to a live table, as the caller promises.
             if let Some(free) = unsafe { ops.as_ref() }.free_notifier {
-                // SAFETY: The driver's own function, for the notifier that it has just made and
-                // that no other code has seen.
+                // SAFETY: The function follows its prototype (crate docs, Callbacks). It gets the
+                // notifier that the driver has just made, and that was not registered.
                 guarded!("mmu_notifier_ops.free_notifier", unsafe { free(made) });
             }
         })
 }
 
-/// `ERR_PTR`, for pointers that a driver reads with `IS_ERR`.
+/// Returns the notifier, or the error as an `ERR_PTR`, which a driver detects with `IS_ERR`.
 fn pointer(result: Result<NonNull<MmuNotifier>, Refused>) -> *mut MmuNotifier {
     result.map_or_else(
         |error| ptr::without_provenance_mut(error as isize as usize),
@@ -353,28 +360,30 @@ fn is_error(pointer: *mut MmuNotifier) -> bool {
 /// Runs `f` under the write lock.
 ///
 /// # Safety
-/// `mm` must be the bits of a handle.
+/// `mm` must be the bits of a handle that stays counted until this function returns.
 unsafe fn locking<R>(
     mm: *mut MmStruct,
     f: impl FnOnce() -> Result<R, Refused>,
 ) -> Result<R, Refused> {
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: The caller makes the promise of `lock` for `mm`, and this function unlocks below.
     unsafe { mm::lock(mm) }.map_err(|WouldDeadlock| DEADLOCK)?;
     let result = f();
     mm::unlock(mm);
     result
 }
 
+/// The slow path of `mmun_get`: takes the write lock and makes the notifier.
+///
 /// # Safety
-/// As for `get_locked`.
+/// As for `get_locked`, and `mm` must not be null.
 #[cold]
 unsafe fn get_slowly(
     ops: NonNull<Ops>,
     mm: *mut MmStruct,
 ) -> Result<NonNull<MmuNotifier>, Refused> {
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: The caller makes the promises of `get_locked`.
     let get = || unsafe { get_locked("mmu_notifier_get", ops, mm) };
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: `mm` is the bits of a user, which the caller keeps until this function returns.
     unsafe { locking(mm, get) }
 }
 
@@ -390,22 +399,25 @@ export! {
     fn mmun_get(ops: *const Ops, mm: *mut MmStruct) -> *mut MmuNotifier {
         pointer((|| {
             let ops = NonNull::new(ops.cast_mut()).ok_or(-libc::EINVAL)?;
-            // SAFETY: The caller has a user.
+            // SAFETY: The local variable holds null or the bits of a user (crate docs, Address
+            // spaces).
             let user = unsafe { alive(&raw const mm) }?;
             match find(user, ops)? {
                 Some(found) => Ok(found),
-                // SAFETY: The caller has a user, and gives a table.
+                // SAFETY: `mm` is a user, which `alive` has found not null, and `ops` is a table
+                // that outlives its notifiers (crate docs, Pointers and Objects).
                 None => unsafe { get_slowly(ops, mm) },
             }
         })())
     }
 
-    /// The same under the write lock.
+    /// Like `mmun_get`, for a caller that holds the write lock.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_get_locked(ops: *const Ops, mm: *mut MmStruct) -> *mut MmuNotifier {
-        // SAFETY: The caller has a user, and gives a table.
+        // SAFETY: `mm` is null or a user, and `ops` is a table that outlives its notifiers (crate
+        // docs, Address spaces and Objects).
         let get = |ops| unsafe { get_locked("mmu_notifier_get_locked", ops, mm) };
         pointer(NonNull::new(ops.cast_mut()).ok_or(-libc::EINVAL).and_then(get))
     }
@@ -416,9 +428,10 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_put(notifier: *mut MmuNotifier) {
         let Some(notifier) = NonNull::new(notifier) else { die("mmu_notifier_put", "the notifier is null") };
-        // SAFETY: It is the caller's notifier.
+        // SAFETY: The notifier is live (crate docs, Objects), so the pointer points to a whole
+        // struct.
         let node = unsafe { node(notifier) };
-        // SAFETY: It is registered and not freed: the header demands that.
+        // SAFETY: The notifier was registered and is not freed (crate docs, Objects).
         if let Err(SurplusPut) = unsafe { Node::put(node) } {
             warn_once!("mmu_notifier_put: the notifier was put more often than it was got");
         }
@@ -430,27 +443,29 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_register(notifier: *mut MmuNotifier, mm: *mut MmStruct) -> c_int {
         let Some(notifier) = NonNull::new(notifier) else { return -libc::EINVAL };
-        // SAFETY: The caller has a user.
+        // SAFETY: The local variable holds null or the bits of a user (crate docs, Address spaces).
         if let Err(error) = unsafe { alive(&raw const mm) } {
             return error;
         }
-        // SAFETY: The caller has a user, and gives a notifier that is not registered.
+        // SAFETY: `mm` is a user, and the notifier is not registered and has a table that outlives
+        // it (crate docs, Objects).
         let register = || unsafe { register("mmu_notifier_register", notifier, mm) };
-        // SAFETY: The caller has a user.
+        // SAFETY: `mm` is a user, which the caller keeps until this function returns.
         code(unsafe { locking(mm, register) })
     }
 
-    /// The same under the write lock.
+    /// Like `mmun_register`, for a caller that holds the write lock.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_register_locked(notifier: *mut MmuNotifier, mm: *mut MmStruct) -> c_int {
         let Some(notifier) = NonNull::new(notifier) else { return -libc::EINVAL };
-        // SAFETY: The caller has a user.
+        // SAFETY: The local variable holds null or the bits of a user (crate docs, Address spaces).
         if let Err(error) = unsafe { alive(&raw const mm) } {
             return error;
         }
-        // SAFETY: The caller has a user, and gives a notifier that is not registered.
+        // SAFETY: `mm` is a user, and the notifier is not registered and has a table that outlives
+        // it (crate docs, Objects).
         code(unsafe { register("__mmu_notifier_register", notifier, mm) })
     }
 
@@ -461,25 +476,26 @@ export! {
     fn mmun_unregister(notifier: *mut MmuNotifier, mm: *mut MmStruct) {
         const NAME: &str = "mmu_notifier_unregister";
         let Some(notifier) = NonNull::new(notifier) else { die(NAME, "the notifier is null") };
-        // SAFETY: The place must be valid: the header demands that.
+        // SAFETY: The notifier is live (crate docs, Objects).
         if unsafe { (*notifier.as_ptr()).mm } != mm || mm.is_null() {
             die(NAME, "the notifier is not registered on this address space");
         }
-        // SAFETY: The notifier has a handle.
+        // SAFETY: `mm` is the address space of a registered notifier, which holds a handle of it.
         if unsafe { mm::borrow(&raw const mm) }.is_inherited() {
             // The notifier belongs to the parent; no bracket of the child calls it.
             return;
         }
-        // SAFETY: It is the caller's notifier.
+        // SAFETY: The notifier is live (crate docs, Objects), so the pointer points to a whole
+        // struct.
         let node = unsafe { node(notifier) };
-        // SAFETY: It is registered, and no code uses it any more: the header demands that.
+        // SAFETY: The notifier is registered, and only this thread uses it (crate docs, Objects).
         mm::must_not_wait(NAME, unsafe { Node::unregister(node) });
     }
 
     /// Waits for the queued frees.
     ///
     /// # Safety
-    /// None.
+    /// Has no preconditions.
     fn mmun_synchronize() {
         mm::must_not_wait("mmu_notifier_synchronize", DRIVERS.synchronize());
     }

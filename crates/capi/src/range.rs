@@ -1,9 +1,9 @@
 //! `struct mmu_notifier_range`: the argument of callbacks, and the brackets of event sources.
 //!
 //! # Safety
-//! The private words of a range that C gives hold a [`PlacedBracket`] from `start` to `end`, as
-//! [`OPEN`] says. It borrows the handle at `mm` of the same range: hence C must leave the range
-//! where it is in between.
+//! From `start` to `end`, the private words of a C range hold a [`PlacedBracket`]; then `state` is
+//! [`OPEN`]. The bracket borrows the handle in the field `mm` of the same range. So C code must not
+//! move the range between `start` and `end` (crate docs, Objects).
 
 use crate::border::{die, export, warn_once};
 use crate::mm::{self, MmStruct};
@@ -35,12 +35,13 @@ const BRACKET_WORDS: usize = 17;
 const _: () = assert!(size_of::<Bracket>() <= BRACKET_WORDS * size_of::<usize>());
 const _: () = assert!(align_of::<Bracket>() <= align_of::<usize>());
 
-/// An unlikely value for uninitialised memory: C code need not have initialised the range.
+/// The state of a range that holds a bracket. Uninitialised memory is unlikely to have this value,
+/// and C code may pass a range that it has not initialised.
 const OPEN: usize = 0x6d6d_756e_6f70_656e;
 
 const BLOCKABLE: c_uint = 1;
 
-/// The events, in the order of `enum mmu_notifier_event`.
+// The values of `enum mmu_notifier_event` from `MMU_NOTIFY_RELEASE` on.
 const RELEASE: c_uint = 5;
 const MIGRATE: c_uint = 6;
 const EXCLUSIVE: c_uint = 7;
@@ -54,15 +55,15 @@ pub(crate) fn code(event: Event) -> c_uint {
         Event::Release(_) => RELEASE,
         Event::Migrate { .. } => MIGRATE,
         Event::Exclusive { .. } => EXCLUSIVE,
-        // An event that this library does not know is reported as `MMU_NOTIFY_UNMAP`, the
-        // strongest.
+        // `Event::Unmap`, and any event that this library does not know: `MMU_NOTIFY_UNMAP` is the
+        // strongest event.
         _ => 0,
     }
 }
 
 #[inline(always)]
 fn event(code: c_uint, owner: *mut c_void) -> Event {
-    /// A load in place of a jump.
+    /// The events without an owner, by their values. An array needs a load instead of a jump.
     const PLAIN: [Event; 5] = [
         Event::Unmap,
         Event::Clear,
@@ -91,21 +92,22 @@ fn event_with_owner(code: c_uint, owner: *mut c_void) -> Event {
     }
 }
 
-/// Returns the bounds as C has them; a range that reaches the last address ends at `ULONG_MAX`.
+/// Returns the bounds as a C range has them: the end is exclusive. A range that includes the last
+/// address ends at `ULONG_MAX`.
 #[inline(always)]
 pub(crate) fn bounds(range: VaRange) -> (c_ulong, c_ulong) {
     (range.start().get(), range.last().get().saturating_add(1))
 }
 
-/// Returns the pages that the bytes from `start` up to and without `end` touch; none if there are
-/// no bytes.
+/// Returns the pages that contain the bytes from `start` up to and without `end`. Returns `None` if
+/// there are no bytes.
 #[inline(always)]
 pub(crate) fn pages(start: c_ulong, end: c_ulong) -> Option<VaRange> {
     VaRange::covering(Va::new(start), end.checked_sub(start)?).ok()
 }
 
 impl Range {
-    /// Returns whether callbacks may get this range itself: whether its fields equal those that
+    /// Returns whether callbacks may get this range itself, because its fields equal those that
     /// [`tell_translated`] would pass.
     #[inline(always)]
     fn is_as_told(&self, flags: c_uint) -> bool {
@@ -115,8 +117,8 @@ impl Range {
     }
 }
 
-/// Calls a C callback with the C range that the bracket was opened with, or with a translation of
-/// `range`.
+/// Calls a C callback with the C range that the bracket was opened with. If there is no such range,
+/// or the callback must not get it, calls the callback with a translation of `range`.
 #[inline(always)]
 pub(crate) fn tell<R>(range: &InvalidateRange<'_>, callback: impl Fn(*const Range) -> R) -> R {
     match raw::origin(range) {
@@ -148,11 +150,11 @@ fn tell_translated<R>(range: &InvalidateRange<'_>, callback: impl Fn(*const Rang
     })
 }
 
-/// Opens a bracket as `open` does, and keeps it in the range.
+/// Opens a bracket with `open`, which stores the bracket in the range.
 ///
 /// # Safety
-/// `range` must be a C range with the bits of a counted handle, and must not move before its end.
-/// `open` must write a bracket to the place, or fail.
+/// `range` must be null or point to a C range with the bits of a counted handle, which must not
+/// move before its end. If `open` succeeds, it must have written a bracket to its first argument.
 #[inline(always)]
 unsafe fn start(
     function: &str,
@@ -166,7 +168,7 @@ unsafe fn start(
         usize,
     ) -> Result<(), WouldBlock>,
 ) -> Result<(), WouldBlock> {
-    // SAFETY: The place must be valid: the caller's duty.
+    // SAFETY: `range` is null or points to a C range, as the caller promises.
     let Some(this) = (unsafe { range.as_mut() }) else {
         die(function, "the range is null")
     };
@@ -189,27 +191,30 @@ unsafe fn start(
     } else {
         0
     };
-    // Not through `this`: the borrow of the handle must live as long as the bracket.
+    // The handle is not borrowed through `this`, because it must be borrowed as long as the bracket
+    // lives.
     let place_of_mm = range.cast::<*mut MmStruct>();
-    // SAFETY: The place holds the bits of a counted handle and stays until the end: the caller's
-    // duty.
+    // SAFETY: `mm` is the first field of the range (asserted below). It holds the bits of a counted
+    // handle and does not move before the end, as the caller promises.
     let mm: &'static Mm = unsafe { mm::borrow(place_of_mm) };
-    // SAFETY: The caller's duty is passed on.
+    // SAFETY: `range` points to a C range without a bracket, so no other code uses its private
+    // words.
     open(unsafe { bracket(range) }, mm, pages, event, origin)?;
-    // SAFETY: The place must be valid: the caller's duty.
+    // SAFETY: `range` points to a C range, as the caller promises.
     unsafe { (*range).state = OPEN };
     Ok(())
 }
 
-/// Returns the place of the bracket in a range, which is large enough and aligned (asserted above).
+/// Returns the private words of a range, in which the bracket is stored. They are large enough and
+/// aligned for a bracket (asserted above).
 ///
 /// # Safety
-/// `range` must point to a range whose private words no other code uses meanwhile. Callbacks may
-/// read its other fields.
+/// `range` must point to a range whose private words no other code uses as long as the reference
+/// lives. Callbacks may read the other fields of the range.
 #[inline(always)]
 unsafe fn bracket<'a>(range: *mut Range) -> &'a mut MaybeUninit<Bracket> {
     let place = range.wrapping_byte_add(std::mem::offset_of!(Range, bracket));
-    // SAFETY: Valid, and used by no other code: the caller's duty.
+    // SAFETY: The private words are valid and used by no other code, as the caller promises.
     unsafe { &mut *place.cast() }
 }
 
@@ -222,11 +227,13 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_invalidate_range_start(range: *mut Range) {
         let open = |place: &mut MaybeUninit<Bracket>, mm, pages, event, origin| {
-            // SAFETY: `origin` is 0 or `range`, which the caller keeps until the end.
+            // SAFETY: `origin` is 0 or the address of `range`, which the caller keeps at its place
+            // until the end (crate docs, Objects).
             unsafe { PlacedBracket::start(place, mm, pages, event, origin) };
             Ok(())
         };
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: `range` is null or a C range with a handle of the caller, which does not move
+        // before its end (crate docs, Pointers and Objects). `open` writes a bracket or fails.
         let started = unsafe { start("mmu_notifier_invalidate_range_start", range, BLOCKABLE, open) };
         debug_assert!(started.is_ok(), "no subscriber can refuse where sleeping is allowed");
     }
@@ -237,10 +244,12 @@ export! {
     /// See mmun/mmu_notifier.h.
     fn mmun_invalidate_range_start_nonblock(range: *mut Range) -> c_int {
         let open = |place: &mut MaybeUninit<Bracket>, mm, pages, event, origin| {
-            // SAFETY: `origin` is 0 or `range`, which the caller keeps until the end.
+            // SAFETY: `origin` is 0 or the address of `range`, which the caller keeps at its place
+            // until the end (crate docs, Objects).
             unsafe { PlacedBracket::try_start(place, mm, pages, event, origin) }
         };
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: `range` is null or a C range with a handle of the caller, which does not move
+        // before its end (crate docs, Pointers and Objects). `open` writes a bracket or fails.
         match unsafe { start("mmu_notifier_invalidate_range_start_nonblock", range, 0, open) } {
             Ok(()) => 0,
             Err(WouldBlock) => -libc::EAGAIN,
@@ -252,20 +261,21 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_invalidate_range_end(range: *mut Range) {
-        // SAFETY: The place must be null or valid: the caller's duty.
+        // SAFETY: `range` is null or points to a C range (crate docs, Pointers).
         let Some(this) = (unsafe { range.as_mut() }) else { die("mmu_notifier_invalidate_range_end", "the range is null") };
         if this.state != OPEN {
             return;
         }
         this.state = 0;
-        // SAFETY: The place is valid, and the thread that started the range ends it: the header
-        // demands that.
+        // SAFETY: Only the thread that started the range uses its private words, and that thread
+        // ends the range (crate docs, Objects).
         let bracket = unsafe { bracket(range) };
-        // SAFETY: `state` says that the place holds a bracket; it is dropped once.
+        // SAFETY: `state` was `OPEN`, so `bracket` holds a bracket. `state` is now 0, so the
+        // bracket is dropped only once.
         unsafe { bracket.assume_init_drop() };
     }
 
-    /// Tells secondary TLBs to flush.
+    /// Flushes secondary TLBs.
     ///
     /// # Safety
     /// See mmun/mmu_notifier.h.
@@ -274,7 +284,7 @@ export! {
             die("mmu_notifier_arch_invalidate_secondary_tlbs", "the address space is null");
         }
         if let Some(pages) = pages(start, end) {
-            // SAFETY: The caller has a handle.
+            // SAFETY: `mm` is the bits of a handle of the caller (crate docs, Address spaces).
             unsafe { mm::borrow(&raw const mm) }.invalidate_secondary_tlbs(pages);
         }
     }
@@ -284,7 +294,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_clear_flush_young(mm: *mut MmStruct, start: c_ulong, end: c_ulong) -> c_int {
-        // SAFETY: The caller has a handle.
+        // SAFETY: `mm` is null or the bits of a handle of the caller (crate docs, Address spaces).
         let mm = (!mm.is_null()).then(|| unsafe { mm::borrow(&raw const mm) });
         c_int::from(mm.zip(pages(start, end)).is_some_and(|(mm, pages)| mm.clear_flush_young(pages)))
     }
@@ -294,7 +304,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_clear_young(mm: *mut MmStruct, start: c_ulong, end: c_ulong) -> c_int {
-        // SAFETY: The caller has a handle.
+        // SAFETY: `mm` is null or the bits of a handle of the caller (crate docs, Address spaces).
         let mm = (!mm.is_null()).then(|| unsafe { mm::borrow(&raw const mm) });
         c_int::from(mm.zip(pages(start, end)).is_some_and(|(mm, pages)| mm.clear_young(pages)))
     }
@@ -304,7 +314,7 @@ export! {
     /// # Safety
     /// See mmun/mmu_notifier.h.
     fn mmun_test_young(mm: *mut MmStruct, address: c_ulong) -> c_int {
-        // SAFETY: The caller has a handle.
+        // SAFETY: `mm` is null or the bits of a handle of the caller (crate docs, Address spaces).
         let mm = (!mm.is_null()).then(|| unsafe { mm::borrow(&raw const mm) });
         c_int::from(mm.is_some_and(|mm| mm.test_young(Va::new(address))))
     }

@@ -27,7 +27,8 @@ pub struct Functions {
     flags: u64,
 }
 
-// SAFETY: Pointers and numbers; the header demands that each function is null or a C function.
+// SAFETY: The type is `repr(C)` and begins with a `usize`. Pointers and integers may have any bits.
+// Each function is null or follows its prototype (crate docs, Callbacks).
 unsafe impl Growing for Functions {
     const FIRST: usize = 40;
 }
@@ -45,7 +46,7 @@ pub struct Options {
     max_region_bytes: u64,
 }
 
-// SAFETY: Numbers only.
+// SAFETY: The type is `repr(C)`, begins with a `usize` and consists of integers.
 unsafe impl Growing for Options {
     const FIRST: usize = 32;
 }
@@ -88,7 +89,7 @@ pub struct Stats {
     values: [u64; 16],
 }
 
-// SAFETY: Numbers only.
+// SAFETY: The type is `repr(C)`, begins with a `usize` and consists of integers.
 unsafe impl Growing for Stats {
     const FIRST: usize = 136;
 }
@@ -102,30 +103,31 @@ struct Driver {
     in_callbacks: bool,
 }
 
-// SAFETY: C code promises functions that may run on any thread, in parallel: the header demands
-// that.
+// SAFETY: The functions may run on any thread, in parallel, with the context (crate docs,
+// Callbacks).
 unsafe impl Send for Driver {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Driver {}
 
-/// The handle that the C registrar returned for a region.
+/// The handle that the C registrar has stored for a region.
 #[derive(Debug)]
 struct Handle {
     value: *mut c_void,
     range: VaRange,
 }
 
-// SAFETY: A pointer that is handed to C code only, which may use it on any thread; the header says
-// so.
+// SAFETY: This library never dereferences the pointer. It passes the pointer only to C code, whose
+// functions accept it on any thread (crate docs, Callbacks).
 unsafe impl Send for Handle {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Handle {}
 
 fn start(range: VaRange) -> *mut c_void {
     ptr::without_provenance_mut(range.start().get() as usize)
 }
 
-/// The length of a range in bytes. The range must not include the last address.
+/// Returns the length of a range in bytes. The range must not include the last address of the
+/// address space.
 fn length(range: VaRange) -> usize {
     (range.last().get() - range.start().get()) as usize + 1
 }
@@ -138,7 +140,8 @@ impl Registrar for Driver {
         let _whole = Uncancelled::enter();
         let mut value = ptr::null_mut();
         let mut register = || {
-            // SAFETY: The program's own function, with its own context: the header demands that.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks), and gets the
+            // context that the program has given with it.
             unsafe {
                 (self.register_region)(self.context, start(range), length(range), &raw mut value)
             }
@@ -153,7 +156,8 @@ impl Registrar for Driver {
     fn deregister(&self, Handle { value, range }: Handle) {
         let _whole = Uncancelled::enter();
         let deregister = || {
-            // SAFETY: As in `register`, and once for each handle.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks). It gets each
+            // handle once, because `deregister` takes the `Handle` by value.
             unsafe { (self.deregister_region)(self.context, start(range), length(range), value) }
         };
         guarded!("mmun_registrar.deregister_region", deregister());
@@ -185,7 +189,8 @@ pub struct Regcache {
 #[derive(Debug)]
 pub struct Lease {
     handle: *mut c_void,
-    /// All words are zero if there is no lease. A lease has the address of its cache.
+    /// A [`Held`], or zeroes if there is no lease. In a lease the first word is not zero, because
+    /// it is the address of the cache.
     held: MaybeUninit<[usize; LEASE_WORDS]>,
 }
 
@@ -200,18 +205,21 @@ impl Lease {
     };
 
     fn is_held(&self) -> bool {
-        // Reads one word, which is not zero in a lease. The two words were stored one by one, so a
-        // single load of both could not be forwarded from the store buffer, and would stall.
-        // SAFETY: Both words are initialized, by C code or by this library.
+        // This reads only the first word. The two words were stored one by one, so a single load of
+        // both words could not be forwarded from the store buffer, and would stall.
+        // SAFETY: The word is initialised. `mmun_regcache_get` writes every lease, and C code
+        // passes only leases that it has got or zeroed (crate docs, Objects).
         unsafe { self.held.as_ptr().cast::<usize>().read() != 0 }
     }
 
+    /// Returns the lease in a struct, if there is one.
+    ///
     /// # Safety
-    /// `lease` must be null or a lease that the caller has not put.
+    /// `lease` must be null, or point to a lease that stays valid as long as the reference lives.
     unsafe fn held<'a>(lease: *const Self) -> Option<&'a Held<'static, Driver>> {
-        // SAFETY: Null or a lease: the caller's duty.
+        // SAFETY: `lease` is null or points to a lease, as the caller promises.
         let lease = unsafe { lease.as_ref() }.filter(|lease| lease.is_held())?;
-        // SAFETY: There is a lease in it, which `mmun_regcache_get` has put there.
+        // SAFETY: The words are not zero, so `mmun_regcache_get` has written a `Held` to them.
         Some(unsafe { &*lease.held.as_ptr().cast() })
     }
 }
@@ -254,13 +262,13 @@ struct Silent;
 impl Notifier for Silent {}
 
 impl Regcache {
-    /// Deregisters everything. Fails if a region is leased; the cache can then still be used.
+    /// Deregisters all regions. Fails if a region is leased. Then the cache can still be used.
     fn empty(&self) -> Result<(), c_int> {
         self.mmun.may_wait()?;
         self.cache.flush();
         if self.cache.stats().regions != 0 {
-            // A callback may still be deregistering regions that it has taken out. Registering a
-            // notifier waits for that callback.
+            // A callback may still be deregistering regions that it has removed from the look-up.
+            // Registering a notifier waits for that callback.
             drop(Registration::new(self.mmun.mm, Silent));
             self.cache.flush();
         }
@@ -287,17 +295,17 @@ export! {
     ) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            // SAFETY: Valid: the header demands that.
+            // SAFETY: `registrar` is null or begins with its size (crate docs, Pointers).
             let functions = unsafe { args::read(registrar) }?;
             let options = if options.is_null() {
                 Options { size: 0, merge: 0, max_regions: 0, max_bytes: 0, max_region_bytes: 0 }
             } else {
-                // SAFETY: Valid: the header demands that.
+                // SAFETY: `options` begins with its size (crate docs, Pointers).
                 unsafe { args::read(options) }?
             };
-            // SAFETY: Null or valid: the header demands that.
+            // SAFETY: `cache` is null or a variable of the caller (crate docs, Pointers).
             let place = unsafe { args::result(cache) }?;
-            // SAFETY: Null or open: the header demands that.
+            // SAFETY: `mmun` is null or open (crate docs, Handles).
             let mmun = unsafe { share(mmun) }?;
             *place = Box::into_raw(Box::new(open(mmun, &functions, options)?));
             Ok(())
@@ -310,7 +318,7 @@ export! {
     /// See mmun/mmun.h.
     fn mmun_regcache_close(cache: *mut Regcache) -> c_int {
         let _whole = Uncancelled::enter();
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `cache` is null or open (crate docs, Handles).
         let Some(open) = (unsafe { cache.as_ref() }) else { return 0 };
         let is_inherited = open.mmun.mm.is_inherited();
         if !is_inherited {
@@ -318,8 +326,8 @@ export! {
                 return code;
             }
         }
-        // SAFETY: It came from `Box::into_raw`, and the caller gives it up: the header demands
-        // that.
+        // SAFETY: `from_raw` needs the unique pointer of a leaked box. `mmun_regcache_open` leaked
+        // the box, and no other thread uses a handle that is being closed (crate docs, Handles).
         let Regcache { cache, device, mmun } = *unsafe { Box::from_raw(cache) };
         drop(cache);
         if !is_inherited && device.synchronize().is_err() {
@@ -337,9 +345,9 @@ export! {
         if !lease.is_aligned() {
             return fail(-libc::EINVAL, INVALID);
         }
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `cache` is null or open (crate docs, Handles).
         let open = unsafe { cache.as_ref() };
-        // SAFETY: Null or a place for a lease: the header demands that.
+        // SAFETY: `lease` is null or points to memory for a lease (crate docs, Pointers).
         let (Some(open), Some(place)) = (open, unsafe { lease.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
         let range = match VaRange::covering(Va::from_ptr(address), length as u64) {
             Ok(range) if range.last() != Va::new(u64::MAX) => range,
@@ -351,8 +359,8 @@ export! {
         match open.cache.get(range) {
             Ok(held) => {
                 place.handle = held.handle().value;
-                // SAFETY: The place is large enough (asserted above). The cache outlives the lease,
-                // because closing the cache fails while a region is leased.
+                // SAFETY: The field `held` is large enough and aligned (asserted above). The cache
+                // outlives the lease, because closing the cache fails while a region is leased.
                 unsafe { place.held.as_mut_ptr().cast::<Held<'_, Driver>>().write(held) };
                 0
             }
@@ -368,22 +376,24 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_put(lease: *mut Lease) {
-        // SAFETY: Null or a lease: the header demands that.
+        // SAFETY: `lease` is null or points to a lease (crate docs, Pointers).
         let Some(place) = (unsafe { lease.as_mut() }).filter(|lease| lease.is_held()) else {
             die("mmun_regcache_put", "the lease is null, or has been put already");
         };
-        // SAFETY: `is_held` has just said that the place has a lease; the next line clears it.
+        // SAFETY: `is_held` has just returned true, so `held` holds a lease. The next line clears
+        // the field, so the lease is moved out only once.
         let held = unsafe { place.held.as_ptr().cast::<Held<'static, Driver>>().read() };
         place.held = Lease::NONE.held;
         drop(held);
     }
 
-    /// Tells whether the region is still current for the memory at its addresses.
+    /// Tells whether the registration still matches the memory at its addresses.
     ///
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_lease_valid(lease: *const Lease) -> bool {
-        // SAFETY: Null or a lease: the header demands that.
+        // SAFETY: `lease` is null or points to a lease, which the caller does not put during the
+        // call (crate docs, Objects).
         unsafe { Lease::held(lease) }.is_some_and(Held::is_current)
     }
 
@@ -392,11 +402,12 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_lease_range(lease: *const Lease, address: *mut *mut c_void, bytes: *mut usize) -> c_int {
-        // SAFETY: Null or a lease: the header demands that.
+        // SAFETY: `lease` is null or points to a lease, which the caller does not put during the
+        // call (crate docs, Objects).
         let Some(held) = (unsafe { Lease::held(lease) }) else { return fail(-libc::EINVAL, INVALID) };
-        // SAFETY: Null or valid: the header demands that.
+        // SAFETY: `address` is null or a variable of the caller (crate docs, Pointers).
         let Some(address) = (unsafe { address.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
-        // SAFETY: Null or valid: the header demands that.
+        // SAFETY: `bytes` is null or a variable of the caller (crate docs, Pointers).
         let Some(bytes) = (unsafe { bytes.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
         (*address, *bytes) = (start(held.range()), length(held.range()));
         0
@@ -407,16 +418,16 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_flush(cache: *const Regcache) -> u64 {
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `cache` is null or open (crate docs, Handles).
         unsafe { cache.as_ref() }.map_or(0, |open| open.cache.flush())
     }
 
-    /// Deregisters the regions that callbacks took out.
+    /// Deregisters the regions that callbacks have removed from the look-up.
     ///
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_reap(cache: *const Regcache) {
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `cache` is null or open (crate docs, Handles).
         if let Some(open) = unsafe { cache.as_ref() } {
             open.cache.reap();
         }
@@ -427,10 +438,10 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_regcache_stats(cache: *const Regcache, stats: *mut Stats) -> c_int {
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `cache` is null or open (crate docs, Handles).
         let Some(open) = (unsafe { cache.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
         let values = open.cache.stats().metrics().map(|(_, value)| value);
-        // SAFETY: Valid: the header demands that.
+        // SAFETY: `stats` is null or begins with its size, and is writable (crate docs, Pointers).
         code(unsafe { args::write(stats, &Stats { size: 0, values }) })
     }
 }

@@ -25,7 +25,7 @@ pub struct Options {
     required: u32,
 }
 
-// SAFETY: Numbers only.
+// SAFETY: The type is `repr(C)`, begins with a `usize` and consists of integers.
 unsafe impl Growing for Options {
     const FIRST: usize = 16;
 }
@@ -50,12 +50,12 @@ pub struct Status {
     no_kernel: [c_char; WHY],
 }
 
-// SAFETY: Numbers only.
+// SAFETY: The type is `repr(C)`, begins with a `usize` and consists of integers.
 unsafe impl Growing for Status {
     const FIRST: usize = 64 + 2 * WHY;
 }
 
-/// `struct mmun`. Each subscription, watch and cache holds a reference to it.
+/// `struct mmun`. Each subscription, watch and cache holds a reference to its `Mmun`.
 #[derive(Debug)]
 pub struct Mmun {
     pub(crate) mm: &'static MmWithUser,
@@ -80,8 +80,8 @@ impl Mmun {
             sources | required
         };
         let refused = |which: u32, error: &Error| -> Result<String, c_int> {
-            // A system that gives no thread or descriptor is one more reason why a source does not
-            // work here.
+            // These two errors are the caller's fault, so they are always returned. Any other error
+            // means that the source does not work here, even a lack of threads or descriptors.
             let is_fault = matches!(error, Error::AfterFork { .. } | Error::InCallback { .. });
             if required & which != 0 || is_fault {
                 Err(of_source(error))
@@ -149,7 +149,8 @@ impl Mmun {
 
     fn status(&self) -> Status {
         let is_inherited = self.mm.is_inherited();
-        // In the child of a fork, the lock around the source's counters may stay locked for ever.
+        // In the child of a fork, the lock of the source's counters may be locked for ever, by a
+        // thread that the child does not have.
         let kernel = self.kernel.as_ref().filter(|_| !is_inherited);
         Status {
             size: 0,
@@ -192,7 +193,8 @@ impl Mmun {
     }
 }
 
-/// Copies the beginning of a text into a field of a struct.
+/// Copies a text into a field of a struct. Cuts a text that is too long, and ends it with a zero
+/// byte.
 fn text(text: &str) -> [c_char; WHY] {
     let mut field = [0; WHY];
     let bytes = text.bytes().map(|byte| byte as c_char);
@@ -214,9 +216,10 @@ pub(crate) unsafe fn share(mmun: *const Mmun) -> Result<Arc<Mmun>, c_int> {
             c"the first argument, from mmun_open(), is null",
         ));
     }
-    // SAFETY: It came from `Arc::into_raw` in `mmun_open` and is open: the caller's duty.
+    // SAFETY: The pointer came from `Arc::into_raw` in `mmun_open`. The caller promises that the
+    // handle is open, so its count is not zero.
     unsafe { Arc::increment_strong_count(mmun) };
-    // SAFETY: As above; this takes the count that was just added.
+    // SAFETY: The pointer came from `Arc::into_raw`, and this takes over the count just added.
     Ok(unsafe { Arc::from_raw(mmun) })
 }
 
@@ -233,11 +236,11 @@ export! {
         let _whole = Uncancelled::enter();
         code((|| {
             let (sources, required) = if options.is_null() { (0, 0) } else {
-                // SAFETY: Valid: the header demands that.
+                // SAFETY: `options` begins with its size (crate docs, Pointers).
                 let options = unsafe { args::read(options) }?;
                 (options.sources, options.required)
             };
-            // SAFETY: Null or valid: the header demands that.
+            // SAFETY: `opened` is null or a variable of the caller (crate docs, Pointers).
             let opened = unsafe { args::result(opened) }?;
             *opened = Arc::into_raw(Arc::new(Mmun::open(sources, required)?)).cast_mut();
             Ok(())
@@ -251,8 +254,8 @@ export! {
     fn mmun_close(mmun: *mut Mmun) {
         let _whole = Uncancelled::enter();
         if !mmun.is_null() {
-            // SAFETY: It came from `Arc::into_raw`, and the caller gives it up: the header demands
-            // that.
+            // SAFETY: The pointer came from `Arc::into_raw` in `mmun_open`, and the caller does not
+            // use the handle any more (crate docs, Handles).
             drop(unsafe { Arc::from_raw(mmun) });
         }
     }
@@ -262,18 +265,19 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_status(mmun: *const Mmun, status: *mut Status) -> c_int {
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `mmun` is null or open (crate docs, Handles).
         let Some(mmun) = (unsafe { mmun.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
-        // SAFETY: Valid: the header demands that.
+        // SAFETY: `status` is null or begins with its size, and is writable (crate docs, Pointers).
         code(unsafe { args::write(status, &mmun.status()) })
     }
 
-    /// Runs the callbacks of all changes that began before the call, or waits for them.
+    /// Runs the callbacks of all changes that began before the call, or waits until another thread
+    /// has run them.
     ///
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_settle(mmun: *const Mmun) -> c_int {
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `mmun` is null or open (crate docs, Handles).
         let Some(mmun) = (unsafe { mmun.as_ref() }) else { return fail(-libc::EINVAL, INVALID) };
         if let Err(code) = mmun.check() {
             return code;
@@ -284,12 +288,12 @@ export! {
         }
     }
 
-    /// Begins to fill a cache.
+    /// Waits until no change is under way, and returns a sequence number for `mmun_fill_retry`.
     ///
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_fill_begin(mmun: *const Mmun) -> u64 {
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `mmun` is null or open (crate docs, Handles).
         match unsafe { mmun.as_ref() } {
             Some(mmun) => mmun.fill_begin().unwrap_or(0),
             None => {
@@ -299,12 +303,12 @@ export! {
         }
     }
 
-    /// Returns whether a change has begun since `seq` was read.
+    /// Returns whether a change has begun since `mmun_fill_begin` returned `seq`.
     ///
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_fill_retry(mmun: *const Mmun, seq: u64) -> bool {
-        // SAFETY: Null or open: the header demands that.
+        // SAFETY: `mmun` is null or open (crate docs, Handles).
         unsafe { mmun.as_ref() }.is_none_or(|mmun| mmun.fill_retry(seq))
     }
 }

@@ -33,8 +33,8 @@ pub struct Ops {
     end: Callback,
 }
 
-// SAFETY: `repr(C)`, and `size` comes first. Any bytes are a `usize`; those of a callback come from
-// C, whose header demands a function or null (0: none).
+// SAFETY: The type is `repr(C)` and begins with a `usize`. Each callback is null, which is `None`,
+// or follows its prototype (crate docs, Callbacks).
 unsafe impl Growing for Ops {
     const FIRST: usize = 24;
 }
@@ -47,13 +47,14 @@ struct Callbacks {
     context: *mut c_void,
     start: Callback,
     end: Callback,
-    /// Whether the kernel source is open. It calls `start` after the change has begun.
+    /// Whether the kernel source is open. Its callbacks run after the change has begun.
     by_kernel: bool,
 }
 
-// SAFETY: The header requires callbacks that are safe on any thread, in parallel.
+// SAFETY: The callbacks may run on any thread, in parallel, with the context (crate docs,
+// Callbacks).
 unsafe impl Send for Callbacks {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Callbacks {}
 
 impl Callbacks {
@@ -78,7 +79,8 @@ impl Notifier for Callbacks {
     #[inline(always)]
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         if let Some(start) = self.start {
-            // SAFETY: The program's own callback, with its own context: the header demands that.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks), and gets the
+            // context that the program has given with it.
             guarded!("mmun_ops.start", unsafe {
                 start(self.context, &self.change(range))
             });
@@ -88,7 +90,8 @@ impl Notifier for Callbacks {
     #[inline(always)]
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.end {
-            // SAFETY: The program's own callback, with its own context: the header demands that.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks), and gets the
+            // context that the program has given with it.
             guarded!("mmun_ops.end", unsafe {
                 end(self.context, &self.change(range))
             });
@@ -136,14 +139,15 @@ fn subscribe(mmun: Arc<Mmun>, ops: &Ops, context: *mut c_void) -> Result<Subscri
             })
         }
         Err(error) => {
-            // Cannot fail: this thread has opened no bracket since it registered.
+            // `unregister` cannot fail, because this thread has opened no bracket since it
+            // registered.
             let _ = registration.unregister();
             Err(of_source(&error))
         }
     }
 }
 
-/// Ends a subscription; returns it if this thread must not wait.
+/// Ends a subscription. If this thread must not wait, returns the unchanged subscription.
 fn unsubscribe(subscription: Subscription) -> Result<(), Subscription> {
     let Subscription {
         registration,
@@ -179,11 +183,11 @@ export! {
     ) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            // SAFETY: Null, or begins with its size: the header demands that.
+            // SAFETY: `ops` is null or begins with its size (crate docs, Pointers).
             let ops = unsafe { args::read(ops) }?;
-            // SAFETY: Null or valid: the header demands that.
+            // SAFETY: `subscription` is null or a variable of the caller (crate docs, Pointers).
             let place = unsafe { args::result(subscription) }?;
-            // SAFETY: Null or open: the header demands that.
+            // SAFETY: `mmun` is null or open (crate docs, Handles).
             let mmun = unsafe { share(mmun) }?;
             *place = Box::into_raw(Box::new(subscribe(mmun, &ops, context)?));
             Ok(())
@@ -199,17 +203,18 @@ export! {
         if subscription.is_null() {
             return fail(-libc::EINVAL, INVALID);
         }
-        // SAFETY: It came from `Box::into_raw`, and no other call uses it during this one: the
-        // header demands that.
+        // SAFETY: The pointer came from `Box::into_raw` in `mmun_subscribe`, and no other thread
+        // uses a subscription that is being ended (crate docs, Handles).
         let taken = unsafe { subscription.read() };
         match unsubscribe(taken) {
             Ok(()) => {
-                // SAFETY: Its content was moved out above. What is left is the memory.
+                // SAFETY: The content of the box was moved out above, and `MaybeUninit` drops no
+                // content. So this frees only the memory.
                 drop(unsafe { Box::from_raw(subscription.cast::<std::mem::MaybeUninit<Subscription>>()) });
                 0
             }
             Err(kept) => {
-                // SAFETY: Its content was moved out above.
+                // SAFETY: The box is still allocated, and its content was moved out above.
                 unsafe { subscription.write(kept) };
                 fail(-libc::EDEADLK, IN_CALLBACK)
             }

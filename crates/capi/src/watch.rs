@@ -31,9 +31,9 @@ export! {
     fn mmun_watch(mmun: *const Mmun, address: *const c_void, length: usize, watch: *mut *mut Watched) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            // SAFETY: Null or valid: the header demands that.
+            // SAFETY: `watch` is null or a variable of the caller (crate docs, Pointers).
             let place = unsafe { args::result(watch) }?;
-            // SAFETY: Null or open: the header demands that.
+            // SAFETY: `mmun` is null or open (crate docs, Handles).
             let mmun = unsafe { share(mmun) }?;
             let range = VaRange::covering(Va::from_ptr(address), length as u64);
             let range = range.map_err(|_| {
@@ -63,17 +63,18 @@ export! {
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_watch_valid(watch: *const Watched) -> bool {
-        // SAFETY: Null or a watch: the header demands that.
+        // SAFETY: `watch` is null or a watch that has not ended (crate docs, Handles).
         unsafe { watch.as_ref() }.is_some_and(|watched| watched.watch.is_valid())
     }
 
-    /// Restarts the watch.
+    /// Makes the watch valid again.
     ///
     /// # Safety
     /// See mmun/mmun.h.
     fn mmun_watch_renew(watch: *mut Watched) -> c_int {
         let _whole = Uncancelled::enter();
-        // SAFETY: Null or a watch that no other thread uses: the header demands that.
+        // SAFETY: `watch` is null or a watch that has not ended. The header demands that no other
+        // thread uses the watch meanwhile.
         let Some(watched) = (unsafe { watch.as_mut() }) else {
             return fail(-libc::EINVAL, c"mmun_watch_renew(): watch is null");
         };
@@ -89,8 +90,8 @@ export! {
     fn mmun_unwatch(watch: *mut Watched) {
         let _whole = Uncancelled::enter();
         if !watch.is_null() {
-            // SAFETY: `watch` came from `Box::into_raw` in `mmun_watch`, and the caller does not
-            // use it after this call: the header demands that.
+            // SAFETY: The pointer came from `Box::into_raw` in `mmun_watch`, and the caller does
+            // not use the watch any more (crate docs, Handles).
             drop(unsafe { Box::from_raw(watch) });
         }
     }
