@@ -113,7 +113,7 @@ impl Intake {
         self.queue.pop_front()
     }
 
-    /// Queues a range. Returns false if there is no room.
+    /// Queues a range. Returns false if the queue is full.
     fn push(&mut self, range: VaRange) -> bool {
         let upto = self.next - 1;
         if let Some(last) = self
@@ -157,8 +157,8 @@ impl Intake {
         // before the marks below.
         let now = words.generation.load(Ordering::Acquire);
         self.watches.touch_all(now);
-        // INVARIANT: all generations up to `now` are done. Those beyond `now` that were done stay
-        // done.
+        // INVARIANT: all generations up to `now` are done. Generations beyond `now` that were done
+        // stay done.
         if now - self.next.min(now) >= WINDOW {
             self.done.fill(0);
             self.next = now + 1;

@@ -128,7 +128,7 @@ pub(super) struct Scratch(NonNull<u8>);
 
 // SAFETY: no code reads or writes the page.
 unsafe impl Send for Scratch {}
-// SAFETY: as above.
+// SAFETY: no code reads or writes the page.
 unsafe impl Sync for Scratch {}
 
 impl Scratch {
@@ -209,7 +209,7 @@ pub(super) struct Shared {
 
 // SAFETY: all access to the memory is through atomics.
 unsafe impl Send for Shared {}
-// SAFETY: as above.
+// SAFETY: all access to the memory is through atomics.
 unsafe impl Sync for Shared {}
 
 impl Shared {
@@ -260,13 +260,15 @@ impl Shared {
 
     #[inline]
     pub(super) fn u32(&self, offset: usize) -> &AtomicU32 {
-        // SAFETY: as for `u64`.
+        // SAFETY: the pointer comes from `place`, so it is aligned and inside the mapping, which
+        // lives as long as `self`.
         unsafe { AtomicU32::from_ptr(self.place(offset, 4).cast().as_ptr()) }
     }
 
     #[inline]
     pub(super) fn u16(&self, offset: usize) -> &AtomicU16 {
-        // SAFETY: as for `u64`.
+        // SAFETY: the pointer comes from `place`, so it is aligned and inside the mapping, which
+        // lives as long as `self`.
         unsafe { AtomicU16::from_ptr(self.place(offset, 2).cast().as_ptr()) }
     }
 
@@ -319,7 +321,7 @@ pub(super) struct Glance {
 
 // SAFETY: the words are atomics that any thread may load.
 unsafe impl Send for Glance {}
-// SAFETY: as above.
+// SAFETY: the words are atomics that any thread may load.
 unsafe impl Sync for Glance {}
 
 impl Glance {
@@ -371,8 +373,8 @@ impl Glance {
         let offset = at as usize & self.mask & !7;
         // SAFETY: the offset is below `mask + 1`, the size of the record area of the mapping.
         let word = unsafe { self.records.add(offset) };
-        // SAFETY: as above. The offset is a multiple of eight, the record area is page-aligned, and
-        // callers only load from the word.
+        // SAFETY: `word` is inside the record area. It is aligned, because the offset is a multiple
+        // of eight and the record area is page-aligned. Callers only load from the word.
         unsafe { AtomicU64::from_ptr(word.cast().as_ptr()) }
     }
 }
@@ -396,7 +398,7 @@ pub(super) struct ProgressPage(NonNull<Progress>);
 
 // SAFETY: all access to the page is through atomics.
 unsafe impl Send for ProgressPage {}
-// SAFETY: as above.
+// SAFETY: all access to the page is through atomics.
 unsafe impl Sync for ProgressPage {}
 
 impl ProgressPage {

@@ -11,7 +11,7 @@ pub(super) struct Queue {
     written: AtomicU64,
     read: AtomicU64,
     lost: AtomicU64,
-    /// The number of lost entries for which the teller has invalidated everything.
+    /// How many entries had been lost when the teller last began to invalidate everything.
     told: AtomicU64,
 }
 

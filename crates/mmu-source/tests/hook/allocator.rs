@@ -9,7 +9,7 @@ use mmu_source::hook::Hook;
 const SIZE: usize = 200 << 10;
 
 fn mapped_blocks() -> usize {
-    // SAFETY: no preconditions.
+    // SAFETY: takes no arguments and returns a struct.
     unsafe { libc::mallinfo2() }.hblks
 }
 

@@ -343,7 +343,8 @@ fn mprotect_and_its_sibling_with_a_key() {
     watch.expect("mprotect", Event::ProtectionVma, &[(0, p())]);
     for key in [0, -1] {
         watch.listen(pages, 2 * page_size());
-        // SAFETY: as above. A processor without protection keys refuses the call.
+        // SAFETY: pages of this test that no other code touches meanwhile. A processor without
+        // protection keys refuses the call.
         unsafe { pkey_mprotect(at(pages + page_size()), page_size(), libc::PROT_READ, key) };
         watch.expect("pkey_mprotect", Event::ProtectionVma, &[(p(), 2 * p())]);
     }

@@ -20,9 +20,9 @@ unsafe extern "C" fn their_munmap(address: usize, length: usize) -> i32 {
     if result == 0 {
         return 0;
     }
-    // SAFETY: no preconditions.
+    // SAFETY: takes no arguments, and returns the address of this thread's `errno`.
     let errno = unsafe { libc::__errno_location() };
-    // SAFETY: this thread's own `errno`.
+    // SAFETY: the address is that of this thread's `errno`, which no other thread accesses.
     unsafe { errno.write(-result as i32) };
     -1
 }

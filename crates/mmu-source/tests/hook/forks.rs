@@ -17,7 +17,7 @@ fn fork() -> libc::pid_t {
     // the parent's exit handlers.
     match unsafe { libc::fork() } {
         0 => {
-            // SAFETY: no preconditions.
+            // SAFETY: takes an integer. It ends a child that hangs after 120 seconds.
             unsafe { libc::alarm(120) };
             let watch = Watch::new();
             let pages = map(1, 7);

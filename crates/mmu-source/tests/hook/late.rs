@@ -115,7 +115,7 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
                 // SAFETY: ends the child through its exit handlers, one of which writes the report.
                 unsafe { libc::exit(0) };
             }
-            // SAFETY: reaps the child.
+            // SAFETY: reaps the child. `waitpid` takes a null status pointer.
             unsafe { libc::waitpid(status, std::ptr::null_mut(), 0) };
             let report = fs::read_to_string(&report).expect("the library has reported");
             let brackets: usize = report

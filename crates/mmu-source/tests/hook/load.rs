@@ -65,7 +65,7 @@ fn map_and_unmap(round: u64) {
         0
     );
     assert_eq!(
-        // SAFETY: as above.
+        // SAFETY: this function owns the pages, and does not use the first one any more.
         unsafe { libc::syscall(libc::SYS_munmap, pages, page_size()) },
         0
     );

@@ -96,7 +96,7 @@ const EVENTS: [Event; 4] = [
 ];
 
 fn this_thread() -> u64 {
-    // SAFETY: no preconditions.
+    // SAFETY: takes no arguments, and returns the id of this thread.
     unsafe { libc::pthread_self() }
 }
 

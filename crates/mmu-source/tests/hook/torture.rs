@@ -39,7 +39,7 @@ struct Cache {
 
 // SAFETY: an entry is accessed only in `with`, under its lock.
 unsafe impl Sync for Cache {}
-// SAFETY: as above. The cache holds no data that is bound to a thread.
+// SAFETY: the cache holds no data that is bound to a thread.
 unsafe impl Send for Cache {}
 
 impl Cache {

@@ -19,7 +19,7 @@ fn trace_interrupted(times: u32, seccomp: bool, args: &[&str]) -> Trace {
         if !forks(part) || part.task.pid != part.task.tid {
             return;
         }
-        // Each fork begins with the same range.
+        // The first range of every fork is the same.
         let _ = first.compare_exchange(0, part.start, Ordering::Relaxed, Ordering::Relaxed);
         if part.start == first.load(Ordering::Relaxed)
             && sent.fetch_add(1, Ordering::Relaxed) < times

@@ -52,7 +52,7 @@ fn give_up_ptrace() {
         *set &= !(1 << CAP_SYS_PTRACE);
     }
     assert_eq!(
-        // SAFETY: as above; the call only reads them.
+        // SAFETY: the call reads the header and both sets, which have the layout of version 3.
         unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) },
         0
     );

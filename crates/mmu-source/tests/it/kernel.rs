@@ -76,7 +76,7 @@ fn every_change_by_this_process_is_reported() {
                 std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") memory.page(1), in("rsi") page_size(),
                 out("rcx") _, out("r11") _);
             }
-            // SAFETY: as above.
+            // SAFETY: unmaps our own scratch memory. The kernel changes no register except `x0`.
             #[cfg(target_arch = "aarch64")]
             unsafe {
                 std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") memory.page(1) => result, in("x1") page_size());
@@ -130,7 +130,7 @@ fn every_change_by_this_process_is_reported() {
         advise(memory, libc::MADV_REMOVE)
     });
     told(&kernel, "ftruncate", shared(), |_| {
-        // SAFETY: integers; no code reads the mapping any more.
+        // SAFETY: takes integers. No code reads the mapping of the removed pages any more.
         unsafe { libc::ftruncate(file.as_raw_fd(), 0) };
     });
 }
@@ -242,7 +242,7 @@ fn changes_by_others_and_by_the_kernel_are_reported() {
         shared(),
         |_| {
             let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            // SAFETY: integers.
+            // SAFETY: takes integers. No code reads the mapping of the removed page any more.
             assert!(in_child(|| unsafe {
                 libc::fallocate(file.as_raw_fd(), mode, 0, page_size() as libc::off_t)
             } == 0));
@@ -250,7 +250,7 @@ fn changes_by_others_and_by_the_kernel_are_reported() {
     );
     told(&kernel, "a truncation by another process", shared(), |_| {
         assert!(in_child(
-            // SAFETY: integers.
+            // SAFETY: takes integers. No code reads the mapping of the removed pages any more.
             || unsafe { libc::ftruncate(file.as_raw_fd(), 0) } == 0
         ));
     });

@@ -61,7 +61,7 @@ fn goes_on_after(close: impl FnOnce()) -> bool {
             .is_ok_and(|watch| watch.is_valid())
     });
     drop((watch, armed, kernel));
-    // SAFETY: integers.
+    // SAFETY: `F_GETFD` takes integers and changes nothing.
     let open = files
         .iter()
         .all(|file| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFD) } >= 0);
@@ -83,12 +83,12 @@ fn closing_every_descriptor_does_not_blind_the_source() {
     unsafe extern "C" {
         fn closefrom(first: libc::c_int);
     }
-    // SAFETY: closes descriptors, as above.
+    // SAFETY: takes an integer. The child does not need the closed descriptors any more.
     assert!(in_child(|| goes_on_after(|| unsafe { closefrom(3) })));
     assert!(in_child(|| goes_on_after(|| {
         let zero = std::fs::File::open("/dev/zero").expect("a file");
         for number in (3..200).filter(|number| *number != zero.as_raw_fd()) {
-            // SAFETY: integers, as above.
+            // SAFETY: takes integers. The child does not need the replaced descriptor any more.
             assert!(unsafe { libc::dup2(zero.as_raw_fd(), number) } >= 0);
         }
     })));

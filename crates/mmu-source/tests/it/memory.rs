@@ -22,7 +22,7 @@ pub(crate) struct Scratch {
 
 // SAFETY: the type is only an address and a length.
 unsafe impl Send for Scratch {}
-// SAFETY: as above.
+// SAFETY: the type is only an address and a length.
 unsafe impl Sync for Scratch {}
 
 impl Scratch {
@@ -116,7 +116,7 @@ pub(crate) fn memory_file(pages: usize) -> OwnedFd {
     assert!(file >= 0, "memfd_create: {}", io::Error::last_os_error());
     // SAFETY: the descriptor is new.
     let file = unsafe { OwnedFd::from_raw_fd(file) };
-    // SAFETY: integers.
+    // SAFETY: takes integers. The file is new, and no page of it is mapped.
     let result = unsafe { libc::ftruncate(file.as_raw_fd(), (pages * page_size()) as libc::off_t) };
     assert_eq!(result, 0);
     file

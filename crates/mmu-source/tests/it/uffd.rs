@@ -215,7 +215,7 @@ fn outlived_by_a_child() -> bool {
     let child = unsafe { libc::fork() };
     if child == 0 {
         loop {
-            // SAFETY: no preconditions.
+            // SAFETY: takes no arguments, and sleeps until a signal arrives.
             unsafe { libc::pause() };
         }
     }
@@ -304,7 +304,7 @@ fn closed_and_used_again(over: bool) -> bool {
     } else {
         std::mem::forget(zero);
         assert_eq!(
-            // SAFETY: integers, as above.
+            // SAFETY: takes integers. In this child no code owns or needs the closed descriptors.
             unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) },
             0
         );
@@ -323,7 +323,7 @@ fn closed_and_used_again(over: bool) -> bool {
     let other = Scratch::anonymous(1);
     drop(uffd.arm(other.range()).expect("it still works"));
     drop((armed, uffd));
-    // SAFETY: integers.
+    // SAFETY: `F_GETFD` takes integers and changes nothing.
     told && files
         .iter()
         .all(|file| unsafe { libc::fcntl(*file, libc::F_GETFD) } >= 0)

@@ -130,8 +130,8 @@ unsafe fn swap(
                 unsafe { raw::move_over(copy, length, start) }.map_err(|error| ("mremap", error));
         }
         if result.is_ok() {
-            // Again at the address where the code runs, because some caches are indexed by virtual
-            // address.
+            // Synchronize again at the address where the code runs, because some caches are indexed
+            // by virtual address.
             // SAFETY: the range is code of a module that stays loaded.
             unsafe { machine::synchronize_code(start, length) };
         }

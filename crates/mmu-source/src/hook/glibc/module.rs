@@ -287,7 +287,9 @@ fn headers_at(base: u64) -> Option<Headers> {
         return None;
     }
     let (at, count) = (base + file.e_phoff, usize::from(file.e_phnum));
-    // SAFETY: as above. The program headers are in the first segment of each of them.
+    // SAFETY: the memory must be readable and must stay mapped. libc, the loader and the program
+    // each have their program headers in their first segment, and none of the three is ever
+    // unmapped.
     let all: &[libc::Elf64_Phdr] =
         unsafe { slice::from_raw_parts(ptr::with_exposed_provenance(at as usize), count) };
     let first = all.iter().find(|header| header.p_type == libc::PT_LOAD)?;

@@ -149,7 +149,7 @@ mod tests {
             let (tell, ask) = std::sync::mpsc::channel();
             let (done, wait) = std::sync::mpsc::channel::<()>();
             scope.spawn(move || {
-                // SAFETY: the call has no preconditions.
+                // SAFETY: takes no arguments, and returns the id of this thread.
                 let _ = tell.send(unsafe { libc::gettid() });
                 let _ = wait.recv();
             });

@@ -37,7 +37,7 @@ pub(super) struct Plan {
     pub(super) hidden: Vec<Hidden>,
 }
 
-/// The plan, or what is missing.
+/// The plan, or the reason why there is none.
 type Made = Result<Plan, Lack>;
 
 /// What the hook lacks in this process, and what helps.

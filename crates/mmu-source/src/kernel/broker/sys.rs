@@ -27,7 +27,8 @@ pub(super) fn peer_credentials(socket: &OwnedFd) -> io::Result<libc::ucred> {
     };
     let mut bytes = size_of_val(&creds) as libc::socklen_t;
     let (socket, into) = (socket.as_raw_fd(), (&raw mut creds).cast());
-    // SAFETY: the call is told the size of the local, and any bytes are a valid `ucred`.
+    // SAFETY: the kernel writes at most `bytes`, the size of the local, and any bytes are a valid
+    // `ucred`.
     let result = unsafe {
         libc::getsockopt(
             socket,
@@ -77,8 +78,8 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
         let mut group = MaybeUninit::<libc::group>::uninit();
         let mut found = ptr::null_mut();
         let (into, room) = (buffer.as_mut_ptr(), buffer.len());
-        // SAFETY: the name ends in a zero byte, the call is told the length of the buffer, and the
-        // other pointers are to locals.
+        // SAFETY: the name ends in a zero byte, `room` is the length of the buffer, and the other
+        // pointers are to locals.
         let error =
             unsafe { libc::getgrnam_r(name.as_ptr(), group.as_mut_ptr(), into, room, &mut found) };
         match error {

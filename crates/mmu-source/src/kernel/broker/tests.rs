@@ -430,6 +430,6 @@ fn foreign_machine() -> OwnedFd {
 fn end(child: libc::pid_t) {
     // SAFETY: takes integers; the process is a child that was not reaped.
     unsafe { libc::kill(child, libc::SIGKILL) };
-    // SAFETY: as above; the status pointer may be null.
+    // SAFETY: the process is a child that was not reaped. `waitpid` takes a null status pointer.
     unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
 }

@@ -132,7 +132,7 @@ fn errno() -> c_int {
 /// Tells whether a file exists at `path`, in a directory that may be searched.
 fn is_there(path: &CStr) -> bool {
     let mut status = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: the path is a string, and the call writes to a local that is never read.
+    // SAFETY: the path ends in a zero byte, and the call writes to a local that is never read.
     unsafe { libc::stat(path.as_ptr(), status.as_mut_ptr()) == 0 }
 }
 
@@ -208,7 +208,7 @@ pub(in super::super) fn pipe(flags: c_int) -> io::Result<(OwnedFd, OwnedFd)> {
     }
     // SAFETY: `pipe2` has just made this descriptor, and it has no other owner.
     let read = unsafe { OwnedFd::from_raw_fd(fds[0]) };
-    // SAFETY: as above.
+    // SAFETY: `pipe2` has just made this descriptor, and it has no other owner.
     let write = unsafe { OwnedFd::from_raw_fd(fds[1]) };
     Ok((read, write))
 }

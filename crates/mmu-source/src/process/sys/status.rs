@@ -6,8 +6,9 @@ use super::super::{ExitStatus, Pid};
 
 /// Reaps a child or tracee of any thread of this process, if it has ended, and returns its status.
 ///
-/// The first call only looks (`WNOWAIT`). The kernel also reports the stops of tracees, although
-/// this call does not ask for stops. Without `WNOWAIT`, the call would consume such a stop.
+/// The first `waitid` consumes nothing (`WNOWAIT`). The kernel also reports the stops of tracees,
+/// although this function does not ask for stops. Without `WNOWAIT`, `waitid` would consume such a
+/// stop.
 pub(in super::super) fn take_status(tid: Pid) -> Option<ExitStatus> {
     status(tid, libc::WNOWAIT)?;
     status(tid, 0)

@@ -17,7 +17,7 @@ use super::super::sys;
 use super::{ExitStatus, Pid};
 use srcu::Thread;
 
-/// The interval at which the reaper looks.
+/// The interval at which the reaper checks whether the threads have ended.
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// Ends the thread when dropped.

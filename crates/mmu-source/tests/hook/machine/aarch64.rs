@@ -3,7 +3,7 @@
 /// Calls `munmap` by a system call instruction outside of libc.
 pub(crate) fn munmap(address: usize, length: usize) -> i64 {
     let result: i64;
-    // SAFETY: the caller asked for exactly this call.
+    // SAFETY: the caller, a replacement of `munmap`, was asked to unmap exactly this memory.
     unsafe {
         std::arch::asm!("svc #0", in("x8") libc::SYS_munmap, inlateout("x0") address => result, in("x1") length,
             options(nostack));

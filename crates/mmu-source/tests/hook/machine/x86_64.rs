@@ -3,7 +3,7 @@
 /// Calls `munmap` by a system call instruction outside of libc.
 pub(crate) fn munmap(address: usize, length: usize) -> i64 {
     let result: i64;
-    // SAFETY: the caller asked for exactly this call.
+    // SAFETY: the caller, a replacement of `munmap`, was asked to unmap exactly this memory.
     unsafe {
         std::arch::asm!("syscall", inlateout("rax") libc::SYS_munmap => result, in("rdi") address, in("rsi") length,
             lateout("rcx") _, lateout("r11") _, options(nostack));

@@ -43,7 +43,7 @@ pub(crate) fn mappings() {
         2 * page_size(),
         fixed(MAP_FIXED),
     );
-    // Into the hole that the first call has left. The call replaces nothing.
+    // This mapping fills the hole that the first call has left, so it replaces nothing.
     mmap(
         arena,
         page_size(),

@@ -18,7 +18,7 @@ pub(in crate::hook::glibc) fn protection(address: u64) -> i32 {
 }
 
 /// Tells whether the mapping that contains `address` has the landing-pad check. Returns `None` if
-/// that cannot be read.
+/// `/proc` cannot be read.
 fn has_landing_pads(address: u64) -> Option<bool> {
     let maps = BufReader::new(File::open("/proc/self/smaps").ok()?);
     let mut is_here = false;

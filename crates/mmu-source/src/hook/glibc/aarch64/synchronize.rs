@@ -31,7 +31,7 @@ pub(in crate::hook::glibc) unsafe fn synchronize_code(start: u64, length: u64) {
         // SAFETY: only invalidates a line of the instruction caches, which will be fetched again.
         unsafe { asm!("ic ivau, {}", in(reg) at, options(nostack, preserves_flags)) };
     }
-    // SAFETY: only waits until all processors have done so, and discards what this one has
-    // prefetched.
+    // SAFETY: only waits until all processors have invalidated these lines, and discards the
+    // instructions that this processor has prefetched.
     unsafe { asm!("dsb ish", "isb", options(nostack, preserves_flags)) };
 }
