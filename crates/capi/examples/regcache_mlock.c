@@ -1,9 +1,9 @@
 /*
  * A registration cache over mlock(): the buffers that a driver uses stay in memory.
  *
- * mlock() stands in for ibv_reg_mr() and similar calls: it is slow and limited, and it pins the
- * pages that are mapped at the time of the call. The cache calls it once for each buffer, and again
- * only if the buffer's memory has changed.
+ * mlock() stands in for ibv_reg_mr() and similar functions: it is slow, it has a limit, and it
+ * locks the pages that are mapped when it is called. The cache calls it once for each buffer, and
+ * again only if the buffer's memory has changed.
  */
 #include <mmun/mmun.h>
 
@@ -21,12 +21,12 @@ static int lock_region(void *context, void *address, size_t length, void **handl
 	return mlock(address, length) == 0 ? 0 : -errno;
 }
 
-/* A system call and nothing else: it may run in the middle of free(). */
+/* Makes only a system call, because it may run in the middle of free(). */
 static void unlock_region(void *context, void *address, size_t length, void *handle)
 {
 	(void)context;
 	(void)handle;
-	munlock(address, length); /* Fails if the memory was unmapped, which has unlocked it. */
+	munlock(address, length); /* Fails if the memory was unmapped. Then it is unlocked already. */
 }
 
 /* One transfer: the steps of a communication library for each message. */
@@ -81,7 +81,7 @@ int main(void)
 		if (transfer(cache, buffer, LENGTH) < 0)
 			return 1;
 
-	/* Map other memory at the same address: the cache does not serve the old registration. */
+	/* Map other memory at the same address: the cache does not return the old registration. */
 	munmap(buffer, LENGTH);
 	if (map(buffer) != buffer || transfer(cache, buffer, LENGTH) < 0)
 		return 1;

@@ -1,10 +1,11 @@
 /*
  * A shadow page table over the memory of this process, as a hypervisor or a software TLB has one.
  *
- * A walk of the real page table is slow, so the shadow table caches its result. (Here a page of a
- * file contains its own number, and the walk reads that number.) One interval covers the memory;
- * its callback empties the entries before the memory changes. A thread translates all the time
- * while main() maps other pages: the thread must never get a page that was unmapped.
+ * A walk of the real page table is slow, so the shadow table caches its result. In this example, a
+ * page of a file stands for a page frame. It contains the frame's number, which the walk reads. One
+ * interval covers the memory. The interval's callback empties the entries before the memory
+ * changes. A thread translates all the time while main() maps other frames. The thread must never
+ * get a frame that was unmapped.
  */
 #define _GNU_SOURCE /* memfd_create */
 #include <mmun/mmu_notifier.h>
@@ -74,7 +75,7 @@ static unsigned long translate(struct shadow *shadow, unsigned long page)
 }
 
 static struct shadow shadow = {.lock = PTHREAD_MUTEX_INITIALIZER};
-static atomic_ulong oldest = 1; /* The page that main() has mapped last; pages with lower numbers are stale. */
+static atomic_ulong oldest = 1; /* The frame that main() has mapped last; lower numbers are stale. */
 static atomic_bool done;
 static atomic_ulong walks;
 
@@ -101,7 +102,7 @@ int main(void)
 	char *memory;
 	int file;
 
-	if (mmun_open(&options, &mmun) < 0) { /* This pattern needs callbacks before the change, as the hook gives them. */
+	if (mmun_open(&options, &mmun) < 0) { /* This pattern needs callbacks before the change, as from the hook. */
 		fprintf(stderr, "SKIP %s\n", mmun_last_error());
 		return 77;
 	}

@@ -2,9 +2,9 @@
  * A driver in the kernel's style, with two devices that share one notifier for each address space.
  *
  * Each device that is opened gets the notifier of the address space: the first mmu_notifier_get()
- * makes the notifier, the second one finds it. After the last put the library frees the notifier,
- * once no callback runs in it any more. The driver waits for that free with
- * mmu_notifier_synchronize() before it is unloaded.
+ * makes the notifier, the second mmu_notifier_get() finds it. After the last put, when no callback
+ * uses the notifier any more, the library frees the notifier. Before the driver is unloaded, it
+ * waits for that free with mmu_notifier_synchronize().
  */
 #include <mmun/mmu_notifier.h>
 
@@ -118,7 +118,7 @@ static void driver_unload(void)
 
 int main(void)
 {
-	struct mm_struct *mm = mmun_mm_new(); /* For example that of a guest; mmun_current_mm() is this process's own. */
+	struct mm_struct *mm = mmun_mm_new(); /* A guest's, for example; mmun_current_mm() is this process's own. */
 	struct mmu_notifier_range range;
 	struct device first = {NULL}, second = {NULL};
 

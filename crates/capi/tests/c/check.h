@@ -1,4 +1,4 @@
-/* Shared by the scenario programs: a driver that records its callbacks, gates, threads. */
+/* Shared by the scenario programs: a driver that records its callbacks, gates, and threads. */
 #ifndef CHECK_H
 #define CHECK_H
 
@@ -16,7 +16,7 @@
 
 #define PAGE 4096ul
 #define SCENARIO(name) static void name(void)
-/* Waits for the frees of each scenario before the next one begins. */
+/* Runs a scenario, and waits for its frees before the next scenario begins. */
 #define RUN(name)                                                                                    \
 	do {                                                                                         \
 		name();                                                                              \
@@ -40,7 +40,7 @@ struct probe {
 	bool last_blockable;
 };
 
-/* The calls in order: name * 10 + at. */
+/* The callbacks in the order in which they ran, each as name * 10 + at. */
 extern int order[256];
 extern atomic_int happened;
 extern atomic_int allocs, frees;
@@ -55,14 +55,14 @@ struct probe *probe_new(int name, const struct mmu_notifier_ops *table);
 struct probe *got(struct mm_struct *mm, const struct mmu_notifier_ops *table, int name);
 void event(struct mm_struct *mm, unsigned long page);
 void forget(void);
-/* The names of the objects on which `at` was called, newest last, as decimal digits. */
+/* Returns the names of the objects whose callback `at` ran, in that order, as decimal digits. */
 long names(enum at at);
 /* Waits until another thread has made the condition true. */
 #define AWAIT(condition)                                                                             \
 	while (!(condition))                                                                         \
 		sched_yield()
 
-/* A place where a callback stops. */
+/* A callback posts `arrived` and then waits for `open`. */
 struct gate {
 	sem_t arrived, open;
 };
@@ -74,7 +74,7 @@ void stop_at_free(struct probe *, enum at, const struct mmu_notifier_range *);
 
 pthread_t spawn(void *(*run)(void *), void *argument);
 void join(pthread_t thread);
-/* Returns whether `f` ends a process with SIGABRT. */
+/* Runs `f` in a child process. Returns whether SIGABRT ends the child. */
 bool aborts(void (*f)(void));
 bool child_succeeds(void (*f)(void));
 

@@ -1,11 +1,11 @@
-/* A condition that must hold; otherwise the program prints the line and ends. */
+/* CHECK: a condition that must hold. If it does not, the program prints the condition and ends. */
 #ifndef CHECKED_H
 #define CHECKED_H
 
 #include <stdio.h>
 #include <unistd.h>
 
-/* A further text for the message. */
+/* A text that CHECK appends to its message. */
 #ifndef WHY
 #define WHY ""
 #endif

@@ -22,7 +22,7 @@ SCENARIO(s_02_a_second_get_finds_the_same)
 	CHECK(got(mm, &ops, 2) == probe && allocs == before);
 	mmu_notifier_put(&probe->mn);
 	event(mm, 1);
-	CHECK(probe->count[START] == 1); /* S-20: it is listed until the last put. */
+	CHECK(probe->count[START] == 1); /* S-20: the notifier is listed until the last put. */
 	mmu_notifier_put(&probe->mn);
 	mmu_notifier_synchronize();
 	CHECK(allocs == frees);
@@ -39,7 +39,7 @@ SCENARIO(s_03_s_04_the_key_is_the_table_and_the_address_space)
 	mmu_notifier_put(&one->mn);
 	mmu_notifier_put(&two->mn);
 	mmu_notifier_put(&three->mn);
-	mmu_notifier_synchronize(); /* Before `copy` is freed. */
+	mmu_notifier_synchronize(); /* Frees the notifier of `copy` before `copy` ends. */
 	mmput(mm);
 	mmput(mm2);
 }
@@ -60,7 +60,7 @@ SCENARIO(s_10_a_full_count_is_an_error)
 {
 	struct mm_struct *mm = mmun_mm_new();
 	struct probe *probe = got(mm, &ops, 1);
-	/* Four thousand million gets would take a minute: write the count directly, at its present
+	/* 2^32 gets would take a minute. So the test writes the count directly, at its present
 	 * offset. */
 	unsigned int *users = (unsigned int *)(void *)((char *)probe->mn.mmun_private + 44);
 
@@ -222,10 +222,10 @@ SCENARIO(s_21_s_22_s_26_s_35_a_put_under_a_walker)
 	next_hook = NULL;
 	walker = spawn(tell, mm);
 	sem_wait(&gate.arrived);
-	mmu_notifier_put(&old->mn); /* Returns, though the walker is in the callback. */
+	mmu_notifier_put(&old->mn); /* Returns although the walker is in the callback. */
 	CHECK(frees == before && !mm_has_notifiers(mm));
-	/* The next get cannot find the notifier, and makes another. Registering waits for the
-	 * walker, so let the walker continue first. */
+	/* The next get does not find the notifier, and makes another notifier. Registering waits
+	 * for the walker, so let the walker continue first. */
 	sem_post(&gate.open);
 	new = got(mm, &ops, 2);
 	CHECK(new != old || frees == before + 1);

@@ -115,7 +115,7 @@ SCENARIO(b_15_b_16_b_17_inserts_under_an_invalidation)
 	struct mmu_notifier_range range, inner;
 	unsigned long seq;
 
-	open_window(&range, mm, 9); /* Nothing is hit. */
+	open_window(&range, mm, 9); /* This range contains no interval. */
 	partial = inserted(mm, 2);
 	CHECK(mmu_interval_read_begin(&partial->mni) == 0); /* Waiting would deadlock. */
 	CHECK(mmu_interval_read_retry(&partial->mni, 0));
@@ -147,7 +147,7 @@ SCENARIO(b_18_b_19_refusals)
 	probe->refuse = -EAGAIN;
 	mmu_notifier_range_init(&range, MMU_NOTIFY_CLEAR, 0, mm, PAGE, 2 * PAGE);
 	CHECK(mmu_notifier_invalidate_range_start_nonblock(&range) == -EAGAIN && shadow->calls == 1);
-	later = inserted(mm, 1); /* In the kernel an end is lost here, so these hang. */
+	later = inserted(mm, 1); /* The kernel loses an end here, and then the next two lines hang. */
 	seq = mmu_interval_read_begin(&later->mni);
 	CHECK(!mmu_interval_read_retry(&later->mni, seq));
 	removed(later);
@@ -213,7 +213,7 @@ SCENARIO(b_10_b_28_b_29_exit)
 	struct shadow *shadow = inserted(mm, 1);
 	unsigned long seq = mmu_interval_read_begin(&shadow->mni);
 
-	mmput(mm); /* The interval keeps the object. */
+	mmput(mm); /* The interval still has a handle, so `mm` stays valid. */
 	CHECK(shadow->calls == 1 && shadow->last_event == MMU_NOTIFY_RELEASE);
 	CHECK(mmu_interval_read_retry(&shadow->mni, seq) && !mmget_not_zero(shadow->mni.mm));
 	seq = mmu_interval_read_begin(&shadow->mni);
@@ -293,7 +293,8 @@ static void *insert_first(void *mm)
 	return inserted(mm, 1);
 }
 
-/* The end of an invalidation that began before the first insert decrements no window count. */
+/* An invalidation that began before the first insert has not counted itself as a window of the
+ * intervals. So its end must not decrement their count. */
 SCENARIO(b_30_the_first_insert_beside_an_invalidation)
 {
 	struct mm_struct *mm = mmun_mm_new();

@@ -42,7 +42,7 @@ SCENARIO(s_41_s_44_s_53_exit_waits_for_release_and_events_go_on)
 	mmgrab(mm);
 	exiting = spawn(put_mm, mm);
 	sem_wait(&gate.arrived);
-	CHECK(mm_has_notifiers(mm)); /* R3: delisted only when release has returned. */
+	CHECK(mm_has_notifiers(mm)); /* Exit delists a notifier only when release has returned. */
 	event(mm, 1);
 	CHECK(probe->count[START] == 1 && far->count[RELEASE] == 0);
 	sem_post(&gate.open);
@@ -169,7 +169,7 @@ SCENARIO(s_61_unregister_waits_for_a_walker)
 	AWAIT(probe->count[RELEASE] == 1);
 	sem_post(&gate.open);
 	join(unregistering);
-	CHECK(left); /* The registrar has waited for the whole bracket. */
+	CHECK(left); /* unregister has waited for the end of the whole invalidation. */
 	join(walker);
 	mmu_notifier_unregister(&second->mn, mm);
 	free(probe);
@@ -273,7 +273,7 @@ SCENARIO(s_66_s_67_s_69_a_registrar_waits_for_open_brackets_which_nest)
 	probe->mn.mm = mm;
 	registering = spawn(register_one, probe);
 	AWAIT(mm_has_notifiers(mm));
-	event(mm, 2); /* Nested, with the registrar waiting. */
+	event(mm, 2); /* A nested invalidation, while the registering thread waits. */
 	CHECK(probe->count[START] == probe->count[END]);
 	ended = true;
 	mmu_notifier_invalidate_range_end(&range);

@@ -1,5 +1,5 @@
-/* Waits that must end, waits that must not happen, and waits that no signal interrupts; objects
- * that begin and end at an unlucky time. */
+/* Waits that must end, waits that must not happen, and waits that no signal interrupts. Also
+ * objects that are made and freed at an unlucky time. */
 #include "check.h"
 
 #include <signal.h>
@@ -65,7 +65,8 @@ static void interrupted(int number)
 	atomic_fetch_add(&interruptions, 1);
 }
 
-/* There is no EINTR: get and register continue to wait, and existing notifiers are untouched. */
+/* No function returns -EINTR: during signals, get and register continue to wait, and the notifiers
+ * that exist are not changed. */
 SCENARIO(s_07_s_08_s_09_s_68_nothing_interrupts_a_registrar)
 {
 	struct sigaction action = {.sa_handler = interrupted};
@@ -99,7 +100,8 @@ SCENARIO(s_07_s_08_s_09_s_68_nothing_interrupts_a_registrar)
 	mmput(mm);
 }
 
-/* While the first getter waits for an open invalidation, later ones call the new object. */
+/* While mmu_notifier_get() waits for an open invalidation, later invalidations already call the new
+ * notifier. */
 SCENARIO(s_12_a_callback_may_come_before_get_returns)
 {
 	struct mm_struct *mm = mmun_mm_new();
@@ -143,8 +145,8 @@ static void *one_event(void *mm)
 	return NULL;
 }
 
-/* While a callback of another address space hangs, puts are freed, synchronize and unregister
- * return. */
+/* A callback of one address space hangs. Meanwhile, in another address space, a notifier that was
+ * put is freed, and synchronize and unregister return. */
 SCENARIO(s_23_s_82_b_45_no_wait_for_another_address_space)
 {
 	struct mm_struct *mm = mmun_mm_new(), *stuck = mmun_mm_new();
@@ -172,7 +174,8 @@ SCENARIO(s_23_s_82_b_45_no_wait_for_another_address_space)
 	mmput(stuck);
 }
 
-/* A subscriber with a lock of its own, which the last putter may free as soon as it is unlocked. */
+/* A subscriber with a lock of its own. As soon as a thread has unlocked it, the last put of another
+ * thread may free the subscriber. */
 struct locked {
 	pthread_mutex_t lock;
 	struct mmu_notifier mn;
@@ -312,7 +315,8 @@ static void *put_one(void *mn)
 	return NULL;
 }
 
-/* Another thread makes the last put, and a second invalidation ends in between. */
+/* Another thread makes the last put inside two nested invalidations. The end of the inner one must
+ * not free the notifier. */
 SCENARIO(s_84_a_nested_reader_is_waited_for)
 {
 	struct mm_struct *mm = mmun_mm_new();
@@ -343,7 +347,8 @@ static void put_another(struct probe *probe, enum at at, const struct mmu_notifi
 		mmu_notifier_put(&to_put->mn);
 }
 
-/* One subscriber accepts. The subscriber that refuses puts it, so it gets no end. */
+/* One subscriber accepts. Then the subscriber that refuses puts the first one, which therefore gets
+ * no end. */
 SCENARIO(b_05_a_put_between_acceptance_and_undoing)
 {
 	struct mm_struct *mm = mmun_mm_new();
@@ -368,7 +373,8 @@ SCENARIO(b_05_a_put_between_acceptance_and_undoing)
 	mmput(mm);
 }
 
-/* After synchronize no function of the driver is called: its table may be freed. */
+/* After synchronize, the library calls no function of the driver, so the driver's table may be
+ * freed. */
 SCENARIO(b_46_a_driver_that_is_unloaded)
 {
 	struct mm_struct *mm = mmun_mm_new();

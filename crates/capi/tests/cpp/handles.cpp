@@ -70,8 +70,8 @@ void an_error_says_its_text_once(const mmu::Sources &mmun)
 	}
 }
 
-// Only a registration with which no change raced is entered. Any other one is undone, without the
-// lock.
+// A registration is entered only if no change raced with it. Any other registration is undone,
+// without the lock.
 void a_fill_enters_only_registrations_without_a_race(const mmu::Sources &mmun)
 {
 	Mutex mutex;
@@ -143,7 +143,7 @@ void deregister_region(void *, void *, std::size_t, void *)
 	--registrations;
 }
 
-// mmun_lease_valid() is false, though the program has done nothing wrong, as mmun.h warns.
+// mmun_lease_valid() returns false although the program has done nothing wrong, as mmun.h warns.
 void a_lease_got_during_a_change_is_not_valid(const mmu::Sources &mmun)
 {
 	const struct mmun_registrar registrar = {sizeof(registrar), nullptr, register_region, deregister_region, 0};

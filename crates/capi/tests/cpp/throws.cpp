@@ -26,7 +26,7 @@ struct mmu_notifier *no_notifier(struct mm_struct *) { fail(); }
 void no_free(struct mmu_notifier *) { fail(); }
 struct mmu_notifier_range kept_open;
 
-// Opens an invalidation, so the notifier cannot be registered and is freed at once.
+// Opens an invalidation, so the notifier cannot be registered, and the library frees it at once.
 struct mmu_notifier *opening_notifier(struct mm_struct *mm)
 {
 	static struct mmu_notifier notifier = {};
@@ -110,5 +110,5 @@ try {
 	}
 	return 0;
 } catch (const std::exception &) {
-	return 2; // The exception has passed through the library.
+	return 2; // The exception has passed through the library, which must not happen.
 }

@@ -1,4 +1,4 @@
-//! The binary interface: symbols, sizes and offsets, against lists that only grow.
+//! Compares the binary interface (symbols, sizes and offsets) with lists that only grow.
 
 use crate::support::{compile, libraries, root, scratch, succeed};
 use std::collections::BTreeSet;
@@ -42,7 +42,7 @@ fn the_symbols_are_those_of_the_list() {
     assert!(dynamic.contains("[libmmun.so.0]"), "{dynamic}");
 }
 
-/// Lines `size STRUCT N` and `STRUCT.FIELD N`.
+/// A line of the list is `size STRUCT SIZE` or `STRUCT.FIELD OFFSET`.
 #[test]
 fn sizes_and_offsets_are_those_of_the_list() {
     let list = list("layout.txt");

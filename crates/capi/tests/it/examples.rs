@@ -1,12 +1,12 @@
-//! Builds the examples as their readers would, and runs them.
+//! Builds the examples as a user of the library would, and runs them.
 
 use crate::support::{STRICT, compile, libraries, root, scratch};
 use std::path::PathBuf;
 use std::process::Command;
 use testkit::{Cap, require};
 
-/// Runs an example. It may print that the machine lacks a source; the tests of the sources report
-/// that as well.
+/// Runs an example. An example may end with a line `SKIP` because the machine lacks a source. The
+/// tests of that source then report the lack as well.
 fn run(command: &mut Command) {
     let output = command
         .output()

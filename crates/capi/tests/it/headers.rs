@@ -1,4 +1,4 @@
-//! Each header compiles alone, and with the others.
+//! Each header compiles alone, and together with the other headers.
 
 use crate::support::{STRICT, compile, root, scratch};
 use std::fs;

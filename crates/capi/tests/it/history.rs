@@ -1,7 +1,8 @@
-//! Random histories: the same operations through C and through Rust, and the results compared.
+//! Random histories: the test does the same operations through C and through Rust, and compares the
+//! results.
 //!
-//! One thread, two address spaces. The test makes each operation on both, and records each callback
-//! on both sides. `HISTORY_SEED` repeats a run that failed.
+//! One thread uses two address spaces, one through C and one through Rust. It does each operation
+//! on both, and records the callbacks on both sides. `HISTORY_SEED` repeats a run that failed.
 
 use mmu_notifier::{
     Event, GetError, InvalidateRange, Mm, MmWithUser, Notifier, Subscription, Subsystem, Va,
@@ -17,7 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 const KEYS: usize = 3;
 const STEPS: usize = 400;
 
-/// One call of a callback, with its arguments.
+/// One callback, with the key of its notifier and its arguments.
 #[derive(Debug, Clone, PartialEq)]
 enum Call {
     Alloc(usize),
@@ -31,7 +32,7 @@ thread_local! {
     static IN_RUST: RefCell<Vec<Call>> = const { RefCell::new(Vec::new()) };
 }
 static FREED: [AtomicU64; 2] = [const { AtomicU64::new(0) }; 2];
-/// The keys that refuse a start that may not sleep.
+/// Whether the notifiers of each key refuse a start that may not sleep.
 static REFUSES: [AtomicBool; KEYS] = [const { AtomicBool::new(false) }; KEYS];
 
 /// `struct mmu_notifier_range`, as far as a callback reads it.
@@ -78,12 +79,12 @@ unsafe extern "C" fn alloc<const KEY: usize>(_: *mut mmun::MmStruct) -> Notice {
 
 unsafe extern "C" fn free<const KEY: usize>(notifier: Notice) {
     FREED[0].fetch_add(1, Ordering::Relaxed);
-    // SAFETY: The library passes a notifier that `alloc` has made.
+    // SAFETY: The library passes each notifier that `alloc` has leaked once.
     drop(unsafe { Box::from_raw(notifier.cast::<Object<KEY>>()) });
 }
 
 unsafe extern "C" fn start<const KEY: usize>(_: Notice, range: *const Range) -> c_int {
-    // SAFETY: The library gives a range.
+    // SAFETY: The library passes a range that is valid until the callback returns.
     let range = unsafe { &*range };
     let blocks = range.flags & 1 != 0;
     in_c(Call::Start(
@@ -101,7 +102,7 @@ unsafe extern "C" fn start<const KEY: usize>(_: Notice, range: *const Range) -> 
 }
 
 unsafe extern "C" fn end<const KEY: usize>(_: Notice, range: *const Range) {
-    // SAFETY: The library gives a range.
+    // SAFETY: The library passes a range that is valid until the callback returns.
     let range = unsafe { &*range };
     in_c(Call::End(KEY, range.start, range.end));
 }
@@ -216,7 +217,7 @@ fn history(seed: u64) {
     let mut random = Random(seed | 1);
     let subsystems: [Subsystem<Probe>; KEYS] = std::array::from_fn(subsystem);
     let freed_before = [0, 1].map(|side: usize| FREED[side].load(Ordering::Relaxed));
-    // SAFETY: None.
+    // SAFETY: The function has no preconditions.
     let mm_c = unsafe { mmun::mmun_mm_new() };
     let mm_rust = MmWithUser::new();
     let mut held_c: [Vec<Notice>; KEYS] = Default::default();
@@ -229,7 +230,7 @@ fn history(seed: u64) {
         let what = random.below(10);
         let result: (i64, i64) = match what {
             0..3 => {
-                // SAFETY: The table is static and the address space has a user.
+                // SAFETY: The table is static, and the test holds a user of `mm_c`.
                 let got = unsafe { mmun::mmun_get(ops(key), mm_c) };
                 let error = got.addr() as i64;
                 let in_c = if (-4095..0).contains(&error) {
@@ -252,7 +253,7 @@ fn history(seed: u64) {
             }
             3..6 => {
                 let in_c = held_c[key].pop().map_or(-1, |held| {
-                    // SAFETY: It was got and not put.
+                    // SAFETY: The notifier was got, and this reference was not put.
                     unsafe { mmun::mmun_put(held) };
                     0
                 });
@@ -282,13 +283,13 @@ fn history(seed: u64) {
                 let place = ptr::from_mut(&mut *range).cast();
                 let pages = VaRange::new(Va::new(start), Va::new(end)).expect("whole pages");
                 if blocks {
-                    // SAFETY: The range does not move before its end.
+                    // SAFETY: The range is in a box, so it does not move before its end.
                     unsafe { mmun::mmun_invalidate_range_start(place) };
                     open_c.push(range);
                     open_rust.push(mm_rust.invalidate(pages, event));
                     (0, 0)
                 } else {
-                    // SAFETY: As above.
+                    // SAFETY: The range is in a box, so it does not move before its end.
                     let in_c = unsafe { mmun::mmun_invalidate_range_start_nonblock(place) };
                     let in_rust = mm_rust.try_invalidate(pages, event);
                     let result = (
@@ -308,14 +309,14 @@ fn history(seed: u64) {
             }
             6..9 => {
                 if let Some(mut range) = open_c.pop() {
-                    // SAFETY: It was started.
+                    // SAFETY: This thread has started the range, which is still in its box.
                     unsafe { mmun::mmun_invalidate_range_end(ptr::from_mut(&mut *range).cast()) };
                 }
                 drop(open_rust.pop());
                 (open_c.len() as i64, open_rust.len() as i64)
             }
             _ if open_c.is_empty() => {
-                // SAFETY: None.
+                // SAFETY: The function has no preconditions.
                 unsafe { mmun::mmun_synchronize() };
                 subsystems
                     .iter()
@@ -343,15 +344,15 @@ fn history(seed: u64) {
         );
     }
     while let Some(mut range) = open_c.pop() {
-        // SAFETY: It was started.
+        // SAFETY: This thread has started the range, which is still in its box.
         unsafe { mmun::mmun_invalidate_range_end(ptr::from_mut(&mut *range).cast()) };
         drop(open_rust.pop());
     }
     drop(open_rust);
-    // SAFETY: The test has a handle already.
+    // SAFETY: `mm_c` is a handle of the test.
     unsafe { mmun::mmun_mmgrab(mm_c) };
     // Exit calls `release` of every subscriber that is left.
-    // SAFETY: It was made with one user.
+    // SAFETY: `mm_c` was made with one user, which the test drops here.
     unsafe { mmun::mmun_mmput(mm_c) };
     let kept: Mm = (*mm_rust).clone();
     drop(mm_rust);
@@ -361,18 +362,18 @@ fn history(seed: u64) {
         "seed {seed}, exit"
     );
     for held in held_c.iter_mut().flat_map(|held| held.drain(..)) {
-        // SAFETY: It was got and not put.
+        // SAFETY: The notifier was got, and this reference was not put.
         unsafe { mmun::mmun_put(held) };
     }
     held_rust.iter_mut().for_each(Vec::clear);
-    // SAFETY: None.
+    // SAFETY: The function has no preconditions.
     unsafe { mmun::mmun_synchronize() };
     subsystems
         .iter()
         .for_each(|subsystem| subsystem.synchronize().expect("outside of callbacks"));
     let freed = [0, 1].map(|side: usize| FREED[side].load(Ordering::Relaxed) - freed_before[side]);
     assert_eq!(freed[0], freed[1], "seed {seed}, frees");
-    // SAFETY: It was grabbed above.
+    // SAFETY: The test has taken this handle with `mmun_mmgrab` above.
     unsafe { mmun::mmun_mmdrop(mm_c) };
     drop(kept);
 }

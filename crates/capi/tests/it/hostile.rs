@@ -5,8 +5,9 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use testkit::{Cap, require};
 
-/// Closed descriptors, signals, small stacks, forks, cancelled threads, an empty root folder, an
-/// exit inside a callback: each in a process of its own.
+/// Runs the hostile programs over one source: closed descriptors, signals, small stacks, forks,
+/// cancelled threads, an empty root folder, an exit inside a callback. Each is a process of its
+/// own.
 fn hostile(source: &str) {
     let flags = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror"];
     let name = format!("hostile-{source}");

@@ -1,4 +1,4 @@
-//! Programs that contain the library instead of loading it.
+//! Programs that are linked statically with the library.
 
 use crate::support::{root, scratch};
 use std::path::Path;
@@ -6,7 +6,8 @@ use std::process::Command;
 use std::{env, fs};
 use testkit::{Cap, require, within};
 
-/// The hook starts and sees a change, or says why it cannot; it reads no memory that is not there.
+/// The hook starts and sees a change, or the error names the reason. The hook must not read memory
+/// that is not mapped.
 const PROGRAM: &str = r#"
 #include <errno.h>
 #include <mmun/mmun.h>

@@ -85,7 +85,7 @@ fn under_valgrind() {
     }
 }
 
-/// The additions of `mmun.hpp`.
+/// Tests the additions of `mmun.hpp`.
 #[test]
 fn handles_of_cpp_under_the_address_sanitizer() {
     let flags = [
@@ -99,7 +99,7 @@ fn handles_of_cpp_under_the_address_sanitizer() {
     }
 }
 
-/// The headers allow `mmun_watch_valid` in a signal handler.
+/// `mmun.h` allows `mmun_watch_valid` in a signal handler.
 #[test]
 fn a_signal_handler_may_ask_a_watch() {
     let Some(program) = compile("signals", "gcc", FLAGS, &sources("tests/c/signals")) else {
@@ -129,7 +129,8 @@ fn thirty_two_threads() {
     assert!(succeed(Command::new(program).arg("1000")).ends_with("ok\n"));
 }
 
-/// A program can have the library twice: its own, and that of a plugin or a preloaded one.
+/// A program can have two copies of the library: its own, and that of a plugin or of a preloaded
+/// library.
 #[test]
 #[cfg(all(
     any(target_arch = "x86_64", target_arch = "aarch64"),
@@ -154,7 +155,7 @@ for name in sys.argv[1:]:
     let second = scratch("copy").join(format!("libmmun-{}.so", std::process::id()));
     std::fs::copy(&first, &second).unwrap();
     let mut python = Command::new("python3");
-    // Room for the thread-local words of both.
+    // Room for the static TLS of both copies.
     python.env("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=8192");
     let said = succeed(python.args(["-c", TWICE]).args([&first, &second]));
     let lines: Vec<&str> = said.lines().collect();

@@ -1,6 +1,6 @@
-//! Compares the prototypes of the headers with the functions in Rust: the test declares each
-//! function once more, with the signature that it has in Rust, and a C compiler rejects a
-//! difference.
+//! Compares the prototypes of the headers with the functions in Rust. The test declares each
+//! function once more in C, with the signature that it has in Rust. A C compiler rejects a
+//! declaration that differs from the header.
 
 use crate::support::{STRICT, compile, root, scratch};
 use std::collections::BTreeSet;
@@ -46,7 +46,7 @@ fn in_c(file: &str, rust: &str) -> String {
     name.to_owned()
 }
 
-/// The functions of a file, as name and prototype.
+/// Returns the exported functions of a Rust file, each as its name and its prototype in C.
 fn prototypes(file: &str, text: &str) -> Vec<(String, String)> {
     let text = text
         .split("#[cfg(test)]")
@@ -102,7 +102,7 @@ fn the_headers_declare_what_the_library_defines() {
     );
 
     let mut program = String::from("#include <mmun/mmu_notifier.h>\n#include <mmun/mmun.h>\n");
-    // Uses the type of each function, so the program does not compile if a header lacks one.
+    // Uses the type of each function, so the program does not compile if no header declares it.
     for (number, (name, _)) in functions.iter().enumerate() {
         program += &format!("__typeof__({name}) *use_{number};\n");
     }

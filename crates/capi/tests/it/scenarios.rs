@@ -31,7 +31,7 @@ fn all_passed(output: &str) {
     assert_eq!(passed, written, "of {written} scenarios:\n{output}");
 }
 
-/// The functions with scenarios, and the file of each.
+/// Returns the name of each scenario's function, and its file.
 fn programs() -> BTreeMap<String, String> {
     let of_file = |path: &PathBuf| {
         let text = fs::read_to_string(path).expect("a source file");
@@ -103,7 +103,8 @@ fn the_scenarios_in_c_under_the_address_sanitizer() {
     }
 }
 
-/// The address sanitizer checks leaks. Valgrind would report leaks in the children of a fork.
+/// Valgrind does not check leaks here, because it would report leaks in the children of a fork. The
+/// address sanitizer checks leaks.
 #[test]
 fn the_scenarios_in_c_under_valgrind() {
     if !testkit::has_optional_program("valgrind") {

@@ -5,12 +5,13 @@ use std::process::{Command, Output};
 use std::{env, fs};
 use testkit::{Cap, require};
 
-/// This crate's folder.
+/// Returns this crate's folder.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The folder with the library under the two names by which it is linked and loaded.
+/// Returns a folder that contains the library under two names: that for the linker, and the soname
+/// for the loader.
 pub(crate) fn libraries() -> PathBuf {
     let test = env::current_exe().expect("this program has a path");
     let library = test
@@ -19,7 +20,7 @@ pub(crate) fn libraries() -> PathBuf {
         .join("libmmun.so");
     let folder = scratch("lib");
     for name in ["libmmun.so", "libmmun.so.0"] {
-        // Made under a unique name, then renamed: several tests may do this at once.
+        // Several tests may make the link at once. So make it under a unique name, then rename it.
         let link = folder.join(format!("{name}.{:?}", std::thread::current().id()));
         let _ = fs::remove_file(&link);
         std::os::unix::fs::symlink(&library, &link).expect("a link in the scratch folder");
@@ -35,10 +36,11 @@ pub(crate) fn scratch(name: &str) -> PathBuf {
     folder
 }
 
-/// The headers compile with these flags without a warning.
+/// The flags with which the headers must compile without a warning.
 pub(crate) const STRICT: &[&str] = &["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Werror"];
 
-/// Compiles and links a program, or prints why this machine cannot.
+/// Compiles and links a program. If this machine has no such compiler, prints that and returns
+/// `None`.
 pub(crate) fn compile(
     name: &str,
     compiler: &'static str,
@@ -91,7 +93,7 @@ pub(crate) fn succeed(command: &mut Command) -> String {
     stdout.into_owned()
 }
 
-/// The C files of a folder.
+/// Returns the C files of a folder.
 pub(crate) fn sources(folder: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(root().join(folder)).expect("the folder is there");
     let paths = entries.map(|entry| entry.expect("a readable entry").path());

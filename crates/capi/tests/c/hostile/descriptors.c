@@ -10,9 +10,9 @@ static void close_from(unsigned first)
 			close(fd);
 }
 
-/* Closes all descriptors, at first as a daemon does and then again later. Afterwards a watch may be
- * false, but must not be true for changed memory. The library must not close files that got the
- * same numbers. */
+/* Closes all descriptors from 3 on, as a daemon does. Afterwards a watch may be invalid without a
+ * change, but must not be valid for changed memory. The library must not close files that the
+ * program then opens with the same descriptor numbers. */
 static void all_are_closed(void)
 {
 	struct mmun *mmun = opened();
@@ -55,7 +55,8 @@ static void all_are_closed(void)
 	CHECK(fd >= 0);
 }
 
-/* The program's standard output must not be a descriptor of the library. */
+/* Even if descriptors 0, 1 and 2 are closed, the library must not use these numbers: the program
+ * may still write to its standard output. */
 static void the_standard_ones_are_closed(void)
 {
 	int saved = fcntl(2, F_DUPFD_CLOEXEC, 100), fd, taken = 0;
@@ -72,7 +73,8 @@ static void the_standard_ones_are_closed(void)
 	everything();
 }
 
-/* The limit forbids any descriptor: a source that needs one reports that, and the rest works. */
+/* The limit forbids new descriptors: a source that needs descriptors reports that, and the other
+ * sources work. */
 static void none_can_be_had(void)
 {
 	const struct rlimit none = {0, 0};
@@ -89,7 +91,7 @@ static void none_can_be_had(void)
 		everything();
 }
 
-/* A program that is executed inherits no descriptor of the library. */
+/* After execve(), the new program has no descriptor of the library: each one is close-on-exec. */
 static void none_is_passed_on(void)
 {
 	bool before[1024];

@@ -1,11 +1,11 @@
-/* Before main(), after it, and in the middle of everything. */
+/* Uses of the library before main(), in exit handlers, and by other threads during exit(). */
 #include "hostile.h"
 
 static struct mmun *early;
 static struct mmun_watch *early_watch;
 static char *early_memory;
 
-/* Before main(), and before constructors of libraries that were loaded later. */
+/* Opens handles before main() begins. */
 __attribute__((constructor)) static void before_main(void)
 {
 	const struct mmun_options own = {sizeof(own), MMUN_SOURCE_OWN, MMUN_SOURCE_OWN};
@@ -15,7 +15,7 @@ __attribute__((constructor)) static void before_main(void)
 	CHECK(mmun_watch(early, early_memory, LENGTH, &early_watch) == 0);
 }
 
-/* `run` has forked since: handles made before main() belong to the parent. */
+/* `run` has forked, so in this process the handles made before main() belong to the parent. */
 static void what_was_made_before_main_is_the_parents(void)
 {
 	struct mmun_watch *none;
@@ -76,7 +76,7 @@ static int never(struct mmu_notifier *notifier, const struct mmu_notifier_range 
 	exit(0);
 }
 
-/* The process ends inside a callback, with the invalidation open and a put pending. */
+/* The process ends inside a callback, while the invalidation is open. */
 static void exit_in_a_callback(void)
 {
 	static const struct mmu_notifier_ops ops = {.invalidate_range_start = never};

@@ -33,7 +33,8 @@ char *mapped(void)
 	return memory;
 }
 
-/* Changes the memory by a call that the hook and the kernel source see, inside a bracket. */
+/* Changes the memory with madvise(), which the hook and the kernel source see, inside an
+ * invalidation of the program, which the source `own` sees. */
 void change(char *memory)
 {
 	struct mmu_notifier_range range;
@@ -47,7 +48,8 @@ void change(char *memory)
 	memory[0] = 1;
 }
 
-/* Checks that a watch is valid; the kernel source may answer a spurious false. */
+/* Checks that a watch is valid. With the kernel source, a watch may be invalid without a change, so
+ * the check renews it and retries. */
 void holds(struct mmun_watch *watch)
 {
 	int tries;
@@ -96,7 +98,7 @@ struct mmun_subscription *subscribed(struct mmun *mmun, atomic_ulong *changes)
 	return subscription;
 }
 
-/* Calls each function of the library once. */
+/* Uses each kind of handle of mmun.h, and most of its functions. */
 void everything(void)
 {
 	struct mmun *mmun = opened();
@@ -135,7 +137,7 @@ pthread_t spawn(void *(*run)(void *), void *argument)
 	return thread;
 }
 
-/* Runs `what` in a process of its own, with a limit of a minute. */
+/* Runs `what` in a process of its own, which is killed after a minute. */
 void run(const char *name, void (*what)(void))
 {
 	int status;

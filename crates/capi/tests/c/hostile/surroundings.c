@@ -78,7 +78,7 @@ static void without_environment(void)
 	everything();
 }
 
-/* An empty root folder: no /proc, no /dev. A source that needs them reports it. */
+/* The root folder is empty: no /proc, no /dev. A source that needs these folders reports that. */
 static void without_files(void)
 {
 	char folder[] = "/tmp/mmun-empty-XXXXXX";
@@ -117,7 +117,8 @@ static void without_room_for_files(void)
 	everything();
 }
 
-/* The kernel starts no thread and no process, as with RLIMIT_NPROC or pids.max. */
+/* The kernel refuses new threads and processes, as it does at the limits RLIMIT_NPROC and
+ * pids.max. */
 static void without_threads(void)
 {
 	struct sock_filter program[] = {

@@ -9,7 +9,7 @@ static void *all(void *unused)
 	return unused;
 }
 
-/* 64 KiB: less than musl's default, and the minimum of runtimes with small stacks. */
+/* A stack of 64 KiB is smaller than musl's default, and is what runtimes with small stacks use. */
 static void a_small_stack(void)
 {
 	pthread_attr_t attributes;
@@ -82,7 +82,7 @@ static void *work(void *argument)
 	return argument;
 }
 
-/* A handle of the parent fails in the child, and the child opens its own. */
+/* In the child, functions fail for a handle of the parent, and the child opens its own handles. */
 static void forks_among_threads(void)
 {
 	pthread_t thread[2];
@@ -128,8 +128,8 @@ static void *work_until_cancelled(void *unused)
 	return unused;
 }
 
-/* The thread ends at its own cancellation point, not inside the library, which cannot be
- * unwound. */
+/* The thread ends at its own cancellation point, pthread_testcancel(). It must not end inside the
+ * library, which cannot be unwound. */
 static void a_thread_that_is_cancelled(void)
 {
 	void *result;

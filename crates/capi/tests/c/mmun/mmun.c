@@ -1,4 +1,4 @@
-/* Tests the promises of mmun/mmun.h from C. The argument is the source: own, hook or kernel. */
+/* Tests the promises of mmun/mmun.h from C. The argument is own, hook, kernel or both. */
 #include <mmun/mmu_notifier.h>
 #include <mmun/mmun.h>
 
@@ -22,7 +22,7 @@
 	} while (0)
 
 #define PAGE ((size_t)sysconf(_SC_PAGESIZE))
-/* What ranges are rounded to, whatever the kernel's pages are. */
+/* Ranges are rounded to multiples of this size, whatever the size of the kernel's pages. */
 #define GRANULE ((size_t)4096)
 
 static uint32_t source;
@@ -61,7 +61,7 @@ static void unmap(void *memory, size_t pages)
 		mmu_notifier_invalidate_range_end(&range);
 }
 
-/* Whether `f` succeeds in the child of a fork. */
+/* Returns whether `f` succeeds in the child of a fork. */
 static bool child_succeeds(void (*f)(void))
 {
 	pid_t child = fork();
@@ -136,7 +136,7 @@ static void options_are_checked(void)
 	mmun_close(NULL);
 }
 
-/* The result may lie in the options. */
+/* The caller's variable for the result may overlap the options. */
 static void arguments_may_overlap(void)
 {
 	union {
@@ -255,7 +255,8 @@ static void a_subscriber_hears_each_change(void)
 	unmap(memory, 1);
 	CHECK(mmun_settle(mmun) == 0);
 	CHECK(seen.starts >= 1 && seen.starts == seen.ends);
-	/* With both, the hook's thread is first. */
+	/* With both sources, the hook calls first, and the kernel source afterwards. `cause` is of
+	 * the last callback. */
 	CHECK(seen.cause == (source & MMUN_SOURCE_KERNEL ? MMUN_CAUSE_KERNEL : MMUN_CAUSE_CALLER));
 	CHECK(mmun_unsubscribe(subscription) == 0);
 	int heard = seen.starts;
@@ -534,7 +535,7 @@ static void the_child(void)
 	mmun_close(mmun);
 	CHECK(parent.device.deregistered == 0);
 
-	/* The child opens its own. */
+	/* The child opens its own handles. */
 	mmun = open_source();
 	a_watch_is_valid_until_its_memory_changes();
 	a_subscriber_hears_each_change();

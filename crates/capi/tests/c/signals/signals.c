@@ -2,8 +2,8 @@
  * mmun_watch_valid() in a signal handler, while the interrupted thread is inside the other
  * functions. The arguments are the source (own, hook or kernel) and the number of signals.
  *
- * If mmun_watch_valid() took a lock, the handler would hang when the interrupted thread holds that
- * lock. So alarm() ends a hanging program.
+ * If mmun_watch_valid() took a lock that the interrupted thread holds, the handler would hang. Then
+ * alarm() ends the program.
  */
 #define _GNU_SOURCE
 #include <mmun/mmu_notifier.h>
@@ -57,7 +57,7 @@ static void ask(int number)
 	(void)number;
 	in_handler = 1;
 	is_valid = mmun_watch_valid(kept);
-	CHECK(is_valid || by_kernel); /* May be a spurious false with the kernel source. */
+	CHECK(is_valid || by_kernel); /* With the kernel source, it may be false without a change. */
 	CHECK(!mmun_watch_valid(touched));
 	CHECK(!mmun_watch_valid(NULL));
 	in_handler = 0;
@@ -73,8 +73,8 @@ static void handler(int number)
 
 static void *interrupt(void *signals)
 {
-	/* Send the next signal only when the last one has been handled: pending signals would
-	 * merge. */
+	/* Send the next signal only when the previous signal has been handled, because pending
+	 * signals of the same number are merged. */
 	for (long sent = 0; sent < *(long *)signals; sent++) {
 		alarm(120); /* A limit for each signal: a busy machine takes minutes for thousands of them. */
 		CHECK(pthread_kill(interrupted, SIGUSR1) == 0);
@@ -105,7 +105,7 @@ static void unmap(char *memory)
 	mmu_notifier_invalidate_range_end(&range);
 }
 
-/* A signal inside a callback, which is inside an invalidation. */
+/* Raises a signal inside a callback, and so inside an invalidation. */
 static void changed(void *context, const struct mmun_change *change)
 {
 	(void)change;
@@ -131,7 +131,7 @@ static void dereg(void *context, void *address, size_t length, void *handle)
 	(void)handle;
 }
 
-/* Calls every function that takes a lock of the library, once. */
+/* Uses each kind of handle, so that signals interrupt functions that hold the library's locks. */
 static void use_everything(struct mmun_regcache *cache)
 {
 	const struct mmun_ops ops = {sizeof(ops), changed, changed};
@@ -182,7 +182,7 @@ int main(int argc, char **argv)
 	CHECK(mmun_watch_valid(kept) && !mmun_watch_valid(touched));
 
 	CHECK(sigaction(SIGUSR1, &action, NULL) == 0);
-	action.sa_handler = ask; /* In a callback. */
+	action.sa_handler = ask; /* For the signal that `changed` raises in a callback. */
 	CHECK(sigaction(SIGUSR2, &action, NULL) == 0);
 	CHECK(pthread_create(&thread, NULL, interrupt, &signals) == 0);
 	while (!atomic_load(&done))

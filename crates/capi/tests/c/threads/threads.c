@@ -20,7 +20,7 @@
 
 struct object {
 	atomic_ulong alive;
-	atomic_long inside; /* Starts without their ends. */
+	atomic_long inside; /* The number of starts minus the number of ends. */
 	struct mmu_notifier mn;
 };
 

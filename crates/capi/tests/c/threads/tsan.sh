@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs threads.c under the thread sanitizer: tsan.sh MILLISECONDS. With --probe it checks whether
-# that works here.
+# Runs threads.c under the thread sanitizer: tsan.sh MILLISECONDS. With --probe the script only
+# checks whether this machine has the tools.
 #
 # The script builds the program, the library and the standard library with the sanitizer. Without an
 # instrumented standard library the sanitizer does not see the waits of a contended lock, and
@@ -23,5 +23,5 @@ RUSTFLAGS='-Zsanitizer=thread --cfg mmun_tsan' \
 gcc -std=gnu11 -g -O1 -fsanitize=thread -I crates/capi/include -c crates/capi/tests/c/threads/threads.c -o $folder/threads.o
 gcc -o $folder/threads $folder/threads.o "$folder/$target/release/libmmun.a" \
     -Wl,--whole-archive "$runtime" -Wl,--no-whole-archive -lpthread -ldl -lm -lrt
-# Its shadow wants the addresses where they are without randomisation.
+# The sanitizer's shadow memory expects the program's addresses without randomisation.
 TSAN_OPTIONS='halt_on_error=1 suppressions=stress/tsan.supp' setarch -R $folder/threads "$1"
