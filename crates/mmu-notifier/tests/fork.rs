@@ -1,7 +1,7 @@
 //! In the child of a real `fork`, an address space of the parent calls no callback and frees
 //! nothing.
 //!
-//! This is a program of its own, which runs one test at a time: a child has no other threads, but
+//! This is a program of its own, which runs one test at a time. A child has no other threads, but
 //! it inherits the locks that the parent's other threads held.
 #![cfg(not(mmun_loom))]
 

@@ -76,7 +76,7 @@ impl Srcu {
     }
 
     /// Does at once the work that the first [`call_raw`](Self::call_raw) and
-    /// [`read_lock`](Self::read_lock) would do: makes the domain's page, gives this thread its
+    /// [`read_lock`](Self::read_lock) would do. Makes the domain's page, gives this thread its
     /// counters, and starts the background thread if this process has none.
     ///
     /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), callbacks
@@ -180,12 +180,12 @@ impl Srcu {
     /// If no grace period is in progress at the call, the call does not wait for sections that
     /// begin later.
     ///
-    /// If a grace period is in progress (because of another `synchronize`, a [`call`](Self::call)
-    /// or a [`start_poll`](Self::start_poll)), the call waits for the next one, because the current
-    /// one may have scanned the readers before the caller's unlinking. The next grace period begins
-    /// when the current one has ended. Until then new sections count in the same bank as older
-    /// ones, so the call also waits for sections that begin before the next grace period. The call
-    /// does not wait for sections that begin after that.
+    /// A grace period may be in progress because of another `synchronize`, a [`call`](Self::call)
+    /// or a [`start_poll`](Self::start_poll). Then the call waits for the next one, because the
+    /// current one may have scanned the readers before the caller's unlinking. The next grace
+    /// period begins when the current one has ended. Until then new sections count in the same bank
+    /// as older ones, so the call also waits for sections that begin before the next grace period.
+    /// The call does not wait for sections that begin after that.
     ///
     /// The call also waits for a reader that was preempted in the middle of `read_lock`, after it
     /// had chosen its bank. In no case does a stream of new sections delay the caller for ever.

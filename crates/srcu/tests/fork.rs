@@ -1,6 +1,6 @@
 //! Tests the child of a real `fork`.
 //!
-//! This is a program of its own, which runs one test at a time: a child runs the callbacks that it
+//! This is a program of its own, which runs one test at a time. A child runs the callbacks that it
 //! inherits, and the callbacks of other tests may wait for threads that the child does not have.
 #![cfg(not(mmun_loom))]
 

@@ -16,9 +16,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 /// A callback may run in the middle of `free`, while the allocator's locks are held. If it
 /// allocates or frees then, it waits for those locks for ever. `free` calls the kernel only
 /// sometimes, so tests rarely see the deadlock. Under this allocator, the first such call in a
-/// callback ends the process. So does an allocation while the thread holds a lock with a
-/// [`Map`](super::Map) that some callback takes, or the state of an
-/// [`InvalidateSeq`](crate::InvalidateSeq) or an [`IntervalNotifier`](crate::IntervalNotifier).
+/// callback ends the process. An allocation or a free also ends the process if the thread holds the
+/// state of an [`IntervalNotifier`](crate::IntervalNotifier), or a lock with a
+/// [`Map`](super::Map) that some callback has taken. The state of an
+/// [`InvalidateSeq`](crate::InvalidateSeq) is such a lock.
 ///
 /// The allocator checks the brackets of every source, but only start and end callbacks:
 /// [`release`](crate::Notifier::release) and `Drop` run outside of the allocator. A program whose

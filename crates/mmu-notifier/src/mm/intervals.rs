@@ -187,8 +187,8 @@ impl Intervals {
             return Err(WouldDeadlock);
         }
         lockdep::might_wait(Some(locked.id()));
-        // After a second pass has run, the bracket that ran it queues the free of the pass, and
-        // nothing may allocate inside a bracket. So `prepare` allocates now.
+        // After a second pass has run, the bracket that ran it queues the free of the pass, and a
+        // bracket must not allocate. So `prepare` allocates now.
         locked.subscriptions().srcu().prepare();
         self.enabled.store(true, Ordering::Relaxed);
         locked.subscriptions().srcu().synchronize()?;

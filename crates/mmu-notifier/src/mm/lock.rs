@@ -7,11 +7,11 @@ use crate::{WouldDeadlock, lockdep};
 use std::fmt;
 use std::ops::Deref;
 
-/// `mmap_lock`, reduced to what this crate needs: registrars hold it, and it records its holder. So
-/// a thread that already holds it gets an error instead of a deadlock with itself.
+/// The part of `mmap_lock` that this crate needs: registrars hold the lock, and it records its
+/// holder. So a thread that already holds the lock gets an error instead of a deadlock with itself.
 pub(super) struct MmapLock {
     lock: Mutex<()>,
-    /// The number of the thread that holds `lock`, or zero if no thread does.
+    /// The id of the thread that holds `lock` (see [`this_thread`]), or zero if no thread does.
     holder: AtomicUsize,
 }
 
@@ -25,11 +25,11 @@ impl MmapLock {
 }
 
 srcu::thread_word! {
-    /// This thread's number, or zero if it has none yet.
+    /// This thread's id, or zero if it has none yet.
     static MARK: u64 = 0;
 }
 
-/// Returns this thread's number, which is not zero and which no other thread ever gets.
+/// Returns an id of this thread, which is not zero and which no other thread ever gets.
 fn this_thread() -> usize {
     static LAST: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     if MARK.get() == 0 {
@@ -85,8 +85,8 @@ impl MmWithUser {
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn mmap_write_lock(&self) -> Result<MmapWriteGuard<'_>, WouldDeadlock> {
         let mmap_lock = &self.0.0.mmap_lock;
-        // ORDER: Relaxed is enough. Only this thread ever stores its own number, so it reads its
-        // number if and only if it holds the lock.
+        // ORDER: Relaxed is enough. Only this thread ever stores its own id, so it reads its id if
+        // and only if it holds the lock.
         if self.would_deadlock() || mmap_lock.holder.load(Ordering::Relaxed) == this_thread() {
             return Err(WouldDeadlock);
         }

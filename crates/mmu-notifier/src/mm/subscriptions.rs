@@ -15,7 +15,7 @@
 //! The list is singly linked for readers and changed under one lock. A walker holds a read section
 //! of the domain. A node is freed only after it was unlinked and a grace period has passed. An
 //! unlinked node keeps its `next`, so a walker that stands on it still reaches the rest. No code
-//! calls a callback, allocates or frees while it holds the lock: each of these may begin a bracket,
+//! calls a callback, allocates or frees while it holds the lock. Each of these may begin a bracket,
 //! whose callbacks may put, and a last put takes the same lock.
 //!
 //! # Who takes part

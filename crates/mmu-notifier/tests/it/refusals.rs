@@ -182,7 +182,7 @@ fn b_01_on_a_refusal_each_one_that_accepted_gets_one_end() {
 }
 
 /// The kernel does not record whose start failed, so it warns of a table that can refuse and has an
-/// end. The core records it.
+/// end. The core records which subscribers refused, so they get no end.
 #[test]
 fn b_02_a_subscriber_that_can_refuse_may_have_an_end() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -4,8 +4,8 @@
 //! # Safety
 //! # Invariants
 //! A head in a queue or batch is part of a box that `push_boxed` leaked, or was given to
-//! `call_raw`, whose caller promised that the head stays valid and untouched until its function is
-//! called. So from the push until the call, only this crate reads and writes the head.
+//! `call_raw`. The caller of `call_raw` promised that the head stays valid and untouched until its
+//! function is called. So from the push until the call, only this crate reads and writes the head.
 
 use crate::sync::{self, Ordering};
 use std::cell::Cell;
@@ -31,7 +31,7 @@ pub struct Head {
 }
 
 // SAFETY: no public method reads or writes a head's cells. This crate accesses the cells only from
-// the push until the call (the module's invariant), and there one thread at a time does so.
+// the push until the call (the module's invariant), and only on one thread at a time.
 unsafe impl Sync for Head {}
 // SAFETY: as for `Sync`.
 unsafe impl Send for Head {}

@@ -32,8 +32,8 @@ impl Event {
     }
 
     pub(crate) fn now(&self) -> u32 {
-        // ORDER(srcu-event): Acquire: a waiter that sees an increment also sees what happened
-        // before it. Partner: `advance`.
+        // ORDER(srcu-event): Acquire: a waiter that sees an increment also sees everything that
+        // happened before the increment. Partner: `advance`.
         self.count.load(Ordering::Acquire)
     }
 

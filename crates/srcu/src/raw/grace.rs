@@ -15,8 +15,8 @@
 //!
 //! Why scan both banks, and not only the one in use? A reader may have loaded the index and then
 //! been preempted before it counted. Meanwhile, grace periods may have switched the banks once or
-//! more. So the reader may count in the bank in use or in the stale bank, and only a scan of both
-//! banks in every grace period is certain to see it. `docs/ordering.md` has the complete argument.
+//! more. So the reader may count in the bank in use or in the stale bank. Only a scan of both banks
+//! in every grace period is certain to see the reader. `docs/ordering.md` has the whole argument.
 
 use super::barrier;
 use super::slot::Counters;

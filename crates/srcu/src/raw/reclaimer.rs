@@ -27,9 +27,8 @@ use std::ptr::NonNull;
 const TURN: usize = 256;
 
 /// If the last batch was at least this large, the reclaimer pauses before it takes the next one, so
-/// that more callbacks share one grace period. Each grace period costs the threads that queue
-/// callbacks time, because its heavy fences interrupt them. A thread that calls `barrier` ends the
-/// pause.
+/// that more callbacks share one grace period. Each grace period slows down the threads that queue
+/// callbacks, because its heavy fences interrupt them. A call of `barrier` ends the pause.
 const STORM: usize = 64;
 
 /// Advances a domain as far as possible without waiting, and releases the inbox's count of it.
@@ -368,7 +367,7 @@ mod thread {
                 start_or(|| {
                     // A turn of this domain only, because a callback of another domain may take a
                     // lock that this thread holds. One turn only, because the status must become
-                    // free again: the readers that this domain waits for may themselves wait in
+                    // free again. The readers that this domain waits for may themselves wait in
                     // `barrier`, and must then be able to act as the reclaimer.
                     current::as_reclaimer(|| work(state));
                     stood_in = true;

@@ -28,7 +28,8 @@ impl Counters {
     #[inline(always)]
     pub(crate) fn enter(&self, bank: usize) {
         let count = &self.lock[bank & 1];
-        // Relaxed: the caller's fence orders what follows, ORDER(srcu-enter).
+        // Relaxed: the caller's fence orders this store before the reads of the section,
+        // ORDER(srcu-enter).
         count.store(
             count.load(Ordering::Relaxed).wrapping_add(1),
             Ordering::Relaxed,

@@ -50,8 +50,8 @@ macro_rules! at_compile_time_too {
     };
 }
 
-/// A domain. The cache lines of a domain are grouped in pairs: what readers load, what grace
-/// periods write, what producers of callbacks write.
+/// A domain. The fields are grouped in pairs of cache lines: the fields that readers load, those
+/// that grace periods write, and those that producers of callbacks write.
 #[repr(C, align(128))]
 pub(crate) struct State {
     /// The bank for new sections, and [`barrier::FULL_FENCES`].

@@ -53,8 +53,8 @@ fn s_82_with_nothing_pending_synchronize_still_waits_for_a_reader() {
         while format!("{srcu:?}").contains("waiting: [0, 0]") {
             thread::yield_now();
         }
-        // The waiter does not wait for a later reader, which is in the other bank, and does not
-        // take its end for the end of the first reader.
+        // The waiter does not wait for a later reader, which is in the other bank. The waiter also
+        // does not take that reader's end for the end of the first reader.
         drop(srcu.read_lock());
         assert!(!waiter.is_finished());
         left.store(true, Ordering::SeqCst);

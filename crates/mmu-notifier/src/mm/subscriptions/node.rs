@@ -302,7 +302,7 @@ impl<N: Notifier> NodeRef<N> {
     ///
     /// # Safety
     /// `node` must be the header of a live `Node<N>`, with the provenance of the pointer that `new`
-    /// made or `adopt` got: if the new reference becomes the last one, its drop frees the node
+    /// made or `adopt` got. If the new reference becomes the last one, its drop frees the node
     /// through this pointer.
     #[inline(always)]
     unsafe fn from_header(node: NonNull<Header>, max: u32) -> Result<Self, NotCounted> {

@@ -14,7 +14,7 @@ use testkit::in_child;
 use testkit::model::{Alloc, Answer, Kind};
 
 impl World {
-    /// Returns the address space that the number chooses, and one of its users, if it has any.
+    /// Returns the address space that `mm` chooses, and one of its users, if it has any.
     fn user(&mut self, mm: usize) -> Option<(usize, MmWithUser)> {
         let mm = pick(mm, self.mms.len())?;
         Some((mm, self.mms[mm].1.users.pop()?))

@@ -11,7 +11,8 @@ pub(in crate::raw) struct Gp {
     pub(in crate::raw) open: [bool; 2],
     /// Who must be notified of progress.
     pub(in crate::raw) interest: u32,
-    /// The content of `State::waiting`: whom to notify when a section of which bank ends.
+    /// The content of `State::waiting`: a bank, and the threads to notify when one of its sections
+    /// ends.
     pub(in crate::raw) announced: Announced,
 }
 
