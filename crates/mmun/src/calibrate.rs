@@ -63,8 +63,9 @@ fn measure(options: Options) -> Option<Overhead> {
     })
 }
 
-/// Traces a process that makes calls which do nothing, on this processor or on another one, and
-/// returns the lower quartile of their times: other work on the machine only adds to them.
+/// Traces a process that makes calls which do nothing, on this processor or on another one. Returns
+/// the lower quartile of the calls' times, because other work on the machine only makes times
+/// longer.
 fn quartile(options: Options, there: Option<usize>) -> Option<u64> {
     let settings = Settings {
         details: true,

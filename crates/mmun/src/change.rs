@@ -12,7 +12,7 @@ use crate::record::{Pages, Record, Span};
 pub(crate) struct Change {
     pub(crate) task: Task,
     pub(crate) span: Span,
-    /// When it began and ended, in nanoseconds since the trace began.
+    /// When the change began and ended, in nanoseconds since the trace began.
     pub(crate) began: u64,
     pub(crate) ended: u64,
     /// `None`: the call did not return, because the task died or the trace ended.

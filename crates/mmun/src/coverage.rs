@@ -104,7 +104,7 @@ pub(crate) fn main(args: CoverageArgs) -> Outcome {
     }
 }
 
-/// A child: one operation under one source.
+/// Runs in a child: one operation under one source.
 pub(crate) fn cell(args: &CellArgs) -> Outcome {
     // This process must not outlive its parent.
     sys::die_with(rustix::process::getppid());
@@ -118,7 +118,7 @@ pub(crate) fn cell(args: &CellArgs) -> Outcome {
     sys::exit_now(i32::from(written.is_err()))
 }
 
-/// A child: one operation under a library's cache.
+/// Runs in a child: one operation under a library's cache.
 pub(crate) fn library_cell(args: &LibraryCellArgs) -> Outcome {
     sys::die_with(rustix::process::getppid());
     let report = library::cell_of(args);

@@ -41,7 +41,7 @@ pub(crate) struct Lack {
 }
 
 impl Lack {
-    /// In one line.
+    /// Formats the lack as one line.
     pub(crate) fn to_line(&self) -> String {
         match &self.remedy {
             Some(remedy) => format!("{}; try: {remedy}", self.missing),

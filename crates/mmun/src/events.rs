@@ -113,8 +113,8 @@ fn unknown(name: &str) -> String {
     )
 }
 
-/// The event that a user may mean by a word, which may be a system call that makes the event, or a
-/// part of its name.
+/// The event that a user may mean by a word. The word may be a system call that causes the event,
+/// or a part of the event's name.
 fn meant(word: &str) -> Option<&'static str> {
     let word = word.to_lowercase();
     let of_call = match word.as_str() {

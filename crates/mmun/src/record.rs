@@ -67,7 +67,7 @@ pub(crate) enum Kind {
     },
     Free,
     Start(Span),
-    /// `None`: the task died in the call.
+    /// `None`: the call did not return, because the task died or the trace ended.
     End(Span, Option<i64>),
     /// A mapping was made or has grown.
     Map(Mapping),

@@ -252,7 +252,7 @@ impl Inner {
         None
     }
 
-    /// `true` if the output failed just now.
+    /// Writes a record to each output. `true` if a write failed.
     fn add(&mut self, t: u64, record: &Record, seen: Option<Seen>) -> bool {
         let change = self.pair(t, record, seen);
         let names = self.capture.as_ref().map(|capture| &capture.names);

@@ -97,7 +97,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         Ok(()) => outcome,
         Err(line) => {
             complain(&line);
-            // The program's own failure wins.
+            // A failure of the program takes precedence over that of the report.
             match outcome {
                 Outcome::Exit(0) => FAILED,
                 outcome => outcome,

@@ -66,9 +66,10 @@ pub(crate) enum Fork {
 pub(crate) fn fork() -> io::Result<(Fork, Held)> {
     let held = Held::new();
     // SAFETY: the child must not use state that another thread may have left inconsistent. The
-    // front forks before it has threads. The child that names frames is forked after the trace, and
-    // takes two kinds of locks: those of the allocator, which the C library's `fork` keeps
-    // consistent, and that of the panic hook, which no thread changes any more.
+    // front forks before it has threads. The child that names frames is forked after the trace,
+    // and takes two kinds of locks. The C library's `fork` keeps the locks of the allocator
+    // consistent, and no thread changes the panic hook any more, which has the other lock.
+    // `coverage` forks before its sources start threads, or its child makes system calls only.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok((Fork::Child, held)),
@@ -116,8 +117,8 @@ pub(crate) fn stop_on_ending_signals() {
     }
 }
 
-/// For the tracer, once the traced program has its own dispositions: the terminal cannot stop the
-/// tracer, and the kernel does not reap the tracer's children by itself.
+/// For the tracer, once the traced program has its own dispositions. From now on the terminal
+/// cannot stop the tracer, and the kernel does not reap the tracer's children by itself.
 pub(crate) fn shield() {
     for signal in [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU] {
         set_handler(signal, libc::SIG_IGN);

@@ -33,7 +33,7 @@ use crate::source::Source;
 use crate::style::{Mark, Style};
 use crate::{complain, doctor, dropin};
 
-/// A column: the library alone, or with the drop-in and these sources.
+/// A column: the library alone, or with the drop-in and the named sources.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Column {
     Shipped,

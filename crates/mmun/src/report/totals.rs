@@ -19,7 +19,7 @@ impl Sum {
         self.took(time(changed));
     }
 
-    /// All but the time.
+    /// Adds all totals but the time.
     fn add_amounts(&mut self, changed: &Changed) {
         let change = &changed.change;
         let is_removal = is_removal(changed);

@@ -1,15 +1,15 @@
 //! The capabilities that `mmun`'s file may have (`setcap`), and which the user lacks.
 //!
-//! A program with file capabilities starts with rights that its user lacks, and *not dumpable*:
-//! root owns its `/proc/self/mem` and `pagemap`, and no process of the same user may trace it or a
-//! child that it forks.
+//! A program with file capabilities starts with rights that its user lacks. It also starts *not
+//! dumpable*: root owns its `/proc/self/mem` and `pagemap`, and no process of the same user may
+//! trace it or a child that it forks.
 
 use std::io;
 
 use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-/// Which of its file's capabilities a command keeps.
+/// Which capabilities of `mmun`'s file a command keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rights {
     /// None: the command reads, traces or starts files and processes that the user names, so it

@@ -1,9 +1,9 @@
 //! Relays signals and stops between the parent and a program that runs behind this process.
 //!
 //! The program is in the same process group, so a ^C at the terminal reaches it directly. This
-//! module forwards signals that reach only this process: those that another process sends, the
-//! hang-up of a terminal whose session this process leads, and a timer that was set before its
-//! start.
+//! module forwards signals that reach only this process. Another process may send them, a terminal
+//! whose session this process leads may hang up, or a timer may expire that was set before this
+//! process started.
 
 use super::{change_mask, is_ignored, keeping_errno, set_handler, set_of};
 use std::io;

@@ -287,9 +287,9 @@ fn systemd_finds_no_fault_with_the_units() {
     assert!(verified.status.success(), "{said}");
 }
 
-/// The broker starts as `mmun-broker.socket` and `mmun-broker.service` start it: at the first
-/// client, with the socket that systemd has opened, for the members of a group, with the
-/// capabilities of the unit.
+/// The broker starts as under `mmun-broker.socket` and `mmun-broker.service`. The first client
+/// starts it, with the socket that systemd has opened and with the capabilities of the unit. The
+/// broker serves the members of a group.
 #[test]
 fn the_first_client_starts_the_broker_at_the_socket_of_systemd() {
     if !can_run() || !require(Cap::Program("systemd-socket-activate")) {

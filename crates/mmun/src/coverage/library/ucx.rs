@@ -211,7 +211,8 @@ impl Cache {
                     max_alignment: 4096,
                     rest,
                 };
-                // SAFETY: the layout of these versions, and room for the answer.
+                // SAFETY: `params` has the layout of these versions, and `cache` has room for the
+                // answer.
                 let status = unsafe {
                     create(
                         (&raw const params).cast(),
@@ -231,7 +232,8 @@ impl Cache {
                     region: size_of::<Region>(),
                     rest: rest((&raw const OPS22).cast()),
                 };
-                // SAFETY: the layout of these versions, and room for the answer.
+                // SAFETY: `params` has the layout of these versions, and `cache` has room for the
+                // answer.
                 let status = unsafe {
                     create(
                         (&raw const params).cast(),
@@ -281,7 +283,8 @@ impl cache::Cache for Cache {
         if status != OK || region.is_null() {
             return None;
         }
-        // SAFETY: written by `reg` for every region that a look-up returns.
+        // SAFETY: the region is live, and `reg` has written the slot of every region that a look-up
+        // returns.
         let slot = unsafe { (*region.cast::<Region>()).slot };
         Some((slot, region))
     }

@@ -33,7 +33,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
         claimed: LIBC_AND_UFFD,
         prepare: || {
             end_moves(|end| {
-                // SAFETY: the new end is where it was before `end_moves` moved it.
+                // SAFETY: `end` is the program break from before `end_moves` moved it.
                 unsafe { libc::brk(end as *mut c_void) == 0 }
             })
         },
@@ -96,7 +96,8 @@ fn end_moves(back: fn(usize) -> bool) -> Result<Prepared, Unavailable> {
         return Err("the heap cannot grow".into());
     }
     for address in (end.next_multiple_of(page_size())..end + gain()).step_by(page_size()) {
-        // SAFETY: below the new end, above the old one: mapped, and in no block of the allocator.
+        // SAFETY: the address is below the new program break and above the old one. So it is
+        // mapped, and in no block of the allocator.
         unsafe { (address as *mut u8).write_volatile(1) };
     }
     Ok(Prepared::at(end + gain() / 2, move || {
@@ -169,7 +170,7 @@ impl Block {
         // In a large block, the start and the middle page are enough.
         for offset in (0..len.min(1 << 20)).step_by(page_size()).chain([len / 2]) {
             let byte = start.cast::<u8>().wrapping_add(offset);
-            // SAFETY: within the block, of which no reference exists.
+            // SAFETY: the byte is within the block, into which no reference exists.
             unsafe { byte.write_volatile(1) };
         }
         Ok(block)

@@ -1,8 +1,8 @@
 //! Changes by processes, threads and libraries.
 //!
 //! # Safety
-//! A library is loaded from a private copy of its file, no function of it is called, and it is
-//! closed once.
+//! A library is loaded from a private copy of its file, and closed once. No function of the library
+//! is called.
 #![expect(unsafe_code, reason = "dlopen and dlclose; see the Safety section")]
 
 use std::ffi::CString;
