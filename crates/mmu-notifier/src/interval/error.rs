@@ -39,7 +39,7 @@ pub struct InsertError<S> {
 pub struct RemoveError<S: IntervalOps> {
     /// The reason.
     pub error: WouldDeadlock,
-    /// The interval, which is still good.
+    /// The interval, which is still inserted.
     pub interval: IntervalNotifier<S>,
 }
 

@@ -11,8 +11,8 @@ use crate::{Blocking, Event, Exit, InvalidateRange, VaRange, lockdep};
 /// 3. Exit waits until no callback runs in any of them, unless this thread would wait for itself.
 ///
 /// Step 2 has this order because a subscriber keeps its shadow entries until its `release` has
-/// returned. If it were delisted first, a bracket in between would not call it, and the entries
-/// could be stale.
+/// returned. If it were delisted first, a bracket that opens before `release` has returned would
+/// not call it, and the entries could be stale.
 ///
 /// The wait in step 3 also covers a `release` that `unregister` runs at the same time, because that
 /// `release` runs in a read section. Intervals stay in the tree until they are removed, and later

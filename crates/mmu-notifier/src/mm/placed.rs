@@ -72,7 +72,8 @@ impl<'a> PlacedBracket<'a> {
     /// # Blocking
     /// Never, as long as the callbacks obey their rule.
     /// # Errors
-    /// [`WouldBlock`] if a subscriber would have had to sleep. Then `place` is unchanged.
+    /// [`WouldBlock`] if an interval or a subscriber would have had to sleep. Then `place` is
+    /// unchanged.
     /// # Source
     /// `mmu_notifier_invalidate_range_start_nonblock`, Linux 5.12: earlier versions do not call the
     /// ends of the starts that succeeded.

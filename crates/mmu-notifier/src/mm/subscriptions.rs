@@ -232,7 +232,8 @@ impl Subscriptions {
         self.head.load(order).is_null()
     }
 
-    /// Finds the newest node of a subsystem that is wanted and live, and takes a reference to it.
+    /// Finds the newest live node of a subsystem for which `is_wanted` is true, and takes a
+    /// reference to it.
     #[inline(always)]
     pub(crate) fn lookup<N: Notifier>(
         &self,

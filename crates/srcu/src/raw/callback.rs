@@ -147,7 +147,7 @@ pub(crate) fn push_boxed<F: FnOnce() + Send + 'static>(
         head: Head::new(),
         f,
     })));
-    // SAFETY: the box is leaked until `call`, and no other code knows it. `F: Send + 'static` may
+    // SAFETY: the box is leaked until `call`, and no other code has it. `F: Send + 'static` may
     // be called later on any thread.
     unsafe { push(queue, boxed.cast(), call::<F>) }
 }

@@ -70,7 +70,7 @@ unsafe extern "C" fn child() {
     // SAFETY: the call has no preconditions.
     let this_process = unsafe { libc::getpid() };
     // If several threads registered this handler, it runs several times in a child, and must repair
-    // the domains only the first time. The pid alone does not show which time it is: in a pid
+    // the domains only the first time. The pid alone does not tell a repeated run: in a pid
     // namespace of its own, a child can have the same pid as its parent.
     let is_again = REPAIRED.swap(this_process, Ordering::Relaxed) == this_process;
     if is_again && REGISTERED.load(Ordering::Relaxed) > 1 {

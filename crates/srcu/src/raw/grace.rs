@@ -8,8 +8,9 @@
 //! 1. *idle*: `seq` is even.
 //! 2. *scan*: `seq` is odd. `open` says which banks have not been found quiet.
 //! 3. *blocked*: the stale bank (the bank that `index` does not select) gets no new sections, and a
-//!    scan found it still in use. If a thread wants to know of the end, `waiting` names the bank
-//!    and the threads to notify. The thread that wrote `waiting` has then checked the bank again.
+//!    scan found it still in use. If a thread must be notified of the end, `waiting` names the
+//!    bank and the threads to notify. The thread that wrote `waiting` has then checked the bank
+//!    again.
 //! 4. Both banks are quiet: `seq` is advanced, interested threads are notified, and the state is
 //!    idle again.
 //!

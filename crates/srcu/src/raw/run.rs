@@ -30,7 +30,7 @@ static HOOK: AtomicPtr<()> = AtomicPtr::new(ptr::null_mut());
 
 type PanicHook = fn(&(dyn Any + Send));
 
-/// Sets the function that the reclaimer thread calls with the payload of a callback's panic. The
+/// Sets the function that the reclaimer calls with the payload of a callback's panic. The
 /// function replaces an earlier one.
 ///
 /// By then the panic has been caught and counted

@@ -371,7 +371,8 @@ impl<N: Notifier> Drop for NodeRef<N> {
     }
 }
 
-/// Finds the newest node of `owner` that is wanted and live, and takes a reference to it.
+/// Finds the newest live node of `owner` for which `is_wanted` is true, and takes a reference to
+/// it.
 ///
 /// # Safety
 /// `header` must be null or a node that was reached in a read section that is still open. `owner`
@@ -443,9 +444,9 @@ unsafe fn retire(node: NonNull<Header>, free: unsafe fn(NonNull<srcu::Head>)) {
     // Keeping a second handle here would not help: dropping it could be the last drop, which waits,
     // and a put must not wait.
     // SAFETY: `head` must stay valid and must not be queued again until `free` runs, and `free`
-    // must be right for it. The node lives until then (deferred), and only the put of its last user
-    // queues it. `Head` is the node's first field, and the caller promises that `free` is for the
-    // node's type.
+    // must accept it. The node lives until then (deferred), and only the put of its last user
+    // queues it. `Head` is the node's first field, and the caller promises that `free` frees nodes
+    // of this type.
     unsafe { list.srcu().call_raw_dropping(head, free) };
 }
 
