@@ -265,8 +265,8 @@ mod thread {
         !is_there || current::is_reclaimer() || (INBOX.is_empty() && INBOX.event.has_sleepers())
     }
 
-    /// Relaxed: before a thread starts the reclaimer or acts in its place, `holding` checks the
-    /// status again.
+    /// Tells whether there is no reclaimer, and no thread starts it or acts in its place. Relaxed:
+    /// before a thread does one of these, `holding` checks the status again.
     fn is_absent() -> bool {
         matches!(STATUS.load(Ordering::Relaxed), NEVER | GONE)
     }
