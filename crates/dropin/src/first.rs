@@ -1,7 +1,7 @@
 //! A value that is made once, and no lock.
 //!
 //! `std::sync::Once` and `OnceLock` hold a lock while the value is made. The first use of a library
-//! takes milliseconds and asks the dynamic loader, so such a lock hangs a program in two ways:
+//! takes milliseconds and calls the dynamic loader, so such a lock hangs a program in two ways:
 //! * The child of a fork waits for a thread that only its parent has.
 //! * A library's constructor runs with the loader's lock held. If it waits for the value, and the
 //!   thread that makes the value waits for the loader, both wait for ever.

@@ -37,8 +37,8 @@ static OPS: MonitorOps = MonitorOps {
 /// The structure that both libraries share. libfabric writes its fields once, at the import.
 struct Shared(UnsafeCell<MemMonitor>);
 
-// SAFETY: after the import, which happens once, it is only read: `import_ops` by the reaper, which
-// starts afterwards.
+// SAFETY: after the import, which happens once, the structure is only read. The reaper, which reads
+// `import_ops`, starts afterwards.
 unsafe impl Sync for Shared {}
 
 static MONITOR: Shared = Shared(UnsafeCell::new(MemMonitor {

@@ -126,8 +126,8 @@ fn the_table_agrees_with_a_plain_list() {
     }
 }
 
-/// Some threads change memory and others watch it: a range that changed after its subscription is
-/// stale.
+/// Four threads subscribe and change ranges at the same time: a range that changed after its
+/// subscription is stale.
 #[test]
 fn no_change_is_lost_between_threads() {
     let ranges = Ranges::new();
@@ -136,7 +136,7 @@ fn no_change_is_lost_between_threads() {
             let ranges = &ranges;
             scope.spawn(move || {
                 for round in 0..20_000_u64 {
-                    // Each thread uses its own granule, and sometimes that of its neighbour.
+                    // The ranges of a thread lie in a granule of its own.
                     let start = (thread << 21) + ((round % 300) << 12);
                     ranges.subscribe(start, 4096, None);
                     ranges.changed(change(start, 4096));

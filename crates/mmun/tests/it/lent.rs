@@ -47,8 +47,8 @@ fn as_nobody(command: &mut Command) -> Output {
     command.output().unwrap()
 }
 
-/// A copy with `capabilities`. `None` if file capabilities have no effect here: not root, a
-/// `nosuid` mount, or a smaller bounding set.
+/// A copy with `capabilities`. `None` if the test cannot run here: without root or ptrace, or if
+/// file capabilities have no effect (a `nosuid` mount, a smaller bounding set).
 fn lending(capabilities: &[u32]) -> Option<Public> {
     if !require(Cap::Root) || !require(Cap::Ptrace) {
         return None;

@@ -420,7 +420,7 @@ fn manual_pages_are_written_to_a_folder() {
             .iter()
             .all(|name| page(name).contains(&format!(".TH {} 1 ", name.trim_end_matches(".1"))))
     );
-    // A file is in the way.
+    // `man1/mmun.1` is a file, so no folder with this path can be made.
     let output = man(&folder.join("man1/mmun.1"));
     let line = text(&output.stderr);
     assert!(
