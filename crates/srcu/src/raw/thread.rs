@@ -56,7 +56,8 @@ impl Thread {
 
     /// Lets the thread free its stack when it ends.
     pub fn detach(self) {
-        // SAFETY: as for `join`.
+        // SAFETY: the call needs a thread that was neither joined nor detached. Both consume the
+        // only handle.
         unsafe { libc::pthread_detach(self.0) };
     }
 

@@ -78,7 +78,7 @@ macro_rules! thread_word_access {
                 #[allow(dead_code, reason = "some words are only marks")]
                 #[inline(always)]
                 fn set(self, value: u64) {
-                    // SAFETY: as in `get`.
+                    // SAFETY: writes the eight bytes of which `get` reads; the same facts hold.
                     unsafe {
                         ::core::arch::asm!(
                             "mrs {thread}, tpidr_el0",

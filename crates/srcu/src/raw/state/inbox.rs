@@ -112,7 +112,8 @@ impl Inbox {
             self.taken.store(earlier, Ordering::Relaxed);
         }
         let first = NonNull::new(self.taken.load(Ordering::Relaxed))?;
-        // SAFETY: as above.
+        // SAFETY: the state must be alive. The inbox holds a count of it, which only the return
+        // passes to the caller.
         let next = unsafe { first.as_ref() }
             .pending
             .next

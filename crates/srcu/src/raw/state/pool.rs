@@ -81,8 +81,8 @@ fn create() -> *mut State {
         all,
         free: ptr::null_mut(),
     };
-    // SAFETY: the write needs memory that this crate owns, as above. The overwritten value needs no
-    // drop.
+    // SAFETY: the write needs memory that this crate owns. The memory is a new page or an unused
+    // state, whose value needs no drop.
     unsafe { state.write(State::with(barrier::mode(), table, links)) };
     if recycled.is_null() {
         // ORDER(srcu-fork): Release, for the state, because a forked child may find this store.
@@ -100,7 +100,8 @@ pub(super) unsafe fn recycle(state: *mut State) {
     // SAFETY: the reference must be unique. The last count was released.
     unsafe { (*state).table.free_buckets() };
     let _held = LOCK.lock();
-    // SAFETY: the write needs exclusive access, as above.
+    // SAFETY: the write needs exclusive access. The last count was released, and the state is not
+    // on the free list yet.
     unsafe { (*state).links.free = FREE.load(Ordering::Relaxed) };
     // ORDER(srcu-fork): Release, for the link, as above.
     FREE.store(state, Ordering::Release);
