@@ -5,7 +5,7 @@
 //! callbacks after it. The memory calls are `munmap`, `mmap` over live memory, `mremap`, `madvise`,
 //! `posix_madvise`, `process_madvise` on this process, `brk`, `sbrk`, `shmat` with `SHM_REMAP`,
 //! `shmdt`, `mprotect`, `pkey_mprotect`, `remap_file_pages`, `mbind`, `move_pages` and
-//! `migrate_pages` of this process, and `syscall(2)` with one of those numbers.
+//! `migrate_pages` of this process, and `syscall(2)` with the number of one of these calls.
 //!
 //! The hook also sees the calls that libc makes for itself: `free` of a large block, `malloc_trim`,
 //! thread stacks, `dlclose` in the dynamic loader. The hook does not see a system call instruction
@@ -47,8 +47,8 @@
 //! holder may be allocating. [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) detects a
 //! violation at the first call, and `examples/own_process.rs` shows a callback that follows the
 //! rule. A callback may get a subscription that exists, put it, map, unmap, and make any other
-//! system call. Memory calls of a callback have brackets of their own, nested in this one. The
-//! handler restores `errno` after the callback.
+//! system call. Memory calls of a callback have brackets of their own, nested in the bracket for
+//! which the callback runs. The handler restores `errno` after the callback.
 //!
 //! # Limits
 //! x86-64 or aarch64, with glibc. Signal handlers must not make memory calls while a hook is
@@ -115,7 +115,7 @@ use std::sync::atomic::Ordering;
 #[derive(Debug)]
 #[must_use = "dropping the hook removes the patches"]
 pub struct Hook {
-    /// The number of the address space that installed the hook.
+    /// Identifies the address space that installed the hook.
     id: u64,
 }
 
@@ -191,7 +191,7 @@ pub enum State {
     Overwritten,
 }
 
-/// Returns what a [`Hook`] would patch here, without patching.
+/// Returns the instructions that a [`Hook`] would patch in this process, without patching them.
 ///
 /// # Blocking
 /// The first call searches libc's code, which takes some milliseconds.

@@ -47,7 +47,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A cache without a subscriber, or one that asks under its own lock, keeps a
+//! A cache without a subscriber, or a cache that must check an entry under its own lock, keeps a
 //! [`Watch`](crate::Watch) in each entry instead:
 //!
 //! ```no_run
@@ -65,15 +65,15 @@
 //! ```
 //!
 //! # Why this is sound
-//! * **A hit.** The kernel counts the generation before it changes the page tables. Suppose a
-//!   client finds an entry after [`settle`](Kernel::settle), and [`is_current`](Kernel::is_current)
-//!   still holds after the use. Then no change of an armed range began between the two calls, and
-//!   subscribers knew of all earlier changes.
+//! * **A hit.** The BPF program increments the generation before the kernel changes the page
+//!   tables. Suppose a client finds an entry after [`settle`](Kernel::settle), and
+//!   [`is_current`](Kernel::is_current) still holds after the use. Then no change of an armed range
+//!   began between the two calls, and subscribers knew of all earlier changes.
 //! * **A fill.** The tracepoint marks the *start* of a change. If a client translates between the
 //!   start and the change itself, it gets the old translation with the new generation, and no
 //!   counter of starts can show that. So [`read_begin`](Armed::read_begin) waits until every change
-//!   under way is over, if any event has happened since the last wait. That takes some two
-//!   microseconds. `kernel/wait.rs` has the argument, with a picture.
+//!   under way is over, if an armed range has changed since the last wait. The wait takes some
+//!   two microseconds. `kernel/wait.rs` has the argument, with a picture.
 //! * **Arming.** [`arm`](Kernel::arm) adds the range to the filter and then waits in the same way.
 //!   When it returns, no change is under way that passed the filter before the range was in it.
 //!
@@ -98,8 +98,8 @@
 //! The source's descriptors are in a separate descriptor table, which no call of the program
 //! reaches: `close_range`, `closefrom` and `dup2` cannot close them, and children do not inherit
 //! them. The limit `RLIMIT_NOFILE` also applies to that table. The start needs some twenty
-//! descriptors; those opened later have numbers below 8. The source's threads that run callbacks
-//! use the program's table.
+//! descriptors; the descriptors that the source opens later are below 8. The source's threads that
+//! run callbacks use the program's table.
 //!
 //! # Forks
 //! The virtual machine stays attached to the parent's address space. So in the child of a fork an
@@ -168,7 +168,8 @@ struct Inner {
     tables: filter::Tables,
     progress: ProgressPage,
     intake: Mutex<Intake>,
-    /// A thread holds it while it passes records to subscribers, also during their callbacks.
+    /// A thread holds this lock while it passes records to subscribers, also during their
+    /// callbacks.
     handing: Mutex<()>,
     waits: Waits,
     stop: AtomicBool,
@@ -194,11 +195,12 @@ pub struct Settled(u64);
 /// What one call of [`Kernel::drain`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drained {
-    /// The number of ranges that it passed to subscribers.
+    /// The number of ranges that the call passed to subscribers.
     pub ranges: usize,
-    /// Whether records had been lost, so that it invalidated the whole address space.
+    /// Whether records had been lost, so that the call invalidated the whole address space.
     pub lost: bool,
-    /// Whether it did nothing, because the caller was a callback of a drain or the child of a fork.
+    /// Whether the call did nothing, because its caller was a callback of a drain or the child of a
+    /// fork.
     pub refused: bool,
 }
 
@@ -214,7 +216,7 @@ impl Kernel {
     /// Returns one more than the number of changes of armed ranges that have begun. For statistics.
     ///
     /// The generation counts only events that touch an armed range, and a few others because the
-    /// filter is coarse. So an allocator's other traffic does not make clients drain.
+    /// filter is coarse. So most changes of memory that is not armed do not make clients drain.
     #[must_use]
     #[inline]
     pub fn generation(&self) -> u64 {
@@ -240,8 +242,8 @@ impl Kernel {
         self.inner.is_caught_up()
     }
 
-    /// Runs the callbacks of every change that began before the call, or waits for them. Costs two
-    /// loads and a comparison if there is no such change.
+    /// Runs the callbacks of every change that began before the call, or waits until another thread
+    /// has run them. Costs two loads and a comparison if there is no such change.
     ///
     /// # Blocking
     /// Waits while callbacks run, on this thread or on another one that drains.
@@ -266,7 +268,7 @@ impl Kernel {
             return Err(Error::InCallback { source: "kernel" });
         }
         self.inner.settle(generation);
-        // A callback that ran here may have forked, and this may be the child.
+        // A callback may have forked inside of this call, and this process may be the child.
         if self.is_inherited() {
             Err(Error::AfterFork { source: "kernel" })
         } else {
@@ -318,7 +320,7 @@ impl Kernel {
     }
 
     /// Tells whether this is the child of a fork and the parent started the source. In the child
-    /// [`start`](Self::start) makes a new one.
+    /// [`start`](Self::start) makes a new source.
     #[must_use]
     pub fn is_inherited(&self) -> bool {
         self.inner.is_inherited()
@@ -347,7 +349,7 @@ impl Kernel {
     }
 
     /// Arms `range`: its changes are counted and reported until the returned value is dropped. When
-    /// this returns, no change that began before the call is still under way, and every later
+    /// `arm` returns, no change that began before the call is still under way, and every later
     /// change is counted before it happens.
     ///
     /// Ranges may overlap, and may be armed several times.
@@ -412,8 +414,8 @@ fn kernel_error(call: &'static str, source: io::Error) -> Error {
 }
 
 impl Drop for Kernel {
-    /// Closes all descriptors and waits until they are closed. Waits for no callback: a thread that
-    /// runs one ends when the callback returns.
+    /// Closes all descriptors and waits until they are closed. Waits for no callback: if a thread
+    /// of the source is running a callback, that thread ends when the callback returns.
     fn drop(&mut self) {
         let vault = self.vault.take();
         if self.inner.is_inherited() {

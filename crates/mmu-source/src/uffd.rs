@@ -19,11 +19,11 @@
 //! ```
 //!
 //! # When subscribers are notified
-//! The thread that changes the memory waits until the source has *read* its event. Then that thread
-//! continues, and the source runs the callbacks on a thread of its own. The kernel sends remove
-//! events before it takes the pages away, the other events afterwards. No event is a bracket,
-//! because the change does not wait for the callbacks. [`settle`](Uffd::settle) waits until the
-//! callbacks have run for every call that has returned.
+//! The thread that changes the memory waits until the source has *read* the event of the change.
+//! Then that thread continues, and the source runs the callbacks on a thread of its own. The kernel
+//! sends remove events before it discards the pages, and the other events after the change. No
+//! event is a bracket, because the change does not wait for the callbacks. [`settle`](Uffd::settle)
+//! waits until the callbacks have run for every call that has returned.
 //!
 //! # Two threads
 //! A caller of `munmap` may hold the allocator's lock while it waits for the thread that reads
@@ -64,7 +64,7 @@ use sys::Message;
 /// The source, which runs while a handle exists.
 pub struct Uffd {
     inner: Arc<Inner>,
-    /// Both are `None` once the source is being dropped.
+    /// Both fields are `None` once the source is being dropped.
     vault: Option<Vault<Reader>>,
     teller: Option<Thread>,
 }
@@ -98,7 +98,7 @@ struct Descriptors {
     nudge: OwnedFd,
 }
 
-/// What the probe found.
+/// What [`probe`] found out about this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Features {
@@ -143,7 +143,7 @@ fn missing(error: &io::Error) -> Error {
 }
 
 impl Uffd {
-    /// Starts the source. If it is already running, returns that one.
+    /// Starts the source, or returns it if it is already running.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the kernel or this process's privileges lack something;
@@ -185,9 +185,9 @@ impl Uffd {
             .map_err(|error| kernel_error("start of a thread", error))?;
         uffd.teller = Some(thread);
         started.pop().expect("the thread has started");
-        // A new thread allocates while it starts. If another thread forked during that time, it
-        // would hold the allocator's lock and wait for the reader, while the reader waited for that
-        // lock. So wait until the reader has started.
+        // A new thread allocates while it starts. If another thread forked during that time, that
+        // other thread would hold the allocator's lock and wait for the reader, while the reader
+        // waited for that lock. So wait until the reader has started.
         uffd.ask();
         Ok(uffd)
     }
@@ -230,7 +230,7 @@ impl Uffd {
         })
     }
 
-    /// Waits until callbacks have run for every call that returned before.
+    /// Waits until callbacks have run for every memory call that returned before this call.
     ///
     /// # Blocking
     /// Waits while callbacks run.
@@ -259,8 +259,8 @@ impl Uffd {
     /// Waits until the reader has read every pending event.
     fn ask(&self) {
         let inner = &self.inner;
-        // ORDER(source-ask): AcqRel: the question comes after the memory call that it asks about.
-        // Partner: the load in `Inner::read`.
+        // ORDER(source-ask): AcqRel: this request comes after the memory call whose event the
+        // caller waits for. Partner: the load in `Inner::read`.
         let question = inner.asked.fetch_add(1, Ordering::AcqRel) + 1;
         self.vault()
             .run(|reader| wait::wake(reader.descriptors.nudge.as_fd()));
@@ -286,12 +286,12 @@ impl Inner {
         self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs on the reader. No lock, no allocation, no callback, because a thread that waits for the
-    /// reader may hold the allocator's lock.
+    /// Runs on the reader. Takes no lock, allocates nothing and runs no callback, because a thread
+    /// that waits for the reader may hold the allocator's lock.
     fn read(&self, Descriptors { uffd, nudge }: &Descriptors) {
         loop {
-            // ORDER(source-ask): Acquire: the events below are read after the question. Partner:
-            // the addition in `ask`.
+            // ORDER(source-ask): Acquire: the events below are read after the request. Partner: the
+            // addition in `ask`.
             let asked = self.asked.load(Ordering::Acquire);
             let mut any = false;
             while let Some(message) = sys::read(uffd.as_fd()) {
@@ -457,8 +457,8 @@ impl Drop for Uffd {
             }
             return;
         }
-        // The teller ends before the reader, because the reader must serve the memory calls of
-        // callbacks.
+        // The teller ends before the reader, because a memory call in a callback waits for the
+        // reader.
         self.inner.stop_telling.store(true, Ordering::Relaxed);
         self.inner.wake_teller();
         // If a callback dropped the last handle, this code runs on the teller itself.

@@ -1,8 +1,8 @@
 //! A watch answers one question: has this range changed since the watch was made?
 //!
 //! A cache that looks up an entry under its own lock, perhaps inside `free`, needs only this
-//! answer. [`Watch::is_valid`] gives it without a callback, a lock or an allocation, and without
-//! waiting for another thread.
+//! answer. [`Watch::is_valid`] gives this answer without a callback, a lock or an allocation, and
+//! without waiting for another thread.
 //!
 //! | made by | marked by | misses |
 //! | --- | --- | --- |
@@ -66,21 +66,23 @@ impl Watch {
         })
     }
 
-    /// Tells whether the range is unchanged: since the watch was made, and while the caller used
-    /// what it had read before this call.
+    /// Tells whether the range has not changed since the watch was made or renewed. If so, the
+    /// entry was current while the caller used it before this call.
     ///
-    /// An invalid watch stays invalid, with one exception. A watch of the kernel source also
-    /// answers false when it cannot know: while another thread sorts the source's records, or in a
-    /// signal handler that has interrupted this thread's own sorting. In the child of a fork the
-    /// answer is always false.
+    /// An invalid watch stays invalid until it is renewed, with one exception. A watch of the
+    /// kernel source also answers false when it cannot know: while another thread takes in the
+    /// source's records, or in a signal handler that has interrupted this thread while it took
+    /// records in. A later call can then return true. In the child of a fork the answer is always
+    /// false.
     ///
-    /// Call it before using an entry. If another thread can change the memory meanwhile, call it
-    /// again afterwards.
+    /// Call `is_valid` before using an entry. If another thread can change the memory meanwhile,
+    /// call it again afterwards.
     ///
     /// # Blocking
     /// No. The call runs no callback and allocates nothing. It may be made in a callback, under any
     /// lock, inside `free` and in a signal handler. If no change has happened, the call takes some
-    /// nanoseconds. Otherwise it sorts the new records, which takes some tens of nanoseconds each.
+    /// nanoseconds. Otherwise it examines the new records, which takes some tens of nanoseconds
+    /// each.
     #[must_use]
     #[inline]
     pub fn is_valid(&self) -> bool {
@@ -91,15 +93,19 @@ impl Watch {
         }
     }
 
-    /// Makes the watch valid again: changes up to now no longer count. No change that began before
-    /// this call is still under way when it returns.
+    /// Makes the watch valid again: changes that are over no longer count.
     ///
-    /// This is cheaper than another watch. Translate the range again afterwards.
+    /// For a watch of the kernel source, no change that began before this call is still under way
+    /// when the call returns. Any other watch is marked again by each bracket that is open during
+    /// this call.
+    ///
+    /// A renewal is cheaper than another watch. Translate the range again afterwards.
     ///
     /// # Blocking
-    /// The same as the constructor of this watch.
+    /// A watch of the kernel source blocks as its constructor does. Other watches do not block.
     /// # Errors
-    /// The same as the constructor of this watch. After an error the watch is not valid.
+    /// [`Error::AfterFork`] in the child of a fork. For a watch of the kernel source, also the
+    /// errors of its constructor. An invalid watch stays invalid after an error.
     pub fn renew(&mut self) -> Result<(), Error> {
         match &mut self.by {
             #[cfg(feature = "kernel")]

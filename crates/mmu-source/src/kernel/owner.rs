@@ -3,17 +3,18 @@
 //! The tracepoint does not say which address space changes. A client must not learn of other
 //! processes' changes: neither their addresses nor, by arming one page after the other, whether a
 //! change occurred. But the kernel announces a change by a `struct mmu_notifier_range` on the stack
-//! of the task that makes the change: the address space, the start and the end are three
-//! consecutive words. The program searches that stack for them, from the program's own context,
-//! which is also on the stack, up to the registers saved at the entry into the kernel.
+//! of the task that makes the change. In that struct the address space, the start and the end are
+//! three consecutive words. The program searches that stack for the three words. The search begins
+//! at the program's own context, which is also on the stack, and ends at the registers that were
+//! saved at the entry into the kernel.
 //!
 //! ```text
 //!   context ... frames of the notifiers ... [ mm | start | end | ... ] ... the caller's frames ... registers
 //! ```
 //!
 //! If the client's address space changes, its three words are on the stack, and the search finds
-//! them: the client misses no change. If another address space changes, they are not there, and the
-//! program ends without recording anything.
+//! them: the client misses no change. If another address space changes, these words are not on the
+//! stack, and the program ends without recording anything.
 //!
 //! The verifier follows every iteration of the loop, and a branch costs the verifier far more than
 //! the instructions between branches. So the program compares a piece of the stack without

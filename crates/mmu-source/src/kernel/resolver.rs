@@ -20,8 +20,8 @@
 //! return 0;
 //! ```
 //!
-//! The words are in a map that no process can read, so the client of a broker learns no kernel
-//! address.
+//! The words are in a map whose descriptor the broker keeps, so the client of a broker learns no
+//! kernel address.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
@@ -33,7 +33,7 @@ use std::os::fd::BorrowedFd;
 /// The descriptor that means "no machine".
 pub(super) const NONE: u64 = u64::MAX;
 
-/// Why the resolver looks at a machine.
+/// Why the resolver examines a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
     /// The machine becomes B: the tracepoint's program reads its count.

@@ -14,17 +14,20 @@
 //!                   └──────────────── B's count is above zero ────────────────┘
 //! ```
 //!
-//! * **A wait.** If the caller has seen A's event, B's count went up before it: once the count is
-//!   zero, that change is over. If the caller has not seen A's event, that event is still to come,
-//!   before the page tables change, and the caller's next load of the generation sees it.
+//! * **A wait.** If the caller has seen A's event, B's count went up before that event: once the
+//!   count is zero, that change is over. If the caller has not seen A's event, that event is still
+//!   to come, before the page tables change, and the caller's next load of the generation sees it.
 //! * **An event of another address space.** At A's tracepoint B's count is above zero because of
-//!   this very change. So if an event finds the count at zero, it belongs to another address space
-//!   (or it is our own event at B's tracepoint, and A's is still to come). The program need not
-//!   count it. So a process that discards memory in a loop costs other processes nothing.
+//!   this very change. So if an event finds the count at zero, there are two cases. Either the
+//!   event belongs to another address space. Or it is the event of a change of this address space
+//!   at B's tracepoint, and that change will pass A's tracepoint as well. In both cases the program
+//!   need not count the event. So a process that discards memory in a loop costs other processes
+//!   nothing.
 //!
 //! Only a BPF program can read the count, and the caller has no descriptor to run one with, because
 //! all descriptors are in the vault (`vault.rs`). So the caller *makes an event*: it discards a
-//! page that has no content, and the program at the tracepoint answers.
+//! page that has no content, and the program at the tracepoint answers. Such an event is called a
+//! question. The question is whether any change is under way.
 //!
 //! ```text
 //!   caller   asked = n          madvise(scratch)              answered == n ?  over : ask again
@@ -36,19 +39,21 @@
 //!
 //! If the count was not zero in any of [`POLLS`] questions, the vault makes another machine, which
 //! replaces B. To register its notifier, the kernel takes every lock that a change of this address
-//! space needs (`mm_take_all_locks`), so no change is under way then. The vault also does this if
-//! the count cannot be read, and on every processor except x86-64 and aarch64: there it is not
-//! proven that the count goes down only after the stores to the page tables are visible.
+//! space needs (`mm_take_all_locks`), so no change is under way then. The vault also makes a
+//! machine if the count cannot be read, and on every processor except x86-64 and aarch64: on the
+//! other processors it is not proven that the count goes down only after the stores to the page
+//! tables are visible.
 //!
-//! B costs each change some 0.35 us, so it is closed after a time without waits. Before that, the
-//! word with the address of B's count is cleared. Unregistering B waits for every start that is
-//! being reported (`synchronize_srcu`). So no program reads the count of a closed machine.
+//! B costs each change some 0.35 us, so it is closed after a time without waits. Before the close,
+//! the word with the address of B's count is cleared. Unregistering B waits for every call of its
+//! notifier that is in progress (`synchronize_srcu`). So no program reads the count of a closed
+//! machine.
 //!
 //! # If the range is already armed
 //! A change of an armed range increments the generation. So if the caller's range was armed before,
 //! and no event has hit an armed range since the last wait began, the caller need not wait: changes
 //! of other ranges do not matter to it. `over` is the generation that the last wait loaded before
-//! it asked.
+//! its first question.
 //!
 //! # Sharing
 //! `dirty` says whether an event has happened since the last wait: 0 if not, 1 if so, 2 while a
@@ -113,7 +118,7 @@ struct State {
 impl Waits {
     pub(super) fn new(header: &Shared) -> std::io::Result<Self> {
         let scratch = Scratch::map()?;
-        // Events before the first wait have not set `dirty`.
+        // Events set `dirty` only after the first range is armed. So `dirty` is set from the start.
         header.u64(header::DIRTY).store(DIRTY, Ordering::Relaxed);
         header
             .u64(header::SCRATCH)
@@ -145,8 +150,8 @@ impl Waits {
         header: &Shared,
         vault: &Vault<Machines>,
     ) -> Result<(), Error> {
-        // ORDER(source-quiet): Acquire: those changes are over for this thread too. Partner: the
-        // store in `wait`.
+        // ORDER(source-quiet): Acquire: the changes up to `over` are over for this thread too.
+        // Partner: the store in `wait`.
         if self.over.load(Ordering::Acquire) >= generation {
             return Ok(());
         }
@@ -156,8 +161,9 @@ impl Waits {
     /// Waits until every change that began before the call is over.
     pub(super) fn wait(&self, header: &Shared, vault: &Vault<Machines>) -> Result<(), Error> {
         let dirty = header.u64(header::DIRTY);
-        // ORDER(source-quiet): Acquire: those changes are over for this thread too. Partner: the
-        // exchange below. This load comes after the fence of `arm`: ORDER(source-arm).
+        // ORDER(source-quiet): Acquire: the changes before the last wait are over for this thread
+        // too. Partner: the exchange below. This load comes after the fence of `arm`:
+        // ORDER(source-arm).
         if dirty.load(Ordering::Acquire) == QUIET {
             return Ok(());
         }
@@ -173,10 +179,10 @@ impl Waits {
         // ORDER(source-generation): Acquire, like every load of the generation: the question comes
         // after this load.
         let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
-        // ORDER(source-wait): full fence between these two words and the load of the count. This
-        // fence has two partners. First, the program's load of `dirty`, which comes after its
-        // change has raised B's count (with a full barrier between): if the program's load comes
-        // before the store of WAITING, so that the program does not set `dirty` again, the count
+        // ORDER(source-wait): full fence between the stores of `begun` and `dirty` and the
+        // program's load of the count. The fence has two partners. First, the program, which loads
+        // `dirty` after its change has raised B's count, with a full barrier between: if that load
+        // comes before the store of WAITING, the program does not set `dirty` again, but the count
         // shows the change. Second, the fence of `arm` before the ticket: a thread that relies on
         // this wait has added its range before.
         fence(Ordering::SeqCst);
@@ -195,7 +201,8 @@ impl Waits {
         Ok(())
     }
 
-    /// Asks the program until nothing is under way. Returns false if that does not happen.
+    /// Asks the program until nothing is under way. Returns false if there is no machine B, or if
+    /// that does not happen in [`POLLS`] questions.
     fn is_over(&self, state: &mut State, header: &Shared) -> bool {
         if !self.has_b.load(Ordering::Relaxed) {
             return false;
@@ -241,8 +248,8 @@ impl Waits {
         self.begun.load(Ordering::Relaxed)
     }
 
-    /// Runs `f`, which changes machine B, unless a thread waits. That thread may be waiting for the
-    /// caller, the vault.
+    /// Runs `f`, which changes machine B, unless another thread holds the lock. That thread may be
+    /// waiting for the vault, whose thread is the caller.
     pub(super) fn change_b(&self, f: impl FnOnce()) {
         let state = match self.state.try_lock() {
             Ok(state) => state,

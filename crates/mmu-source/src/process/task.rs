@@ -38,7 +38,7 @@ pub(super) struct Tracee<H> {
     /// at every call.
     pub(super) filtered: bool,
     /// Whether the task stops before it ends. A task that was attached to, or a child that such a
-    /// task made before its first stop, does not do so at first.
+    /// task made before its first stop, gets this stop only after its own first stop.
     pub(super) stops_at_exit: bool,
     pub(super) life: Life<H>,
     pub(super) call: Option<OpenCall>,
