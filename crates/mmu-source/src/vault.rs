@@ -26,7 +26,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "one call without a safe wrapper; see the Safety section"
+    reason = "calls without a safe wrapper; see the Safety section"
 )]
 
 use crate::queue::{ClosesQueue, Queue};

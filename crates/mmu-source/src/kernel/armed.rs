@@ -92,8 +92,8 @@ impl Armed {
         }
         words.u64(header::ARMED).fetch_add(1, Ordering::Relaxed);
         // `ON` stays set for ever. Before this store no event sets `dirty`, but none is missed:
-        // `dirty` is set from the start of the source until the first wait, and no wait comes
-        // before a range is armed.
+        // `dirty` is set from the start of the source, and a wait that begins before this store
+        // leaves it set.
         words.u64(header::ON).store(1, Ordering::Relaxed);
         // ORDER(source-arm): full fence between the filter and the load of `dirty` in
         // `Waits::wait`. Partner: the program, which sets `dirty` (a full barrier) and then reads

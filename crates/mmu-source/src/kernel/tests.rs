@@ -60,6 +60,23 @@ fn the_filter_finds_overlapping_ranges_and_few_others() {
     assert!(kernel.is_settled() && kernel.lost() == 0);
 }
 
+/// A change that begins before the first range is armed is seen by no event. It may still be under
+/// way afterwards, so a wait in that time must not be the last one.
+#[test]
+fn a_wait_before_the_first_range_does_not_replace_the_wait_of_that_range() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let _ = kernel.read_begin().expect("no fork");
+    let (before, _) = kernel.waits();
+    let armed = kernel.arm(range(0x1000, 4096)).expect("it can be armed");
+    assert_eq!(kernel.waits().0, before + 1, "arming waited");
+    let _ = armed.read_begin().expect("no fork");
+    drop(kernel.arm(range(0x2000, 4096)).expect("it can be armed"));
+    assert_eq!(kernel.waits().0, before + 1, "no event came in between");
+}
+
 #[test]
 fn a_wait_that_has_interrupted_one_of_its_own_thread_is_refused() {
     if !require(Cap::Bpf) {

@@ -118,7 +118,8 @@ struct State {
 impl Waits {
     pub(super) fn new(header: &Shared) -> std::io::Result<Self> {
         let scratch = Scratch::map()?;
-        // Events set `dirty` only after the first range is armed. So `dirty` is set from the start.
+        // Events set `dirty` only after the first range is armed. So `dirty` is set from the start,
+        // and stays set until then.
         header.u64(header::DIRTY).store(DIRTY, Ordering::Relaxed);
         header
             .u64(header::SCRATCH)
@@ -175,11 +176,15 @@ impl Waits {
         }
         let number = self.begun.load(Ordering::Relaxed) + 1;
         self.begun.store(number, Ordering::Relaxed);
+        // Before the first range is armed, events do not set `dirty`. A wait in that time must
+        // leave it set: a change that begins unseen after this wait may still be under way when the
+        // first range is armed.
+        let is_on = header.u64(header::ON).load(Ordering::Relaxed) != 0;
         dirty.store(WAITING, Ordering::Relaxed);
         // ORDER(source-generation): Acquire, like every load of the generation: the question comes
         // after this load.
         let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
-        // ORDER(source-wait): full fence between the stores of `begun` and `dirty` and the
+        // ORDER(source-wait): full fence between the accesses to `begun`, `ON` and `dirty` and the
         // program's load of the count. The fence has two partners. First, the program, which loads
         // `dirty` after its change has raised B's count, with a full barrier between: if that load
         // comes before the store of WAITING, the program does not set `dirty` again, but the count
@@ -197,7 +202,8 @@ impl Waits {
         self.over.store(generation, Ordering::Release);
         // ORDER(source-quiet): Release, after the wait. Partner: the load above. If the exchange
         // fails, an event happened meanwhile.
-        let _ = dirty.compare_exchange(WAITING, QUIET, Ordering::Release, Ordering::Relaxed);
+        let after = if is_on { QUIET } else { DIRTY };
+        let _ = dirty.compare_exchange(WAITING, after, Ordering::Release, Ordering::Relaxed);
         Ok(())
     }
 
