@@ -5,19 +5,19 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs, thread};
 
-/// Something a test needs from the machine.
+/// A capability of the machine that a test needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Cap {
-    /// Tracing one's own children.
+    /// A process may trace its own children.
     Ptrace,
-    /// A seccomp filter that hands calls to a tracer.
+    /// A seccomp filter may stop system calls for a tracer.
     SeccompTrace,
     /// 32-bit x86 system calls.
     I386Calls,
     /// The system calls that move pages between NUMA nodes; one node is enough.
     Numa,
-    /// Loading BPF programs.
+    /// This process may use BPF, on a kernel that the source `kernel` supports.
     Bpf,
     /// Virtual machines of KVM.
     Kvm,
@@ -25,19 +25,20 @@ pub enum Cap {
     IoUring,
     /// userfaultfd with asynchronous write protection.
     Userfaultfd,
-    /// A device that does RDMA, and the library that reaches it.
+    /// An RDMA device, and the library `libibverbs`.
     Rdma,
     /// The emulator's teaching device behind an IOMMU, bound to `vfio-pci`.
     Vfio,
-    /// Being root, to become another user.
+    /// This process is root, and so can become another user.
     Root,
-    /// Mounts of one's own: CAP_SYS_ADMIN, which containers withhold also from root.
+    /// This process may make a mount namespace. That needs CAP_SYS_ADMIN, which root in a container
+    /// may lack.
     MountNamespace,
     /// The program of this name, in `PATH`.
     Program(&'static str),
-    /// The module of this name of Debian's own Python.
+    /// The module of this name, in Debian's own Python.
     PythonModule(&'static str),
-    /// The library of this file name, where Debian's packages put theirs.
+    /// The library of this file name, in the folder where Debian's packages install libraries.
     Library(&'static str),
     /// UCX 1.13, the version whose cache has the layout that the tests know.
     Ucx,
@@ -53,7 +54,7 @@ pub const PYTHON: &str = "/usr/bin/python3";
 /// If not, prints `SKIP test: reason`, with the name of the test that runs in this thread.
 ///
 /// # Panics
-/// If the machine lacks `cap` and the environment says `MMUN_REQUIRE=all`. `MMUN_WITHOUT` lists
+/// If the machine lacks `cap` and the environment has `MMUN_REQUIRE=all`. `MMUN_WITHOUT` lists
 /// exceptions (for example `kvm rdma`), because no package can install virtualisation, a device or
 /// another kernel.
 pub fn require(cap: Cap) -> bool {
@@ -62,8 +63,8 @@ pub fn require(cap: Cap) -> bool {
     false
 }
 
-/// Says that the test that runs in this thread is skipped, since the machine lacks something; fails
-/// as [`require`] does if that is required.
+/// Prints that the test that runs in this thread is skipped, because the machine lacks `cap`. If
+/// `cap` is required, panics as [`require`] does.
 pub(crate) fn lacks(cap: &str, reason: &str) {
     let current = thread::current();
     let name = current.name().unwrap_or("a test");
@@ -74,15 +75,15 @@ pub(crate) fn lacks(cap: &str, reason: &str) {
     println!("SKIP {name}: {reason}");
 }
 
-/// Whether this is the machine of `cargo xtask guest`, which has everything that a test can
-/// require.
+/// Tells whether this is the machine of `cargo xtask guest`, which has every capability that a test
+/// can require.
 pub fn is_guest() -> bool {
     fs::read_to_string("/proc/cmdline")
         .is_ok_and(|line| line.split_whitespace().any(|word| word == "mmun.guest"))
 }
 
-/// The number of rounds of a hunt for a race: `full`, or a tenth of it in the machine of `cargo
-/// xtask guest`, because software emulation makes a round some twenty times slower.
+/// Returns the number of rounds for a test that hunts a race: `full`, or a tenth of `full` in the
+/// machine of `cargo xtask guest`, where software emulation makes a round some twenty times slower.
 pub fn rounds(full: usize) -> usize {
     if is_guest() { full.div_ceil(10) } else { full }
 }
@@ -173,10 +174,11 @@ fn probe(cap: Cap) -> Result<(), String> {
 fn mount_namespace() -> io::Result<()> {
     let thread = thread::spawn(|| {
         let (none, private) = (std::ptr::null(), libc::MS_REC | libc::MS_PRIVATE);
-        // SAFETY: takes an integer, and changes only this thread.
+        // SAFETY: the call takes an integer, and changes only this thread.
         let parted = unsafe { libc::unshare(libc::CLONE_NEWNS) } == 0;
         let changed = parted
-            // SAFETY: a live string and nulls, as the call takes them for a change of propagation.
+            // SAFETY: the target is a C string. For a change of propagation, the other pointers may
+            // be null.
             && unsafe { libc::mount(none, c"/".as_ptr(), none, private, none.cast()) } == 0;
         if changed {
             Ok(())
@@ -187,7 +189,7 @@ fn mount_namespace() -> io::Result<()> {
     thread.join().expect("it makes two calls")
 }
 
-/// Asks a program for its version.
+/// Checks that the output of a program with `option` contains `version`.
 fn version(program: &str, option: &str, version: &str) -> Result<(), String> {
     let output = Command::new(program).arg(option).output();
     let output = output.map_err(|error| format!("{program}: {error}"))?;
@@ -217,10 +219,11 @@ fn rdma() -> Result<(), String> {
     }
 }
 
-/// Finds QEMU's device `edu` among those that are bound to `vfio-pci`; returns its folder in sysfs.
+/// Finds QEMU's device `edu` among the devices that are bound to `vfio-pci`. Returns its folder in
+/// sysfs.
 ///
 /// # Errors
-/// The reason why the device cannot be used, for the user.
+/// The reason why the device cannot be used, as a text for the user.
 pub fn edu() -> Result<PathBuf, String> {
     fs::File::options()
         .read(true)
@@ -240,7 +243,8 @@ pub fn edu() -> Result<PathBuf, String> {
         })
 }
 
-/// Makes a BPF array of one value, on a kernel whose BPF is recent enough for the source `kernel`.
+/// Makes a BPF array of one value. Before Linux 5.12 fails, because BPF there is too old for the
+/// source `kernel`.
 fn bpf() -> io::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release
@@ -253,7 +257,7 @@ fn bpf() -> io::Result<()> {
         )));
     }
     let attributes = [2_u32, 4, 8, 1, 0, 0];
-    // SAFETY: the attributes are as long as the call is told.
+    // SAFETY: the call reads as many bytes as its last argument, the size of `attributes`.
     let map = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -269,12 +273,12 @@ fn bpf() -> io::Result<()> {
 fn io_uring() -> io::Result<()> {
     const REGISTER_BUFFERS2: libc::c_long = 15;
     let mut params = [0_u64; 15];
-    // SAFETY: the call fills in a `struct io_uring_params`, which has 120 bytes.
+    // SAFETY: the call fills in a `struct io_uring_params`, which has 120 bytes, as `params` has.
     let ring = unsafe { libc::syscall(libc::SYS_io_uring_setup, 1, params.as_mut_ptr()) };
     // One buffer without memory.
     let table = [1_u32, 1, 0, 0, 0, 0, 0, 0];
-    // SAFETY: the call reads a `struct io_uring_rsrc_register`, which has 32 bytes; a descriptor of
-    // -1 is refused.
+    // SAFETY: the call reads a `struct io_uring_rsrc_register`, which has 32 bytes, as `table` has.
+    // The kernel refuses a descriptor of -1.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_io_uring_register,
@@ -298,12 +302,12 @@ fn io_uring() -> io::Result<()> {
 /// Requests asynchronous write protection, which exists since Linux 6.7.
 fn userfaultfd() -> io::Result<()> {
     const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-    // Version, features, calls.
+    // The fields of `struct uffdio_api`: the version, the features, and the ioctls.
     let mut api = [0xaa_u64, 1 << 15, 0];
-    // SAFETY: takes an integer, returns a descriptor.
+    // SAFETY: the call takes an integer, and returns a descriptor.
     let descriptor = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
-    // SAFETY: the call reads and writes a `struct uffdio_api`, which has 24 bytes; a descriptor of
-    // -1 is refused.
+    // SAFETY: the call reads and writes a `struct uffdio_api`, which has 24 bytes, as `api` has.
+    // The kernel refuses a descriptor of -1.
     let answer = unsafe { libc::ioctl(descriptor as i32, UFFDIO_API, api.as_mut_ptr()) };
     let error = io::Error::last_os_error();
     close(descriptor)?;
@@ -325,7 +329,7 @@ fn close(descriptor: libc::c_long) -> io::Result<()> {
     Ok(())
 }
 
-/// Seizes a child and releases it.
+/// Seizes a child with ptrace, and kills it.
 fn ptrace() -> io::Result<()> {
     let mut child = Command::new("cat")
         .stdin(Stdio::piped())
@@ -344,7 +348,8 @@ fn ptrace() -> io::Result<()> {
     result
 }
 
-/// Lets a child make a 32-bit call: if the kernel has no 32-bit calls, `int 0x80` kills the child.
+/// Makes a 32-bit system call in a child. If the kernel has no 32-bit system calls, `int 0x80`
+/// kills the child.
 #[cfg(target_arch = "x86_64")]
 fn i386_getpid() -> Result<(), String> {
     // SAFETY: the child of `fork` makes two system calls and ends.
@@ -352,8 +357,8 @@ fn i386_getpid() -> Result<(), String> {
         -1 => Err(format!("fork: {}", io::Error::last_os_error())),
         0 => {
             let pid: i64;
-            // SAFETY: `getpid` by its 32-bit number reads and writes no memory; the 64-bit kernel
-            // preserves all registers but r8 to r11, which are declared as clobbered.
+            // SAFETY: the 32-bit system call 20, `getpid`, reads and writes no memory. The 64-bit
+            // kernel preserves all registers except r8 to r11, which are declared as clobbered.
             unsafe {
                 std::arch::asm!("int 0x80", inlateout("rax") 20_i64 => pid,
                     out("r8") _, out("r9") _, out("r10") _, out("r11") _);
@@ -363,7 +368,7 @@ fn i386_getpid() -> Result<(), String> {
         }
         pid => {
             let mut status = 0;
-            // SAFETY: writes one int to a local.
+            // SAFETY: the call writes to an integer, which is a local variable.
             let reaped = unsafe { libc::waitpid(pid, &mut status, 0) };
             if reaped == pid && status == 0 {
                 Ok(())

@@ -7,14 +7,14 @@ use std::{fs, process};
 
 use crate::cap::lacks;
 
-/// A new cgroup (v2, or v1 with the freezer). It is removed with the value; its processes must have
-/// ended by then.
+/// A new cgroup (v2, or v1 with the freezer). The drop removes the cgroup, so its processes must
+/// have ended before.
 #[derive(Debug)]
 pub struct Cgroup {
     folder: PathBuf,
     /// The file that freezes the group, the word that freezes it, and the word that thaws it.
     freeze: (&'static str, &'static str, &'static str),
-    /// The file that says whether the group is frozen, and its line when it is.
+    /// The file that shows whether the group is frozen, and its line if it is.
     frozen: (&'static str, &'static str),
 }
 
@@ -23,7 +23,8 @@ impl Cgroup {
     /// with the name of the test that runs in this thread.
     ///
     /// # Panics
-    /// If the environment says `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT` lists `cgroup`.
+    /// If no group can be made and the environment has `MMUN_REQUIRE=all`, unless `MMUN_WITHOUT`
+    /// lists `cgroup`.
     #[must_use]
     pub fn new_or_skip() -> Option<Cgroup> {
         Self::or_skip(Cgroup::new(
@@ -33,8 +34,8 @@ impl Cgroup {
         ))
     }
 
-    /// The same in the cgroup v1 hierarchy. Its freezer holds processes so that not even ptrace can
-    /// stop them.
+    /// Like [`new_or_skip`](Self::new_or_skip), in the cgroup v1 hierarchy. A process that the v1
+    /// freezer has frozen does not even stop for ptrace.
     ///
     /// # Panics
     /// As [`Cgroup::new_or_skip`].
@@ -76,7 +77,8 @@ impl Cgroup {
             freeze,
             frozen,
         };
-        // The root of the hierarchy has no such file, and v2 has it since Linux 5.2.
+        // The root of a v2 hierarchy does not have this file, so check the new group. v2 has the
+        // file since Linux 5.2.
         fs::metadata(group.folder.join(freeze.0))?;
         Ok(group)
     }
@@ -84,16 +86,16 @@ impl Cgroup {
     /// Moves a process into the group.
     ///
     /// # Errors
-    /// Those of the file operations.
+    /// The error of the file operation.
     pub fn add(&self, pid: u32) -> io::Result<()> {
         fs::write(self.folder.join("cgroup.procs"), pid.to_string())
     }
 
-    /// Starts to freeze the group's processes; [`is_frozen`](Self::is_frozen) says when they are
-    /// frozen.
+    /// Begins to freeze the group's processes. [`is_frozen`](Self::is_frozen) tells whether they
+    /// are frozen.
     ///
     /// # Errors
-    /// Those of the file operations.
+    /// The error of the file operation.
     pub fn freeze(&self) -> io::Result<()> {
         fs::write(self.folder.join(self.freeze.0), self.freeze.1)
     }
@@ -101,7 +103,7 @@ impl Cgroup {
     /// Lets the group's processes run again.
     ///
     /// # Errors
-    /// Those of the file operations.
+    /// The error of the file operation.
     pub fn thaw(&self) -> io::Result<()> {
         fs::write(self.folder.join(self.freeze.0), self.freeze.2)
     }

@@ -6,12 +6,13 @@
 /// # Panics
 /// If the fork fails, or if the child died by a signal.
 pub fn in_child(f: impl FnOnce() -> bool) -> bool {
-    // SAFETY: The child may only do what is safe after a fork in a program with threads; glibc
-    // makes `malloc` usable there, and what `f` does besides is what the caller tests.
+    // SAFETY: After a fork in a program with threads, the child may only do what is safe there.
+    // glibc makes `malloc` usable in the child, and the caller chooses an `f` that is meant to run
+    // in such a child.
     match unsafe { libc::fork() } {
         -1 => panic!("fork: {}", std::io::Error::last_os_error()),
         0 => {
-            // SAFETY: No preconditions.
+            // SAFETY: The call has no preconditions.
             unsafe { libc::alarm(120) };
             let good = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)).unwrap_or(false);
             // SAFETY: Ends the process at once, which is always allowed.
@@ -19,7 +20,7 @@ pub fn in_child(f: impl FnOnce() -> bool) -> bool {
         }
         child => {
             let mut status = 0;
-            // SAFETY: Needs a place for the status.
+            // SAFETY: The call writes to an integer, which is a local variable.
             assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
             assert!(
                 libc::WIFEXITED(status),

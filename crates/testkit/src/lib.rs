@@ -31,8 +31,8 @@ pub use refuse::{refuse_calls, refuse_threads};
 pub use signals::{has_timers, signal_every};
 pub use within::within;
 
-/// Runs the examples of the workspace's README. They are here, because the packages of the
-/// published crates do not contain that file.
+/// Runs the examples of the workspace's README as doc tests. They are in this crate, because the
+/// packages of the published crates do not contain that file.
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;

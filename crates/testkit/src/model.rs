@@ -1,12 +1,12 @@
-//! The reference model of the core: plain vectors, one thread, every rule written out. Slow and
-//! obviously right.
+//! The reference model of the core. It uses plain vectors and one thread, and every rule is written
+//! out, so the model is slow and obviously right.
 //!
-//! The model says what each operation returns and which callbacks it makes, in order. A test runs
-//! the real core on the same operations, and the core must agree. A thread is a number. Each
-//! bracket belongs to a thread, and an operation that would wait for a bracket of its own thread
-//! fails. If an operation would wait for brackets of other threads, [`Model::blockers`] lists them:
-//! the test starts the operation, ends those brackets, and then expects the operation to return.
-//! Frees are asynchronous, so the model says which notifiers have been freed only when
+//! For each operation, the model computes the result and the callbacks, in order. A test runs the
+//! real core on the same operations, and the core must agree. Threads are numbered. Each bracket
+//! belongs to a thread, and an operation that would wait for a bracket of its own thread fails. If
+//! an operation would wait for brackets of other threads, [`Model::blockers`] lists these brackets.
+//! Then the test starts the operation, ends the brackets, and expects the operation to return.
+//! Frees are asynchronous. So the model knows which notifiers have been freed only when
 //! `synchronize` succeeds.
 
 mod intervals;
@@ -15,7 +15,7 @@ mod shadows;
 use intervals::Interval;
 use shadows::Shadow;
 
-/// A callback, with the number of its notifier or interval.
+/// A callback, with the index of its notifier or interval.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Callback {
     /// `invalidate_range_start` of a subscriber.
@@ -43,7 +43,7 @@ pub enum Callback {
 pub enum Answer {
     /// Done, without a value.
     Done,
-    /// A subscription to this notifier, with its number of users.
+    /// The index of the notifier or interval that the caller got, and its number of users.
     Got(usize, u32),
     /// The operation would wait for its own thread.
     WouldDeadlock,
@@ -69,7 +69,7 @@ pub const USERS_MAX: u32 = 3;
 pub enum Kind {
     /// A plain subscriber.
     Plain {
-        /// Whether it refuses every non-blockable start.
+        /// Whether the subscriber refuses every non-blockable start.
         refuses: bool,
     },
     /// A secondary TLB.
@@ -86,7 +86,7 @@ pub enum Kind {
 pub enum Alloc {
     /// Makes a plain subscriber.
     Makes {
-        /// Whether it refuses every non-blockable start.
+        /// Whether the subscriber refuses every non-blockable start.
         refuses: bool,
     },
     /// Fails.
@@ -97,7 +97,7 @@ pub enum Alloc {
 #[derive(Debug)]
 struct Notifier {
     mm: usize,
-    /// The subsystem; `None` for a registration.
+    /// The index of the subsystem; `None` for a registration.
     key: Option<usize>,
     users: u32,
     kind: Kind,
@@ -108,12 +108,12 @@ struct Notifier {
 #[derive(Debug)]
 struct Mm {
     users: u32,
-    /// Newest first.
+    /// The subscribers, newest first.
     listed: Vec<usize>,
     intervals: Vec<usize>,
     deferred: Vec<usize>,
     seq: u64,
-    /// The open brackets that count in a window: those that began after the first insert.
+    /// The number of open brackets that count as windows: those that began after the first insert.
     active: u32,
     has_intervals: bool,
 }
@@ -128,7 +128,8 @@ struct Bracket {
     window: bool,
 }
 
-/// The state of the model. Every index must come from a call of the model.
+/// The state of the model. Every index that a function takes must come from a function of the
+/// model.
 #[derive(Debug, Default)]
 pub struct Model {
     mms: Vec<Mm>,
@@ -167,7 +168,7 @@ impl Model {
         Answer::Done
     }
 
-    /// Drops one user; the last is exit.
+    /// Drops one user. The drop of the last user is exit.
     pub fn mm_put(&mut self, mm: usize) {
         self.mms[mm].users -= 1;
         if self.mms[mm].users > 0 {
@@ -190,7 +191,7 @@ impl Model {
         });
     }
 
-    /// Whether a thread is inside a bracket of an address space.
+    /// Tells whether a thread is inside a bracket of an address space.
     #[must_use]
     pub fn is_inside(&self, thread: usize, mm: usize) -> bool {
         self.brackets
@@ -206,7 +207,8 @@ impl Model {
             .any(|bracket| bracket.thread == thread)
     }
 
-    /// The brackets of other threads on `mm`, with their threads: a waiter of `mm` waits for them.
+    /// Returns the open brackets of other threads on `mm`, each with its thread. An operation that
+    /// waits for brackets of `mm` waits for these.
     #[must_use]
     pub fn blockers(&self, thread: usize, mm: usize) -> Vec<(usize, usize)> {
         let open = self
@@ -219,7 +221,8 @@ impl Model {
             .collect()
     }
 
-    /// The address spaces on which a notifier of a subsystem was put and may not be freed yet.
+    /// Returns the address spaces on which a notifier of a subsystem was put and may not have been
+    /// freed yet.
     #[must_use]
     pub fn retired(&self, key: usize) -> Vec<usize> {
         let mut mms: Vec<_> = self
@@ -233,7 +236,7 @@ impl Model {
         mms
     }
 
-    /// Whether `Subsystem::get` finds an existing notifier.
+    /// Tells whether `Subsystem::get` finds an existing notifier.
     #[must_use]
     pub fn finds(&self, key: usize, mm: usize) -> bool {
         self.find(key, mm).is_some()
@@ -270,7 +273,7 @@ impl Model {
         }
     }
 
-    /// `Registration::new` if there is no key.
+    /// `Registration::new` if `key` is `None`, otherwise `Subsystem::register`.
     pub fn register(&mut self, thread: usize, key: Option<usize>, mm: usize, kind: Kind) -> Answer {
         if self.is_inside(thread, mm) {
             return Answer::WouldDeadlock;
@@ -296,7 +299,7 @@ impl Model {
         Answer::Got(notifier, self.notifiers[notifier].users)
     }
 
-    /// Drops one subscription, or a registration; `unregister_no_release` as well.
+    /// Drops one subscription or a registration. Also models `unregister_no_release`.
     pub fn put(&mut self, notifier: usize) {
         self.notifiers[notifier].users -= 1;
         if self.notifiers[notifier].users == 0 {
@@ -323,13 +326,13 @@ impl Model {
         Answer::Done
     }
 
-    /// The address space of a notifier.
+    /// Returns the address space of a notifier.
     #[must_use]
     pub fn mm_of(&self, notifier: usize) -> usize {
         self.notifiers[notifier].mm
     }
 
-    /// The subscribers that are listed.
+    /// Returns the listed subscribers of an address space, newest first.
     #[must_use]
     pub fn listed(&self, mm: usize) -> &[usize] {
         &self.mms[mm].listed
@@ -349,7 +352,7 @@ impl Model {
         Ok((0..self.notifiers.len()).filter(freed).collect())
     }
 
-    /// `Mm::invalidate`. Returns the number of the bracket.
+    /// `Mm::invalidate`. Returns the index of the bracket.
     pub fn invalidate(&mut self, thread: usize, mm: usize, pages: (u64, u64)) -> usize {
         let window = self.mms[mm].has_intervals;
         if window {
@@ -424,7 +427,7 @@ impl Model {
     /// Drops a bracket.
     ///
     /// # Panics
-    /// If it was dropped before.
+    /// If the bracket was dropped before.
     pub fn end(&mut self, bracket: usize) {
         let Bracket {
             mm,
@@ -441,8 +444,8 @@ impl Model {
                 continue;
             }
             match self.notifiers[notifier].kind {
-                // A subscriber that refuses gets an end as well: the start was blockable, or the
-                // bracket would not exist.
+                // A subscriber with `refuses` gets an end as well. If the start had not been
+                // blockable, the subscriber would have refused it, and the bracket would not exist.
                 Kind::Plain { .. } => self.calls.push(Callback::End(notifier)),
                 Kind::Tlb => {}
                 Kind::Shadow { watched } => self.shadow_end(notifier, watched, pages),
@@ -450,14 +453,14 @@ impl Model {
         }
     }
 
-    /// `clear_flush_young`, `clear_young`: every odd subscriber returns true.
+    /// `clear_flush_young` and `clear_young`. Every subscriber with an odd index returns true.
     pub fn clear_young(&mut self, mm: usize) -> bool {
         let asked: Vec<_> = self.with_marks(mm);
         self.calls.extend(asked.iter().map(|n| Callback::Young(*n)));
         asked.iter().any(|n| n % 2 == 1)
     }
 
-    /// `test_young`.
+    /// `test_young`. Stops at the first subscriber that returns true.
     pub fn test_young(&mut self, mm: usize) -> bool {
         for notifier in self.with_marks(mm) {
             self.calls.push(Callback::Young(notifier));
@@ -482,21 +485,21 @@ impl Model {
         self.calls.extend(tlbs.map(|n| Callback::Flush(*n)));
     }
 
-    /// How many notifiers were ever registered.
+    /// Returns how many notifiers were ever registered.
     #[must_use]
     pub fn notifiers_made(&self) -> usize {
         self.notifiers.len()
     }
 
-    /// Whether a bracket of an address space would call a subscriber, as `has_notifiers` reports
-    /// it.
+    /// Tells whether a bracket of an address space might call a subscriber or an interval, as
+    /// `Mm::has_notifiers` does.
     #[must_use]
     pub fn has_notifiers(&self, mm: usize) -> bool {
         !self.mms[mm].listed.is_empty() || self.mms[mm].has_intervals
     }
 
-    /// The model's own invariant: every listed subscriber has users, is listed once, and is not
-    /// freed.
+    /// Checks the model's own invariant: every listed subscriber has users, and is listed only
+    /// once.
     #[must_use]
     pub fn is_sound(&self) -> bool {
         let listed = || self.mms.iter().flat_map(|mm| &mm.listed);

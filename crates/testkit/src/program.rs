@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::Command;
 
 /// Copies a program, with these permissions. A child process makes the copy. If this process wrote
-/// it, another thread could fork meanwhile, and its child would inherit the descriptor. Executing
-/// the copy would then fail with `ETXTBSY`.
+/// the copy, another thread could fork meanwhile, and its child would inherit the descriptor that
+/// is open for writing. Executing the copy would then fail with `ETXTBSY`.
 ///
 /// # Panics
 /// If the copy fails.
@@ -23,8 +23,8 @@ pub fn copy_program(from: &Path, to: &Path, mode: u32) {
     );
 }
 
-/// Writes a script, or a file that pretends to be a program, that every user may execute. A child
-/// process makes the file, as for [`copy_program`].
+/// Writes a script, or another file that every user may execute. A child process makes the file, as
+/// for [`copy_program`].
 ///
 /// # Panics
 /// If writing fails.

@@ -1,12 +1,12 @@
-//! A kernel that refuses system calls.
+//! Filters that make the kernel refuse system calls.
 
 use libc::sock_filter;
 
-/// Has the kernel answer these system calls of this thread, and of the threads and processes that
-/// it starts from now on, with the error `errno`.
+/// Makes the system calls with these numbers fail with `errno`, in this thread and in the threads
+/// and processes that it starts from now on.
 ///
 /// # Panics
-/// If the kernel takes no filter.
+/// If the kernel does not accept the filter.
 pub fn refuse_calls(numbers: &[i64], errno: i32) {
     let mut program = vec![LOAD_NUMBER];
     for number in numbers {
@@ -16,15 +16,17 @@ pub fn refuse_calls(numbers: &[i64], errno: i32) {
     install(program);
 }
 
-/// As [`refuse_calls`], with `EAGAIN` for each call that would start a thread of the same process:
-/// a machine with `RLIMIT_NPROC` or the `pids.max` of a control group reached. Forks are allowed.
+/// Makes each system call that would start a thread fail with `EAGAIN`, as at the limits
+/// `RLIMIT_NPROC` and `pids.max`. Forks are allowed. The filter applies as that of
+/// [`refuse_calls`].
 ///
 /// # Panics
-/// If the kernel takes no filter.
+/// If the kernel does not accept the filter.
 pub fn refuse_threads() {
     install(vec![
         LOAD_NUMBER,
-        // libc takes `clone` instead, whose flags are in a register.
+        // A filter cannot read the flags of `clone3`, which are in memory. After `ENOSYS`, libc
+        // calls `clone`, whose flags are in a register.
         skip_unless(libc::SYS_clone3, 1),
         refuse(libc::ENOSYS),
         skip_unless(libc::SYS_clone, 3),
@@ -42,7 +44,8 @@ pub fn refuse_threads() {
 const LOAD_NUMBER: sock_filter = statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0);
 const ALLOW: sock_filter = statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0);
 
-/// A jump skips `jf` statements if its condition is false.
+/// Makes a statement of a filter. If it is a jump, and its condition is false, it skips `jf`
+/// statements.
 const fn statement(code: u32, k: u32, jf: u8) -> sock_filter {
     sock_filter {
         code: code as u16,
@@ -67,10 +70,11 @@ fn install(mut program: Vec<sock_filter>) {
         len: program.len() as u16,
         filter: program.as_mut_ptr(),
     };
-    // SAFETY: It takes integers.
+    // SAFETY: The call takes integers.
     let allowed = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
     assert_eq!(allowed, 0);
-    // SAFETY: It needs a valid program of that length, which outlives the call.
+    // SAFETY: The call reads a `struct sock_fprog` and its program of `len` statements. Both are
+    // variables of this function.
     let set = unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &filter) };
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
 }

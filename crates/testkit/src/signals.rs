@@ -8,21 +8,21 @@ fn timer(signal: i32) -> io::Result<libc::timer_t> {
     let mut event: libc::sigevent = unsafe { mem::zeroed() };
     (event.sigev_notify, event.sigev_signo) = (libc::SIGEV_SIGNAL, signal);
     let mut timer = ptr::null_mut();
-    // SAFETY: reads one local and writes the other.
+    // SAFETY: the call reads `event` and writes `timer`, which are local variables.
     match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) } {
         0 => Ok(timer),
         _ => Err(io::Error::last_os_error()),
     }
 }
 
-/// Returns whether a timer can be made: each timer counts against the limit of the user's queued
-/// signals.
+/// Tells whether a timer can be made. Each timer counts against the limit of the user's queued
+/// signals, so there may be no room for another timer.
 ///
 /// If not, prints `SKIP test: reason`, with the name of the test that runs in this thread.
 pub fn has_timers() -> bool {
     match timer(libc::SIGUSR1) {
         Ok(timer) => {
-            // SAFETY: it was made above, and is used no more.
+            // SAFETY: the timer was made above, and no code uses it any more.
             unsafe { libc::timer_delete(timer) };
             true
         }
@@ -38,8 +38,8 @@ pub fn has_timers() -> bool {
 ///
 /// Do not use SIGALRM: it kills a child of [`in_child`](crate::in_child) that hangs.
 ///
-/// In the machine of `cargo xtask guest` the period is twenty times as long: there, a handler may
-/// take longer than a short period, and the code that it interrupts would make no progress.
+/// In the machine of `cargo xtask guest` the period is twenty times as long. In that machine, a
+/// handler may take longer than a short period, and the interrupted code would make no progress.
 ///
 /// # Errors
 /// If the timer cannot be made.
@@ -54,7 +54,7 @@ pub fn signal_every(time: Duration, signal: i32) -> io::Result<()> {
         it_interval: time,
         it_value: time,
     };
-    // SAFETY: the timer was made above; reads a local.
+    // SAFETY: the timer was made above. The call reads `often`, a local variable.
     match unsafe { libc::timer_settime(timer, 0, &often, ptr::null_mut()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

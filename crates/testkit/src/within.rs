@@ -4,7 +4,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-/// Runs `f` in a thread of its own, and fails if it has not ended after five minutes.
+/// Runs `f` in a thread of its own, and fails if `f` has not ended after five minutes (twenty in
+/// the machine of `cargo xtask guest`).
 ///
 /// # Panics
 /// If `f` panics or hangs.

@@ -27,7 +27,8 @@ impl Model {
         hit
     }
 
-    /// Calls intervals, and then the second pass of every odd interval.
+    /// Calls the intervals `told`, and then the second pass of those `finishing` that have an odd
+    /// index.
     fn tell_intervals(&mut self, mm: usize, told: &[usize], finishing: &[usize]) {
         for interval in told {
             self.intervals[*interval].seq = self.mms[mm].seq;
@@ -50,8 +51,9 @@ impl Model {
         self.tell_intervals(mm, &hit, &hit);
     }
 
-    /// Whether the model cannot know which intervals a non-blockable start calls: an interval
-    /// refuses, and another one begins at the same page.
+    /// Tells whether the model cannot know which intervals a non-blockable start calls, because an
+    /// interval refuses and another interval begins at the same page. The order of these two is
+    /// not specified.
     #[must_use]
     pub fn is_ambiguous(&self, mm: usize, pages: (u64, u64)) -> bool {
         let hit = self.hit(mm, pages);
@@ -67,8 +69,8 @@ impl Model {
         })
     }
 
-    /// The same for a non-blockable start; the first interval that refuses is the last that is
-    /// called.
+    /// Like [`window_start`](Self::window_start), for a non-blockable start. The first interval
+    /// that refuses is the last interval that is called. Returns whether no interval refused.
     pub(super) fn window_try_start(&mut self, mm: usize, pages: (u64, u64)) -> bool {
         let hit = self.hit(mm, pages);
         let Some(refuses) = hit.iter().position(|i| self.intervals[*i].refuses) else {
@@ -94,13 +96,13 @@ impl Model {
         }
     }
 
-    /// Whether an interval was ever inserted: the first insert waits.
+    /// Tells whether an interval was ever inserted. Only the first insert waits.
     #[must_use]
     pub fn has_intervals(&self, mm: usize) -> bool {
         self.mms[mm].has_intervals
     }
 
-    /// `IntervalNotifier::insert` of the pages from the first to the last.
+    /// `IntervalNotifier::insert`. `pages` are the first and the last page.
     pub fn insert(&mut self, thread: usize, mm: usize, pages: (u64, u64), refuses: bool) -> Answer {
         if !self.mms[mm].has_intervals {
             if self.is_inside(thread, mm) {
@@ -134,7 +136,7 @@ impl Model {
         Answer::Got(interval, 1)
     }
 
-    /// How many intervals were ever inserted.
+    /// Returns how many intervals were ever inserted.
     #[must_use]
     pub fn intervals_made(&self) -> usize {
         self.intervals.len()
@@ -152,7 +154,7 @@ impl Model {
         Answer::Done
     }
 
-    /// Whether `IntervalNotifier::read_begin` has to wait for a window.
+    /// Tells whether `IntervalNotifier::read_begin` has to wait for a window.
     #[must_use]
     pub fn is_invalidating(&self, interval: usize) -> bool {
         let Interval { mm, seq, .. } = self.intervals[interval];
@@ -180,13 +182,13 @@ impl Model {
         }
     }
 
-    /// The address space of an interval.
+    /// Returns the address space of an interval.
     #[must_use]
     pub fn mm_of_interval(&self, interval: usize) -> usize {
         self.intervals[interval].mm
     }
 
-    /// The sequence of an address space's intervals, and how many windows are open.
+    /// Returns the sequence of an address space's intervals, and the number of its open windows.
     #[must_use]
     pub fn snapshot(&self, mm: usize) -> (u64, u64) {
         (self.mms[mm].seq, u64::from(self.mms[mm].active))

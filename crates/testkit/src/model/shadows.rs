@@ -64,8 +64,8 @@ impl Model {
         }
     }
 
-    /// Whether a shadow's address space has ended. After that the core may skip the end callbacks
-    /// of brackets that are still open.
+    /// Tells whether a shadow's address space has ended. After the end, the core may skip the end
+    /// callbacks of brackets that are still open.
     #[must_use]
     pub fn is_released(&self, notifier: usize) -> bool {
         self.notifiers[notifier].shadow.released
