@@ -49,7 +49,8 @@ fn main() -> Result<(), Failure> {
             key: u32::from_ne_bytes(answer[8..12].try_into()?),
         };
         let length = u32::from_ne_bytes(answer[12..16].try_into()?);
-        // Every tenth answer gets a new buffer, often at the address of the last one.
+        // Every tenth request uses a new buffer, which often gets the address of the previous
+        // buffer.
         if number % 10 == 0 {
             drop(std::mem::take(&mut buffer));
             buffer = vec![0; length as usize];
@@ -59,7 +60,7 @@ fn main() -> Result<(), Failure> {
             address: buffer.as_mut_ptr().expose_provenance() as u64,
             key: lease.handle().lkey(),
         };
-        // SAFETY: this thread owns the buffer, and waits here.
+        // SAFETY: this thread owns the buffer, and waits in `read` for the transfer.
         unsafe { end.read(to, from, length) }?;
         drop(lease);
         wrong += buffer.iter().filter(|byte| **byte != answer[16]).count();

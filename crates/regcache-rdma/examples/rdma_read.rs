@@ -1,5 +1,5 @@
-//! Reads ordinary buffers by RDMA while another thread frees buffers and allocates new ones, and
-//! compares every byte.
+//! Reads ordinary buffers by RDMA, and compares every byte. Another thread frees each buffer, and
+//! the next buffer gets the same address.
 //!
 //! Both queue pairs belong to this process, so it reads memory that it has registered itself.
 //!
@@ -27,10 +27,11 @@ fn main() -> Result<(), Failure> {
     let context = open()?;
     let domain = context.alloc_pd()?;
     let (mut reader, _peer) = connected(&context, &domain)?;
-    // SAFETY: the one reader below uses each key during its lease, and waits for the transfer.
+    // SAFETY: only the reader below uses keys, each during its lease, and it waits for its
+    // transfers.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite | Access::RemoteRead) }?;
-    // The kernel source sees every change. If it does not work here, the hook sees the calls of
-    // `free`.
+    // The kernel source sees every change. If it does not work here, the hook sees the `munmap`
+    // that `free` calls.
     let (options, _hook) = match Kernel::start() {
         Ok(kernel) => (Options::new().kernel(kernel), None),
         Err(why) => {
@@ -43,8 +44,8 @@ fn main() -> Result<(), Failure> {
     let mut sink = vec![0_u8; LENGTH];
     let mut wrong = 0;
     for round in 0..ROUNDS {
-        // Large enough that `malloc` maps it and `free` unmaps it: so later buffers get the same
-        // address.
+        // The buffer is so large that `malloc` maps it and `free` unmaps it. So the next buffer
+        // gets the same address.
         let buffer = vec![round as u8; 4 << 20];
         let from = cache.get_for(&buffer[..LENGTH])?;
         let to = cache.get_for(&sink)?;
@@ -58,7 +59,7 @@ fn main() -> Result<(), Failure> {
                 key: to.handle().lkey(),
             },
         );
-        // SAFETY: this thread owns both buffers, and waits here.
+        // SAFETY: this thread owns both buffers, and waits in `read` for the transfer.
         unsafe { reader.read(to_place, from_place, LENGTH as u32) }?;
         drop((from, to));
         wrong += sink.iter().filter(|byte| **byte != round as u8).count();

@@ -29,8 +29,8 @@ fn main() -> Result<(), Failure> {
     let context = open()?;
     let domain = context.alloc_pd()?;
     let mut end = Endpoint::new(&context, &domain)?;
-    // SAFETY: peers may only read. The one client gets a key with each request, and does not use
-    // the key after its answer.
+    // SAFETY: peers may only read. The only client gets a key with the answer to each request, and
+    // does not use the key after it has confirmed the transfer.
     let rdma = unsafe { Rdma::new(domain, Access::LocalWrite | Access::RemoteRead) }?;
     let _hook = Hook::install()?;
     let device = Device::new(rdma, Options::new());
@@ -53,13 +53,14 @@ fn main() -> Result<(), Failure> {
     let mut served = 0_usize;
     while stream.read_exact(&mut request).is_ok() {
         let number = u32::from_ne_bytes(request) as usize % BUFFERS;
-        // Every tenth time, replace the buffer by a new one, which often gets the same address.
+        // At every tenth request, replace the buffer by a new buffer, which often gets the same
+        // address.
         if served % 10 == 9 {
             buffers[number] = Vec::new();
             buffers[number] = vec![served as u8; LENGTH];
         }
         let buffer = &buffers[number];
-        // The lease lasts until the client has answered.
+        // The lease lasts until the client has confirmed that its transfer is complete.
         let lease = cache.get_for(buffer)?;
         let place = (buffer.as_ptr().expose_provenance() as u64).to_ne_bytes();
         let parts = [

@@ -16,9 +16,9 @@ pub enum Error {
         /// The error of `ibv_query_device_ex`.
         source: io::Error,
     },
-    /// Remote writes and atomics need local writes.
+    /// The access flags have remote writes or atomics without local writes.
     Access,
-    /// The device has no on-demand paging.
+    /// The access flags have on-demand paging, and the device does not.
     OnDemand,
 }
 

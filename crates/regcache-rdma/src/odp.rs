@@ -1,5 +1,5 @@
-//! On-demand paging: the device itself faults pages in. The kernel's own MMU notifiers tell the
-//! device's driver when a page is unmapped.
+//! On-demand paging: the device itself faults pages in. When a page is unmapped, the kernel's own
+//! MMU notifiers call the device's driver.
 //!
 //! # Safety
 //! Every query uses the context that the device's protection domain keeps open.
@@ -36,7 +36,7 @@ pub struct OnDemand {
 }
 
 impl OnDemand {
-    /// Queries a device. Returns `None` if it has no on-demand paging.
+    /// Queries a device. Returns `None` if the device has no on-demand paging.
     ///
     /// # Errors
     /// [`Error::Query`].
@@ -44,22 +44,26 @@ impl OnDemand {
     /// # Source
     /// `ibv_query_device_ex(3)`.
     pub fn of(context: &DeviceContext) -> Result<Option<Self>, Error> {
-        // SAFETY: the context is open as long as the reference to its owner lives.
+        // SAFETY: the pointer must not outlive its owner. It is used only in this function, whose
+        // caller keeps the reference `context`.
         let context = unsafe { context.context() };
-        // SAFETY: as above.
+        // SAFETY: the context is open as long as its owner, `context`, lives.
         unsafe { query(context.as_ptr()) }
     }
 
     pub(crate) fn of_domain(domain: &ProtectionDomain) -> Result<Option<Self>, Error> {
-        // SAFETY: the domain is live as long as the reference to its owner lives.
+        // SAFETY: the pointer must not outlive its owner. It is used only in this function, whose
+        // caller keeps the reference `domain`.
         let domain = unsafe { domain.pd() };
-        // SAFETY: a live domain points to the context that it belongs to, and keeps that open.
+        // SAFETY: a reference needs a live domain, and the owner of the domain lives.
         let context = unsafe { domain.as_ref() }.context;
-        // SAFETY: as above.
+        // SAFETY: a live domain keeps its context open.
         unsafe { query(context) }
     }
 }
 
+/// Queries the device of a context.
+///
 /// # Safety
 /// The context must be open.
 unsafe fn query(context: *mut rdma_mummy_sys::ibv_context) -> Result<Option<OnDemand>, Error> {
@@ -67,14 +71,16 @@ unsafe fn query(context: *mut rdma_mummy_sys::ibv_context) -> Result<Option<OnDe
     const SUPPORT: u64 = 1;
     const IMPLICIT: u64 = 2;
     let mut attributes = MaybeUninit::<ibv_device_attr_ex>::zeroed();
-    // SAFETY: an open context, no input, and room for the answer.
+    // SAFETY: the function needs an open context, which the caller promises, and room for the
+    // answer. A null input is allowed.
     let failed = unsafe { ibv_query_device_ex(context, null(), attributes.as_mut_ptr()) };
     if failed != 0 {
         return Err(Error::Query {
             source: io::Error::from_raw_os_error(failed),
         });
     }
-    // SAFETY: zeros are a value of it, and the call has filled it in.
+    // SAFETY: the value was zeroed, zeroes are a valid value of the struct, and the function has
+    // filled the struct in.
     let paging = unsafe { attributes.assume_init() }.odp_caps;
     let reliable = paging.per_transport_caps.rc_odp_caps;
     Ok((paging.general_caps & SUPPORT != 0).then_some(OnDemand {

@@ -1,4 +1,4 @@
-//! The registrar.
+//! The registrar of RDMA memory regions.
 //!
 //! # Safety
 //! The kernel checks each range that is registered and pins its pages, so a region never leads to
@@ -49,8 +49,8 @@ impl Region {
         self.rkey
     }
 
-    /// Returns sideway's region. A clone of the `Arc` keeps it registered beyond the lease, and
-    /// beyond its memory: use it within the lease.
+    /// Returns sideway's region. A clone of the `Arc` keeps the region registered after the lease
+    /// has ended, even if the memory is unmapped. So drop every clone before the lease ends.
     #[must_use]
     pub fn region(&self) -> &Arc<MemoryRegion> {
         &self.region
@@ -67,7 +67,7 @@ pub struct Rdma {
 }
 
 impl Rdma {
-    /// A registrar for the queue pairs of `domain`.
+    /// Makes a registrar for the queue pairs of `domain`.
     ///
     /// # Safety
     /// The device reads and writes the memory of leased regions without the compiler's knowledge.
@@ -76,9 +76,9 @@ impl Rdma {
     /// transfer into memory must not write bytes behind a shared reference.
     ///
     /// # Errors
-    /// [`Error::Access`] if `access` asks for remote writes or atomics without
-    /// [`Access::LocalWrite`], which verbs demand. [`Error::OnDemand`] if it asks for on-demand
-    /// paging and the device has none.
+    /// [`Error::Access`] if `access` has remote writes or atomics without [`Access::LocalWrite`],
+    /// because verbs refuse that. [`Error::OnDemand`] if `access` has on-demand paging and the
+    /// device does not. [`Error::Query`] if the device cannot be queried for on-demand paging.
     ///
     /// # Source
     /// `ibv_reg_mr(3)`.
@@ -93,13 +93,13 @@ impl Rdma {
         Ok(Self { domain, access })
     }
 
-    /// The protection domain of the regions.
+    /// Returns the protection domain of the regions.
     #[must_use]
     pub fn domain(&self) -> &Arc<ProtectionDomain> {
         &self.domain
     }
 
-    /// The accesses that the device may make to the memory.
+    /// Returns the accesses that the device may make to the memory.
     #[must_use]
     pub fn access(&self) -> Access {
         self.access
@@ -112,12 +112,13 @@ impl Registrar for Rdma {
 
     fn register(&self, range: VaRange) -> Result<Region, Error> {
         let start = usize::try_from(range.start().get()).expect("addresses have 64 bits");
-        // The length of the whole address space saturates; the kernel refuses that length as well.
+        // The length of the whole address space does not fit in 64 bits, so it saturates. The
+        // kernel refuses the saturated length.
         let length =
             usize::try_from(range.pages().saturating_mul(PAGE_SIZE)).expect("a length has 64 bits");
         // SAFETY: the memory must be valid for the device. The kernel refuses pages that are not
-        // mapped, or not writable if the device may write, and pins all others. `new`'s caller is
-        // responsible for the accesses.
+        // mapped, or not writable if the device may write, and pins all others. The caller of `new`
+        // promises how the device accesses the memory.
         let registered = unsafe { self.domain.reg_mr(start, length, self.access) };
         let region = registered.map_err(|error| match error.0 {
             RegisterMemoryRegionErrorKind::Ibverbs(source) => Error::Register { source },
@@ -143,7 +144,7 @@ impl Registrar for Rdma {
         match source.raw_os_error() {
             // ENOMEM, EAGAIN: the limit of locked memory, or of the device's regions.
             Some(12 | 11) => Cause::Limit,
-            // EFAULT.
+            // EFAULT: not all of the range is mapped.
             Some(14) => Cause::NotMapped,
             _ => Cause::Other,
         }

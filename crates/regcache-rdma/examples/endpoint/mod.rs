@@ -1,9 +1,10 @@
 //! A reliable connection that reads and writes a peer's memory, for the examples and the tests.
 //!
 //! # Safety
-//! A work request names memory by key and address. The device checks both against the registered
-//! regions, so a wrong number gives an error in the completion. The callers of [`Endpoint::read`]
-//! and [`Endpoint::write`] must make sure that no other code uses the bytes during the transfer.
+//! A work request names memory by key and address. The device checks the key and the address
+//! against the registered regions, so a wrong value only causes an error in the completion. The
+//! callers of [`Endpoint::read`] and [`Endpoint::write`] must make sure that no other code uses the
+//! bytes during the transfer.
 #![allow(dead_code, reason = "each user needs only some of the functions")]
 
 use sideway::ibverbs::AccessFlags;
@@ -25,13 +26,14 @@ use std::time::{Duration, Instant};
 
 pub(crate) type Failure = Box<dyn Error + Send + Sync>;
 
-/// The port, and the entry of its GID table that stands for RoCE version 2 over IPv4.
+/// The device's port.
 const PORT: u8 = 1;
+/// The entry of the port's GID table for RoCE version 2 over IPv4.
 const GID_INDEX: u8 = 1;
 /// A completion that takes longer counts as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Opens the device whose name comes first.
+/// Opens the device whose name is first in alphabetical order.
 pub(crate) fn open() -> Result<Arc<DeviceContext>, Failure> {
     let devices = DeviceList::new()?;
     let device = devices.iter().min_by_key(DeviceInfo::name);
@@ -56,7 +58,8 @@ pub(crate) struct Place {
     pub(crate) key: u32,
 }
 
-/// The address of an endpoint: peers exchange it before they connect.
+/// The address of an endpoint: the number of its queue pair, and its GID. Peers exchange their
+/// addresses before they connect.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Address {
     pub(crate) number: u32,
@@ -141,7 +144,8 @@ impl Endpoint {
         Ok(self.pair.modify(&state)?)
     }
 
-    /// Reads `length` bytes from the peer's `from` to `to`, and waits for them.
+    /// Reads `length` bytes from the peer's `from` to `to`, and waits until the device has stored
+    /// them.
     ///
     /// # Safety
     /// No code of this process may read or write those bytes of `to` meanwhile.
@@ -157,7 +161,8 @@ impl Endpoint {
         let request = post
             .construct_wr(self.next, WorkRequestFlags::Signaled)
             .setup_read(from.key, from.address);
-        // SAFETY: the caller's duty.
+        // SAFETY: the device may write to these bytes, because the caller promises that no code of
+        // this process uses them meanwhile.
         unsafe { request.setup_sge(to.key, to.address, length) };
         post.post()?;
         self.wait()
@@ -181,7 +186,8 @@ impl Endpoint {
         let request = post
             .construct_wr(self.next, WorkRequestFlags::Signaled)
             .setup_write(to.key, to.address);
-        // SAFETY: the caller's duty.
+        // SAFETY: the device may read these bytes, because the caller promises that no code of this
+        // process writes to them meanwhile.
         unsafe { request.setup_sge(from.key, from.address, length) };
         post.post()?;
         self.wait()
@@ -212,7 +218,7 @@ impl Endpoint {
     }
 }
 
-/// A completion that is not a success.
+/// The error of a work request whose completion reports no success.
 #[derive(Debug)]
 pub(crate) struct Refused(pub(crate) WorkCompletionStatus);
 

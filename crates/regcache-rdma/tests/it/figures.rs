@@ -1,9 +1,9 @@
-//! The savings of the cache, for `bench/README.md`. Counts are asserted. Times are only printed,
-//! because under emulation only their ratios mean something.
+//! Measures how much the cache saves, for this crate's `README.md`. Counts are asserted. Times are
+//! only printed, because under emulation only their ratios are meaningful.
 //!
 //! # Safety
-//! The parent traces its only child. Its ptrace requests get integers, and pointers to locals with
-//! their lengths.
+//! The parent traces its only child. Its ptrace requests get integers, and pointers to local
+//! variables with their lengths.
 #![expect(unsafe_code, reason = "counts the system calls of a child")]
 
 use crate::endpoint::open;
@@ -18,17 +18,18 @@ use testkit::{Cap, require};
 
 const REQUESTS: usize = 1000;
 const BUFFERS: usize = 16;
-/// How many rounds may meet a change that is not the test's: one in some hundreds does.
+/// How many rounds the test makes until no change of the kernel falls into one. Such a change falls
+/// into one of some hundred rounds.
 const ROUNDS: usize = 100;
 const ACCESS: Access = Access::LocalWrite.or(Access::RemoteRead);
 
-/// Separates the parts of a child's run, by a system call that no other code makes.
+/// Separates the parts of a child's run with a system call that no other code makes.
 fn mark() {
-    // SAFETY: no arguments.
+    // SAFETY: the system call takes no argument and has no effect.
     unsafe { libc::syscall(libc::SYS_getpgrp) };
 }
 
-/// Makes requests for buffers that are all registered already.
+/// Leases the buffers in turn. Every request is a hit if the buffers are registered already.
 fn hits(lab: &Lab, buffers: &[usize], pages: usize) {
     for number in 0..REQUESTS {
         let lease = lab
@@ -39,7 +40,7 @@ fn hits(lab: &Lab, buffers: &[usize], pages: usize) {
     }
 }
 
-/// The same transfers without a cache: each one registers its buffer.
+/// Makes the same requests without a cache: each request registers and deregisters its buffer.
 fn registrations(lab: &Lab, buffers: &[usize], pages: usize) {
     let registrar = lab.device.registrar();
     for number in 0..REQUESTS {
@@ -52,15 +53,16 @@ fn registrations(lab: &Lab, buffers: &[usize], pages: usize) {
     }
 }
 
-/// Counts the system calls of a child between its marks.
+/// Runs `act` in a traced child. Returns the number of system calls before the first mark, between
+/// each two marks, and after the last mark.
 fn calls_between_marks(act: impl FnOnce()) -> Vec<u64> {
     // SAFETY: this process has one thread besides libtest's, which only waits.
     let child = unsafe { libc::fork() };
     assert_ne!(child, -1);
     if child == 0 {
-        // SAFETY: integers and nulls.
+        // SAFETY: this request takes no argument.
         unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, null_mut::<()>(), null_mut::<()>()) };
-        // SAFETY: the parent continues it.
+        // SAFETY: the call takes an integer. The parent continues this process.
         unsafe { libc::raise(libc::SIGSTOP) };
         let passed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(act)).is_ok();
         // SAFETY: ends the child without running the parent's exit handlers.
@@ -69,21 +71,21 @@ fn calls_between_marks(act: impl FnOnce()) -> Vec<u64> {
     let none = null_mut::<libc::c_void>();
     let mut counts = vec![0];
     let mut status = 0;
-    // SAFETY: an integer for the answer.
+    // SAFETY: the call writes to an integer, which is a local variable.
     assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
     let options = without_provenance_mut::<libc::c_void>(
         (libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL) as usize,
     );
-    // SAFETY: integers.
+    // SAFETY: this request takes integers.
     let asked = unsafe { libc::ptrace(libc::PTRACE_SETOPTIONS, child, none, options) };
     assert_eq!(asked, 0);
     let mut signal = 0_i32;
     loop {
         let handed = without_provenance_mut::<libc::c_void>(signal as usize);
-        // SAFETY: integers.
+        // SAFETY: this request takes integers.
         let continued = unsafe { libc::ptrace(libc::PTRACE_SYSCALL, child, none, handed) };
         assert_eq!(continued, 0);
-        // SAFETY: as above.
+        // SAFETY: the call writes to an integer, which is a local variable.
         assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
         if libc::WIFEXITED(status) {
             assert_eq!(libc::WEXITSTATUS(status), 0);
@@ -97,15 +99,15 @@ fn calls_between_marks(act: impl FnOnce()) -> Vec<u64> {
                 continue;
             }
         };
-        // SAFETY: zeros are a value of it.
+        // SAFETY: the struct consists of integers, for which zeroes are valid.
         let mut info: libc::ptrace_syscall_info = unsafe { std::mem::zeroed() };
         let size = without_provenance_mut::<libc::c_void>(size_of_val(&info));
-        // SAFETY: the call fills in as many bytes as it is told.
+        // SAFETY: the request writes at most `size` bytes, which is the size of `info`.
         let got =
             unsafe { libc::ptrace(libc::PTRACE_GET_SYSCALL_INFO, child, size, &raw mut info) };
         assert!(got > 0);
         if info.op == libc::PTRACE_SYSCALL_INFO_ENTRY {
-            // SAFETY: the operation says which part is filled in.
+            // SAFETY: at the entry of a system call, the kernel fills in the field `entry`.
             let number = unsafe { info.u.entry.nr };
             if number == libc::SYS_getpgrp as u64 {
                 counts.push(0);
@@ -139,8 +141,8 @@ fn a_thousand_requests_are_sixteen_registrations_and_no_system_call() {
         let stats = lab.cache.stats();
         let again = stats.registered - BUFFERS as u64;
         assert!(again <= stats.invalidated + stats.collisions, "{stats}");
-        // The kernel may move a page of this process meanwhile, to another node or into a huge
-        // page: such a round does not count.
+        // Meanwhile the kernel may move a page of this process to another node or into a huge page.
+        // A round with such a change does not count.
         let is_quiet = || {
             let generation = kernel.generation();
             hits(&lab, &buffers, pages);
@@ -174,7 +176,7 @@ fn a_thousand_requests_are_sixteen_registrations_and_no_system_call() {
     assert!(of_verbs >= 2 * REQUESTS as u64, "{counts:?}");
 }
 
-/// The fastest of nine runs, in microseconds.
+/// Returns the time of the fastest of nine runs, in microseconds.
 fn best(run: impl FnMut() -> Duration) -> f64 {
     let times = std::iter::repeat_with(run).take(9);
     times.min().expect("there are nine").as_secs_f64() * 1e6

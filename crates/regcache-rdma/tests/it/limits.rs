@@ -42,7 +42,7 @@ fn with_little_locked_memory(test: &str) -> Option<Lab> {
         return None;
     }
     let most = 64 * PAGE as u64;
-    // Before Linux 5.16 the default limit may be lower than that.
+    // Before Linux 5.16 the default maximum may be lower than `most`.
     let maximum = getrlimit(Resource::Memlock)
         .maximum
         .map(|maximum| maximum.max(most));
@@ -52,8 +52,8 @@ fn with_little_locked_memory(test: &str) -> Option<Lab> {
     };
     setrlimit(Resource::Memlock, limit).unwrap();
     let lab = Lab::with(Source::Nothing, ACCESS, Options::new());
-    // The limit does not apply to root.
-    // SAFETY: takes integers; nothing else in this process needs privilege.
+    // The limit does not apply to root, so become another user.
+    // SAFETY: the call takes integers, and no other code of this process needs privilege.
     assert_eq!(unsafe { libc::setresuid(65534, 65534, 65534) }, 0);
     lab
 }
@@ -95,7 +95,7 @@ fn remote_writes_need_local_ones() {
         return;
     }
     let domain = open().unwrap().alloc_pd().unwrap();
-    // SAFETY: nothing is registered.
+    // SAFETY: no region is registered, so no key is used.
     let error = unsafe { Rdma::new(domain, Access::RemoteWrite) }.unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -112,7 +112,7 @@ fn a_device_says_whether_it_pages_on_demand_and_what_it_says_holds() {
     let paging = OnDemand::of(&context).unwrap();
     println!("on-demand paging: {paging:?}");
     let domain = context.alloc_pd().unwrap();
-    // SAFETY: no key is used.
+    // SAFETY: no region is registered, so no key is used.
     let registrar = unsafe { Rdma::new(domain, ACCESS | Access::OnDemand) };
     match paging {
         None => assert_eq!(
@@ -123,7 +123,8 @@ fn a_device_says_whether_it_pages_on_demand_and_what_it_says_holds() {
     }
 }
 
-/// The device gets its translations from the kernel, so no source is needed, and none runs.
+/// The device gets its translations from the kernel. So the test needs no source, and runs without
+/// one.
 #[test]
 fn on_demand_the_card_reads_new_pages_without_a_source() {
     if !require(Cap::Rdma) {

@@ -2,7 +2,8 @@
 //!
 //! # Safety
 //! Each test maps its own memory, keeps only the address, and accesses the bytes by volatile
-//! accesses while they are mapped. The device reads and writes like a further thread of the test.
+//! accesses while they are mapped. The device accesses the same bytes as another thread of the test
+//! would.
 #![expect(
     unsafe_code,
     reason = "maps, changes and unmaps raw memory; see the Safety section"
@@ -39,17 +40,18 @@ pub(crate) struct Lab {
     pub(crate) cache: RegCache<Rdma>,
     pub(crate) reader: Endpoint,
     _peer: Endpoint,
-    /// The page that the reader reads into.
+    /// The address of the page that the reader reads into.
     sink: usize,
     _hook: Option<Hook>,
-    /// A source reports to every cache of this process, so a test without a source must run alone.
+    /// A source reports to every cache of this process. So a test without a source must not run at
+    /// the same time as a test with one, and the tests take turns.
     _alone: MutexGuard<'static, ()>,
 }
 
 static ALONE: Mutex<()> = Mutex::new(());
 
 impl Lab {
-    /// `None`, with the reason printed, on a machine without a device.
+    /// Returns `None` and prints the reason on a machine without a device.
     pub(crate) fn new(source: Source) -> Option<Self> {
         Self::with(
             source,
@@ -67,7 +69,7 @@ impl Lab {
         Some(Self::made(open().unwrap(), source, access, options))
     }
 
-    /// The same over a given device.
+    /// Like [`new`](Self::new), over a given device.
     pub(crate) fn over(context: Arc<DeviceContext>, source: Source) -> Self {
         Self::made(
             context,
@@ -81,7 +83,8 @@ impl Lab {
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let domain = context.alloc_pd().unwrap();
         let (reader, peer) = connected(&context, &domain).unwrap();
-        // SAFETY: the tests use keys for memory that they reach by volatile accesses only.
+        // SAFETY: the tests use keys only for memory that they access by volatile accesses, and
+        // wait for the device (see the module docs).
         let rdma = unsafe { Rdma::new(domain, access) }.unwrap();
         let options = match source {
             Source::Kernel => options.kernel(Kernel::start().unwrap()),
@@ -119,7 +122,7 @@ impl Lab {
             address: self.sink as u64,
             key: sink.handle().lkey(),
         };
-        // SAFETY: the sink is this test's, which waits.
+        // SAFETY: the sink belongs to this test, which waits in `read` for the transfer.
         unsafe {
             self.reader.read(
                 to,
@@ -158,7 +161,7 @@ pub(crate) fn map_file(file: &File, pages: usize) -> usize {
     new_map(0, pages, libc::MAP_SHARED, file.as_raw_fd())
 }
 
-/// Maps through libc, because `hook` sees no other calls.
+/// Maps pages through libc, because `hook` sees only changes that go through libc.
 fn new_map(address: usize, pages: usize, flags: i32, file: i32) -> usize {
     let (access, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
@@ -185,7 +188,7 @@ fn new_map(address: usize, pages: usize, flags: i32, file: i32) -> usize {
 }
 
 pub(crate) fn unmap(address: usize, pages: usize) {
-    // SAFETY: the pages are the test's.
+    // SAFETY: the pages belong to the test, which does not access them any more.
     let result =
         unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(address), pages * PAGE) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
@@ -221,36 +224,36 @@ pub(crate) fn move_over(from: usize, to: usize, pages: usize) {
 }
 
 pub(crate) fn poke(address: usize, value: u8) {
-    // SAFETY: a byte of the test's own memory, which is mapped.
+    // SAFETY: the byte is in the test's own memory, which is mapped.
     unsafe { std::ptr::with_exposed_provenance_mut::<u8>(address).write_volatile(value) };
 }
 
 pub(crate) fn peek(address: usize) -> u8 {
-    // SAFETY: as in `poke`.
+    // SAFETY: the byte is in the test's own memory, which is mapped.
     unsafe { std::ptr::with_exposed_provenance::<u8>(address).read_volatile() }
 }
 
 /// Runs `act` while a child of this process shares all its pages.
 pub(crate) fn with_child(act: impl FnOnce()) {
-    // SAFETY: the child of `fork` makes one system call, until it is killed.
+    // SAFETY: the child of `fork` only waits, in a system call, until it is killed.
     let child = unsafe { libc::fork() };
     assert_ne!(child, -1);
     if child == 0 {
         loop {
-            // SAFETY: it only waits.
+            // SAFETY: the call has no preconditions.
             unsafe { libc::pause() };
         }
     }
     act();
     // SAFETY: the child is not reaped yet.
     assert_eq!(unsafe { libc::kill(child, libc::SIGKILL) }, 0);
-    // SAFETY: no status is asked for.
+    // SAFETY: the status pointer may be null.
     let reaped = unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
     assert_eq!(reaped, child);
 }
 
-/// A command that runs one test of this program in a new process. A fork would not do, because a
-/// thread of another test may hold a lock of libibverbs.
+/// Returns a command that runs one test of this program in a new process. A forked child could
+/// hang, because at the fork a thread of another test may hold a lock of libibverbs.
 pub(crate) fn child(test: &str) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -259,7 +262,7 @@ pub(crate) fn child(test: &str) -> Command {
     command
 }
 
-/// Whether this process was made by [`child`].
+/// Tells whether this process was started by the command of [`child`].
 pub(crate) fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }

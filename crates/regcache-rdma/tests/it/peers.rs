@@ -1,4 +1,4 @@
-//! Another process holds a key.
+//! A peer holds a key whose memory changes, or ends while it holds a key.
 
 use crate::endpoint::{Address, Endpoint, Place, Refused};
 use crate::memory::{Lab, Source, child, map, map_over, peek, poke, range};
@@ -17,7 +17,7 @@ fn refusal(result: Result<u8, crate::endpoint::Failure>) -> WorkCompletionStatus
 }
 
 /// Checks that the device refuses a key that was deregistered. On Linux 5, soft-RoCE does not
-/// answer such a request: it fails when the retries are used up, which also returns no byte.
+/// answer such a request. Then the request fails after its last retry, and also returns no byte.
 fn assert_refused(result: Result<u8, crate::endpoint::Failure>) {
     let status = refusal(result);
     let is_silent = std::fs::read_to_string("/proc/sys/kernel/osrelease")
@@ -82,7 +82,7 @@ fn a_child_cannot_use_the_cache_and_its_parent_continues() {
     assert_eq!(lab.cache.stats().misses, misses);
 }
 
-/// Sends and receives an endpoint's address and a place.
+/// Sends an endpoint's address and a place, which [`receive`] receives.
 fn send(stream: &mut TcpStream, address: Address, place: Place) {
     let parts = [
         &address.number.to_ne_bytes()[..],
@@ -111,7 +111,7 @@ fn receive(stream: &mut TcpStream) -> (Address, Place) {
     )
 }
 
-/// The peer: lets the test read its memory until it is killed.
+/// Runs the peer, which lets the test read its memory until it is killed.
 fn peer(address: &str) -> ! {
     let lab = Lab::new(Source::Hook).unwrap();
     let memory = map(2);
@@ -162,13 +162,13 @@ fn a_peer_that_is_killed_leaves_an_error_and_no_stale_bytes() {
         address: sink as u64,
         key: lease.handle().lkey(),
     };
-    // SAFETY: the sink is this test's, which waits.
+    // SAFETY: the sink belongs to this test, which waits in `read` for the transfer.
     unsafe { end.read(to, theirs, 1) }.unwrap();
     assert_eq!(peek(sink), b'c');
     other.kill().unwrap();
     other.wait().unwrap();
     poke(sink, b'-');
-    // SAFETY: as above.
+    // SAFETY: the sink belongs to this test, which waits in `read` for the transfer.
     let error = unsafe { end.read(to, theirs, 1) }.unwrap_err();
     let status = error
         .downcast_ref::<Refused>()

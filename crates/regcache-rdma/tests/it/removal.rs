@@ -18,7 +18,7 @@ fn a_device_that_is_removed_under_load_serves_no_stale_byte_and_goes_with_its_la
     if !require(Cap::Rdma) || !require(Cap::Root) || !require(Cap::Program("rdma")) {
         return;
     }
-    // Other tests use the first device: this one is the last by name.
+    // Other tests use the first device in alphabetical order. The name of this device is the last.
     run("ip", "link add dummy9 type dummy");
     run("ip", "address add 198.51.100.1/24 dev dummy9");
     run("ip", "link set dummy9 up");
@@ -29,8 +29,8 @@ fn a_device_that_is_removed_under_load_serves_no_stale_byte_and_goes_with_its_la
         .args(["link", "delete", "rxe9"])
         .spawn()
         .unwrap();
-    // A driver that closes its users' contexts would end this loop by an error; soft-RoCE waits for
-    // the users.
+    // There are two kinds of drivers. If the driver closes the contexts of its users, the loop ends
+    // with an error. Soft-RoCE waits for its users, so the loop ends after 100 more transfers.
     let (mut value, mut after) = (0_u8, 0);
     while after < 100 {
         value = value.wrapping_add(1);

@@ -9,10 +9,10 @@ use std::fs::File;
 use std::path::Path;
 use testkit::in_child;
 
-/// A change of memory whose first byte was `b'o'` and is `b'n'` afterwards.
+/// A change of memory. The first byte is `b'o'` before the change and `b'n'` afterwards.
 struct Change {
     name: &'static str,
-    /// Whether it goes through this process's libc, which is all that `hook` sees.
+    /// Whether the change goes through this process's libc. Only then does `hook` see it.
     by_libc: bool,
     /// Makes two pages that hold `b'o'`. The closure changes them.
     make: fn() -> (usize, Act),
@@ -189,7 +189,7 @@ fn without_a_source_the_card_reads_stale_pages_and_with_the_kernel_source_never(
         table += &format!("| {} | {none} | {hook} | {kernel} |\n", change.name);
         assert_eq!(kernel, "new", "{table}");
         assert!(hook == "new" || !change.by_libc, "{table}");
-        // Copy on write after a fork leaves the pinned page with its owner, from Linux 5.12 on.
+        // Since Linux 5.12, copy on write after a fork leaves the pinned page with the parent.
         assert!(
             none == "**stale**" || change.name.contains("fork"),
             "{table}"

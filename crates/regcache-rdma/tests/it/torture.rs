@@ -1,6 +1,6 @@
 //! Reads and writes through leases while their memory changes. A run takes at least
-//! `REGCACHE_RDMA_SECONDS`, and continues until it has compared enough transfers, because it may
-//! get little processor time.
+//! `REGCACHE_RDMA_SECONDS`. It then continues until it has compared enough transfers, because it
+//! may get little processor time.
 
 use crate::endpoint::{Endpoint, Place, connected};
 use crate::memory::{Lab, PAGE, Source, advise, map, map_file, map_over, peek, poke, range};
@@ -14,14 +14,16 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(200);
 /// How many transfers a run must have compared before it may end.
 const ENOUGH: u64 = 50;
-/// How many threads transfer, and how many change memory.
+/// The number of threads that make transfers.
 const TRANSFERS: usize = 2;
+/// The number of threads that change memory.
 const CHANGERS: usize = 2;
 const BUFFERS: usize = 16;
-/// Threads read the first page; each transferring thread writes to a page of its own.
+/// The pages of a buffer. All transferring threads read the first page, and each of them writes to
+/// a page of its own.
 const PAGES: usize = 1 + TRANSFERS;
 
-/// Memory that changes. Its first byte follows from its stamp, which is odd during a change.
+/// Memory that changes. Its first byte is computed from its stamp, which is odd during a change.
 struct Buffer {
     address: usize,
     file: Option<File>,
@@ -50,7 +52,7 @@ impl Buffer {
         }
     }
 
-    /// One thread changes a buffer.
+    /// Changes the buffer. Only one thread changes each buffer.
     fn change(&self, round: u64) {
         let stamp = self.stamp.fetch_add(1, SeqCst) + 2;
         match &self.file {
@@ -69,7 +71,7 @@ impl Buffer {
 /// The threads' counters, and the flag that stops them.
 #[derive(Debug, Default)]
 struct Totals {
-    /// Transfers that were tried.
+    /// Transfers that were begun.
     tried: AtomicU64,
     /// Transfers whose buffer did not change meanwhile.
     compared: AtomicU64,
@@ -79,8 +81,9 @@ struct Totals {
 }
 
 impl Totals {
-    /// Waits until each transferring thread has made some transfers. A fixed time would not do: if
-    /// a transfer took longer than that, no transfer would ever find an unchanging buffer.
+    /// Waits until the transferring threads have begun some more transfers. A wait of a fixed time
+    /// could be too short: if every transfer took longer, no transfer would have a buffer that does
+    /// not change meanwhile.
     fn rest(&self) {
         let until = self.tried.load(SeqCst) + 4 * TRANSFERS as u64;
         while self.tried.load(SeqCst) < until && !self.over.load(SeqCst) {
@@ -90,7 +93,7 @@ impl Totals {
     }
 }
 
-/// Ends the run also if a thread panics.
+/// Ends the run when its thread ends, also by a panic.
 struct EndsAll<'a>(&'a AtomicBool);
 
 impl Drop for EndsAll<'_> {
@@ -127,7 +130,7 @@ fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], to
                 address: buffer.address as u64,
                 key,
             };
-            // SAFETY: this thread owns the local page.
+            // SAFETY: this thread owns the local page, and waits in `read` for the transfer.
             #[expect(unsafe_code, reason = "the device writes to memory")]
             unsafe { end.read(place, from, 1) }.unwrap();
             (peek(local), byte(before))
@@ -135,7 +138,8 @@ fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], to
             let mine = buffer.address + (1 + number) * PAGE;
             let value = (random >> 40) as u8 | 1;
             poke(local, value);
-            // SAFETY: this thread owns this page of the buffer.
+            // SAFETY: this thread owns the local page and this page of the buffer, and waits in
+            // `write` for the transfer.
             #[expect(unsafe_code, reason = "the device writes to memory")]
             unsafe {
                 end.write(
@@ -158,7 +162,7 @@ fn transfer(lab: &Lab, end: &mut Endpoint, number: usize, buffers: &[Buffer], to
     }
 }
 
-/// Runs the threads for at least that time, and until `is_enough`.
+/// Runs the threads for at least `time`, and until `is_enough` returns true.
 fn torture(
     source: Source,
     time: Duration,
