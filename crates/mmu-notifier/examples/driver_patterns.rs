@@ -31,8 +31,8 @@ fn pages(first: u64, count: u64) -> VaRange {
         .expect("a range of whole pages")
 }
 
-/// An enclave maps pages of a device. From the first mapping on it must know when the address
-/// space ends.
+/// An enclave maps pages of a device. From the first mapping on, the enclave's driver must know
+/// when the address space ends.
 #[derive(Default)]
 struct Enclave {
     is_lost: AtomicBool,
@@ -93,7 +93,7 @@ fn split(
     Ok([low?, high?])
 }
 
-/// What an IOMMU keeps for one address space whose page table it walks.
+/// The state that an IOMMU keeps for one address space whose page table it walks.
 struct Domain {
     flushes: AtomicU64,
     /// The object that the driver must not free before the last domain is gone.
@@ -154,7 +154,7 @@ fn submit(buffers: &[IntervalNotifier<UserBuffer>], usable: &Usable) -> u32 {
     let mut tries = 0;
     loop {
         tries += 1;
-        // As many as the driver's table has.
+        // As many sequences as the driver's table has entries.
         let mut seqs = [None; 8];
         for (seq, buffer) in seqs.iter_mut().zip(buffers) {
             *seq = Some(buffer.read_begin());
@@ -180,7 +180,7 @@ fn main() -> Result<(), WouldDeadlock> {
     );
     enclave.put();
 
-    // Split an interval under the write lock. It is the first interval of the address space.
+    // Split an interval under the write lock. The interval is the first of its address space.
     let mm = MmWithUser::new();
     let whole = {
         let mut locked = mm.mmap_write_lock()?;

@@ -116,13 +116,13 @@ pub trait IntervalOps: Send + 'static {
 
 /// A subscriber of one range, which owns the state that the range protects.
 ///
-/// A reader gets a sequence from [`read_begin`](Self::read_begin), looks up what it wants to cache
-/// without any lock, and stores the result in the state with [`try_install`](Self::try_install),
-/// which refuses if the range was invalidated in between. So no stale result can be installed, and
-/// a reader cannot forget the lock or the sequence.
+/// A reader gets a sequence from [`read_begin`](Self::read_begin), and makes its look-up without
+/// any lock. It stores the result in the state with [`try_install`](Self::try_install), which
+/// refuses if the range was invalidated in between. So no stale result can be installed, and a
+/// reader cannot forget the lock or the sequence.
 ///
-/// Dropping it is [`remove`](Self::remove). If that would wait for this very thread (inside a
-/// bracket or a deferred free), the drop returns at once, and the background thread removes the
+/// Dropping it is [`remove`](Self::remove). If `remove` would wait for this very thread (inside a
+/// bracket or a deferred free), the drop returns at once. The background thread then removes the
 /// node and drops its state after a grace period.
 ///
 /// # Source
@@ -162,14 +162,14 @@ pub struct IntervalNotifier<S: IntervalOps> {
     owns: PhantomData<Node<Mutex<S>>>,
 }
 
-// SAFETY: The box of the node moves. It holds the state, which `IntervalOps` requires to be `Send`,
-// behind a lock, and links that only holders of the lock of the intervals touch.
+// SAFETY: The box of the node moves. The box holds the state, which `IntervalOps` requires to be
+// `Send`, behind a lock, and links that only holders of the lock of the intervals touch.
 unsafe impl<S: IntervalOps> Send for IntervalNotifier<S> {}
 // SAFETY: `&IntervalNotifier` reaches the state only through its lock, and the links only through
 // the lock of the intervals.
 unsafe impl<S: IntervalOps> Sync for IntervalNotifier<S> {}
 
-/// The sequence that [`IntervalNotifier::read_begin`] saw.
+/// The sequence that [`IntervalNotifier::read_begin`] returned.
 #[must_use = "a sequence is what `try_install` compares"]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadSeq(u64);
@@ -278,8 +278,8 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     ///
     /// # Blocking
     /// Sleeps while an invalidation that met this interval runs. Inside a bracket of the same
-    /// address space, it might wait for this thread's own bracket. There it does not sleep, and
-    /// returns a sequence that never matches.
+    /// address space, and in a deferred free, the wait might be for this thread itself. There the
+    /// call does not sleep, and returns a sequence that never matches.
     /// # Source
     /// `mmu_interval_read_begin`.
     #[doc(alias = "mmu_interval_read_begin")]
@@ -292,7 +292,8 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     ///
     /// True is always reliable. False is a hint, unless the caller holds a lock that every callback
     /// of this interval takes as well: some drivers keep many intervals under one lock of their
-    /// own. Then it is reliable, because the sequence is stored before the callback runs:
+    /// own. Under that lock, false is reliable too, because the sequence is stored before the
+    /// callback runs:
     ///
     /// * If the callback takes that lock first, the caller sees the new sequence.
     /// * If the caller takes that lock first, the callback runs later and finds what the caller
@@ -389,7 +390,8 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     /// Sleeps while an invalidation that met any interval of this address space runs.
     /// # Errors
     /// [`RemoveError`] with the interval, unchanged, if the removal would have to wait and this
-    /// thread is inside a bracket or callback of the address space.
+    /// thread is inside a bracket or callback of the address space or runs a deferred free. Always
+    /// if the address space is that of a parent process.
     /// # Source
     /// `mmu_interval_notifier_remove`. Differs: the state comes back; a wait for the caller's own
     /// thread is an error.
@@ -442,7 +444,8 @@ impl<S: IntervalOps> IntervalNotifier<S> {
 impl<S: IntervalOps> Drop for IntervalNotifier<S> {
     fn drop(&mut self) {
         if self.detach() {
-            // SAFETY: As in `remove`.
+            // SAFETY: A `Box` needs the unique pointer that came from one. `new` leaked it to this
+            // handle, whose drop this is, and after `detach` no other code has the pointer.
             drop(unsafe { Box::from_raw(self.node.as_ptr()) });
         } else if !self.mm().is_inherited() {
             let again = Self {

@@ -9,8 +9,8 @@
 //! 1. It reads `seq`.
 //! 2. It looks up the page, without a lock.
 //! 3. It locks the state.
-//! 4. If `in_progress` is not zero and its range meets the fault's, the fault retries from step 1.
-//! 5. If `seq` has changed, it retries from step 1.
+//! 4. If `in_progress` is not zero and the range meets the fault's, the fault retries from step 1.
+//! 5. If `seq` has changed, the fault retries from step 1.
 //! 6. It installs the page and unlocks the state.
 //!
 //! A fault must never leave a stale entry installed. A fault and the zap of a start take the same
@@ -62,8 +62,8 @@ pub trait ShadowOps: Send + 'static {
 /// Use it for a shadow that has one lock and many faults that may collide, such as a virtual
 /// machine's page tables. For many independent ranges, use
 /// [`IntervalNotifier`](crate::IntervalNotifier)s. An `InvalidateSeq` is a [`Notifier`]: give it to
-/// a [`Subsystem`](crate::Subsystem) or a [`Registration`](crate::Registration), or call its
-/// callbacks from those of a notifier that contains it. The state is reached only under its lock.
+/// a [`Subsystem`](crate::Subsystem) or a [`Registration`](crate::Registration), or let a
+/// notifier that contains it call its callbacks. The state is reached only under its lock.
 /// The result of a fault's look-up is installed only if the range has not changed since.
 ///
 /// A fault does not wait for an invalidation. The shadow refuses the fault, which then retries with
@@ -271,7 +271,7 @@ impl<S: ShadowOps> InvalidateSeq<S> {
     /// Runs `install` on the locked shadow, if the snapshot's range is watched and was not
     /// invalidated since.
     ///
-    /// `install` must not allocate, free or print, and must not change mappings: with a source in
+    /// `install` must not allocate, free or print, and must not change mappings. With a source in
     /// this process, any of these may run the callback, which takes the same lock ([`Notifier`] has
     /// the rule).
     ///
@@ -485,8 +485,8 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         meets
     }
 
-    /// Returns the range that is being invalidated, for tests; none if no open bracket meets a
-    /// watched range.
+    /// Returns the range that is being invalidated, for tests. Returns `None` if no open bracket
+    /// meets a watched range and the address space has not ended.
     #[doc(hidden)]
     #[must_use]
     pub fn in_progress(&self) -> Option<(Va, Va)> {

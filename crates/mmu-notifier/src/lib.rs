@@ -61,6 +61,7 @@
 //! 3. The last `put` delists the notifier. A bracket that is already open may still be in a
 //!    callback.
 //! 4. A grace period later no callback can be in the notifier, and the background thread drops it.
+//!    This is a *deferred free*.
 //! 5. If the address space ends first, exit calls `release`, delists the notifier, and waits for
 //!    its callbacks. The notifier itself lives until its last `put`.
 //!
@@ -77,26 +78,29 @@
 //! the callback may run in the middle of `free`. [`Notifier`] has the rule in full.
 //!
 //! # What a wait waits for
-//! A registrar, `unregister` and exit wait for every bracket that is open when they begin. These
-//! three calls also wait for some brackets that open later, in two cases. If another grace period
-//! of the address space is under way at that time (another registrar's, or one for a subscription
-//! that was put), they wait for brackets that open before that grace period ends. If a thread was
-//! preempted while it opened a bracket, they may wait for that bracket. The calls wait for no later
-//! bracket, so a stream of brackets delays no caller for ever.
+//! A registrar is a call that makes or registers a notifier, or inserts the first interval of an
+//! address space. A registrar, `unregister` and exit wait for every bracket that is open when they
+//! begin. They also wait for some brackets that open later, in two cases. If another grace period
+//! of the address space is under way (another registrar's, or one for a subscription that was put),
+//! they wait for brackets that open before that grace period ends. If a thread was preempted while
+//! it opened a bracket, they may wait for that bracket. The calls wait for no later bracket, so a
+//! stream of brackets delays no caller for ever.
 //!
 //! # What a thread must not do
-//! Inside a bracket of one address space, a thread must not subscribe to or unregister from another
-//! address space if some other thread does the same with the two exchanged. Each would wait for the
-//! other's bracket, and neither wait holds a lock by which this crate could detect the deadlock.
+//! Two threads must not do the following at the same time. One thread subscribes to address space B
+//! (or unregisters from B) inside a bracket of A. The other thread does so with A, inside a bracket
+//! of B. Each would wait for the other's bracket for ever. This crate cannot detect the deadlock,
+//! because neither wait holds a lock.
 //!
 //! A thread must not wait while it holds a lock that a callback takes, because the wait may be for
-//! that callback. [`lockdep`] detects this.
+//! that callback. [`lockdep`] detects such a wait.
 //!
 //! # In the child of a fork
 //! The parent's address spaces have no subscribers in the child ([`Mm::is_inherited`]); the child
-//! makes address spaces of its own. A [`Subsystem`] works in both. The child neither waits for the
-//! parent's queued frees nor runs them. The lock around an interval's state or a shadow is a plain
-//! lock: if a thread of the parent held the lock at the fork, it stays locked in the child.
+//! makes address spaces of its own. A [`Subsystem`] works in parent and child. The child neither
+//! waits for the parent's queued frees nor runs them. The lock around an interval's state or a
+//! shadow is a plain lock: if a thread of the parent held it at the fork, it stays locked in the
+//! child.
 
 #![deny(unsafe_code)]
 

@@ -12,9 +12,10 @@
 //! [`unregister`](crate::Registration::unregister), `get` of a new notifier,
 //! [`remove`](crate::IntervalNotifier::remove), [`synchronize`](crate::Subsystem::synchronize),
 //! exit. If the caller holds a lock that an open bracket or a running callback waits for, neither
-//! thread continues. The two rarely meet in a test. With a [`Map`] beside the lock they need not
-//! meet: it is enough that both have happened at some time, in either order. The second one panics
-//! and names the place of the first.
+//! thread continues. In a test, such a wait and such a bracket rarely coincide. With a [`Map`]
+//! beside the lock they need not coincide. It is enough that the lock was once held during such a
+//! wait, and once taken inside a bracket or callback. The later of the two panics, and names the
+//! place of the earlier.
 //!
 //! Only builds with `debug_assertions` do this. In other builds a `Map` is empty and does nothing.
 //!
@@ -46,7 +47,7 @@
 //!
 //! # Source
 //! `__mmu_notifier_invalidate_range_start_map`, mm/mmu_notifier.c, Linux 5.5. Differs: a lock is
-//! identified by its `Map` instead of by class, and address spaces are told apart.
+//! identified by its `Map` instead of by class, and address spaces are distinguished.
 
 mod alloc;
 
@@ -114,10 +115,10 @@ impl Map {
 }
 
 /// Records that this thread is about to wait until brackets and callbacks of the address
-/// space with the number `mm`, or of any address space, have ended.
+/// space with the id `mm`, or of any address space, have ended.
 ///
 /// # Panics
-/// If it holds a lock that one of them takes.
+/// If this thread holds a lock that one of these brackets or callbacks takes.
 #[cfg_attr(debug_assertions, track_caller)]
 #[inline]
 pub(crate) fn might_wait(mm: Option<u64>) {
@@ -125,7 +126,7 @@ pub(crate) fn might_wait(mm: Option<u64>) {
 }
 
 /// Records that this thread holds the state of an interval of the address space with the
-/// number `mm`, until dropped. The interval's callback takes that state too.
+/// id `mm`, until dropped. The interval's callback takes that state too.
 #[cfg_attr(debug_assertions, track_caller)]
 #[inline]
 pub(crate) fn holds_state(mm: u64) -> imp::Held<'static> {

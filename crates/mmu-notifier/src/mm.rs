@@ -83,8 +83,7 @@ struct Inner {
 }
 
 impl Mm {
-    /// Returns a number that identifies this address space in this process. Numbers begin with 1
-    /// and are never reused.
+    /// Returns the id of this address space in this process. Ids begin with 1 and are never reused.
     #[must_use]
     pub fn id(&self) -> u64 {
         self.0.id
@@ -93,9 +92,10 @@ impl Mm {
     /// Tells whether this address space belongs to a process from which this one was forked.
     ///
     /// The address space stays the parent's. In the child it has no subscribers, and a bracket of
-    /// it calls no callback. The child can neither subscribe to it nor take a user of it. A last
-    /// put or drop in the child frees nothing, because the value and all that it owns belong to the
-    /// parent. The child makes an address space of its own.
+    /// it calls no callback. The child can neither subscribe to it nor take a user of it. In the
+    /// child, the last put of a notifier and the drop of an interval free nothing, because the
+    /// notifier or state, with all that it owns, belongs to the parent. The child makes an address
+    /// space of its own.
     ///
     /// # Source
     /// `mmu_notifier_subscriptions_init` in `mm_init`, kernel/fork.c: a child starts without
@@ -162,27 +162,26 @@ impl Mm {
 
     /// Tells whether a bracket would call a callback: a subscriber exists, or an interval was
     /// inserted at some time. The answer is a snapshot, and a registrar may be at work. So a source
-    /// must not skip a bracket because of it.
+    /// must not skip a bracket because the answer is false.
     ///
     /// # Blocking
     /// Never.
     /// # Source
-    /// `mm_has_notifiers`, Linux 5.15. Differs: it is false again once the last subscriber has
-    /// gone.
+    /// `mm_has_notifiers`, Linux 5.15. Differs: the answer is false again once the last subscriber
+    /// has gone, unless an interval was ever inserted.
     #[must_use]
     #[doc(alias = "mm_has_notifiers")]
     pub fn has_notifiers(&self) -> bool {
         !self.is_inherited() && (!self.0.subscriptions.is_empty() || self.0.intervals.is_enabled())
     }
 
-    /// Returns how many callbacks of this address space's subscribers have panicked, including
-    /// their drops.
+    /// Returns how many callbacks and drops of this address space's subscribers have panicked.
     #[must_use]
     pub fn callback_panics(&self) -> usize {
         self.0.panics.load(Ordering::Relaxed)
     }
 
-    /// Tells subscribers that walk the primary page table themselves to flush `range`.
+    /// Tells the subscribers whose hardware walks the primary page table itself to flush `range`.
     ///
     /// # Blocking
     /// Never. The callbacks must not sleep either.
@@ -271,8 +270,7 @@ impl Mm {
         self.0.subscriptions.read().for_each(self, f);
     }
 
-    /// Runs the deferred frees of this address space. Models have no reclaimer thread that would do
-    /// it.
+    /// Runs the deferred frees of this address space. For models, which have no reclaimer thread.
     #[cfg(mmun_loom)]
     #[doc(hidden)]
     pub fn run_deferred(&self) {
@@ -309,7 +307,7 @@ impl Mm {
         self.0.subscriptions.srcu().read_lock_held() || context::is_freeing() || self.is_inherited()
     }
 
-    /// Runs one callback, and counts it if it panics.
+    /// Runs one callback. If it panics, catches and counts the panic.
     #[inline]
     pub(crate) fn catching(&self, callback: impl FnOnce()) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(callback)) {
@@ -348,13 +346,13 @@ impl fmt::Debug for Mm {
 /// A counted handle of an address space that is alive (`mm_users`).
 ///
 /// Cloning it is `mmget`. Dropping the last one is exit: it calls `release` of every subscriber,
-/// delists them, and waits until no callback runs in any of them. Exit does not promise this for a
+/// delists them, and waits until no callback runs in any of them. A callback may still run in a
 /// subscriber that was put or unregistered before. The owner of the pages frees them after exit has
 /// returned.
 ///
 /// # Blocking
 /// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the
-/// same address space, or in a deferred free, it does not wait for those brackets.
+/// same address space, or in a deferred free, the drop does not wait for those brackets.
 ///
 /// # Source
 /// `mmget`, `mmput`; `MmWithUser` of Rust in the kernel.
@@ -388,7 +386,8 @@ impl MmWithUser {
         Self::with_interval_seq(2)
     }
 
-    /// The same with another first sequence of the intervals, for tests of its wrap-around.
+    /// Like [`new`](Self::new), but the sequence of the intervals begins with `seq`. For tests of
+    /// the sequence's wrap-around.
     ///
     /// # Panics
     /// If `seq` is odd.

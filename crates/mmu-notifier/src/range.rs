@@ -264,9 +264,9 @@ impl fmt::Debug for VaRange {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InvalidRange {
-    /// The first byte asked for.
+    /// The first byte of the refused range.
     pub start: Va,
-    /// The last byte asked for.
+    /// The last byte of the refused range.
     pub last: Va,
 }
 

@@ -10,8 +10,8 @@
 //!
 //! # Safety
 //! A node is alive from `register` until it is disposed of or unregistered. `find` returns a
-//! counted node, which is not disposed of before the caller puts it. Each function states what else
-//! its caller must promise.
+//! counted node, which is not disposed of before the caller puts it. Each function states the
+//! further promises of its caller.
 
 pub use crate::interval::raw::{Interval, RawIntervalOps};
 pub use crate::mm::PlacedBracket;
@@ -30,7 +30,7 @@ use std::ptr::NonNull;
 /// their queued frees.
 ///
 /// # Examples
-/// An object with a counter of invalidations, found by its number:
+/// An object with an id by which it is found, and a counter of invalidations:
 ///
 /// ```
 /// # #[global_allocator]
@@ -155,8 +155,8 @@ impl<N: Embedded> Notifiers<N> {
         Ok(())
     }
 
-    /// Waits for the nodes whose last reference was put before the call, by any thread: until each
-    /// of them has been disposed of and its reference to the address space dropped. See
+    /// Waits until each node whose last reference was put before the call (by any thread) has been
+    /// disposed of, and its reference to the address space dropped. See
     /// [`Subsystem::synchronize`].
     ///
     /// # Blocking
@@ -164,7 +164,7 @@ impl<N: Embedded> Notifiers<N> {
     /// # Errors
     /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
     /// # Source
-    /// `mmu_notifier_synchronize`, which knows no subsystems either.
+    /// `mmu_notifier_synchronize`, which waits for the notifiers of all operations tables, too.
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
         self.subsystem.synchronize()

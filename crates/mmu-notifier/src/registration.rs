@@ -71,7 +71,7 @@ impl<N: Notifier> Registration<N> {
     /// # Errors
     /// [`RegisterError`] with the unchanged notifier, for another try, if this thread is inside a
     /// bracket of `mm`, holds its write lock (use [`new_locked`](Self::new_locked)) or runs a
-    /// deferred free.
+    /// deferred free. Always if `mm` is the address space of a parent process.
     /// # Source
     /// `mmu_notifier_register`, Linux 5.15. Differs: a signal does not interrupt it, and it fails
     /// only before it has changed anything.
@@ -124,7 +124,8 @@ impl<N: Notifier> Registration<N> {
     /// # Errors
     /// [`UnregisterError`] with the registration, if this thread is inside a bracket or callback of
     /// the address space or runs a deferred free, or if `release` has left a bracket open on this
-    /// thread. The notifier is still registered then. The next `unregister` calls `release` again.
+    /// thread. Always if the address space is that of a parent process. The notifier is still
+    /// registered then. The next `unregister` calls `release` again.
     /// # Panics
     /// Never.
     /// # Source
@@ -191,7 +192,7 @@ impl<N: Notifier> Registration<N> {
         mm.subscriptions().reclaim_later(self.node, free);
     }
 
-    /// Delists the notifier, like the drop of the registration.
+    /// Delists the notifier, as dropping the registration does.
     ///
     /// Calls no `release`. The background thread drops the notifier after a grace period. If the
     /// notifier was registered through [`Subsystem::register`](crate::Subsystem::register),

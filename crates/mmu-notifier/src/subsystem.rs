@@ -101,8 +101,9 @@ where
     /// [`GetError::Alloc`] if `alloc` failed; nothing was registered. [`GetError::Overflow`] if the
     /// notifier has the maximum number of users. [`GetError::WouldDeadlock`] if there is no
     /// notifier yet and this thread is inside a bracket of `mm`, holds its write lock (use
-    /// [`get_locked`](Self::get_locked)) or runs a deferred free. `alloc` was not called then,
-    /// unless `alloc` itself left a bracket open.
+    /// [`get_locked`](Self::get_locked)) or runs a deferred free. Always `WouldDeadlock` if `mm` is
+    /// the address space of a parent process. `alloc` was not called then, unless `alloc` itself
+    /// left a bracket open.
     /// # Source
     /// `mmu_notifier_get`, Linux 5.4. Differs: a signal does not interrupt it, and the caller
     /// cannot pass a dead address space.
@@ -205,7 +206,7 @@ impl<N: Notifier> Subsystem<N, Infallible, ()> {
 }
 
 impl<N: Notifier, E, F> Subsystem<N, E, F> {
-    /// Finds the newest notifier that is wanted and live, and takes a reference to it.
+    /// Finds the newest live notifier for which `is_wanted` is true, and takes a reference to it.
     #[inline(always)]
     pub(crate) fn lookup(
         &self,
@@ -281,11 +282,11 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         registration::register(locked, Some(self.pending()), notifier)
     }
 
-    /// Waits for the notifiers of this subsystem whose last reference was put before the call, by
-    /// any thread: until each of them has been freed and its reference to the address space
-    /// dropped. This covers the notifiers that `get` made and those that
-    /// [`register`](Self::register) registered, and also
-    /// [`unregister_no_release`](Registration::unregister_no_release).
+    /// Waits until each notifier of this subsystem whose last reference was put before the call (by
+    /// any thread) has been freed, and its reference to the address space dropped. This covers the
+    /// notifiers that `get` made, those that [`register`](Self::register) registered, and the
+    /// values that [`unregister_no_release`](Registration::unregister_no_release) passes to its
+    /// closure.
     ///
     /// This call does not wait for notifiers that these frees put. Use
     /// [`drain_until_idle`](Self::drain_until_idle) for those.
@@ -295,8 +296,8 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
     /// # Errors
     /// [`WouldDeadlock`] inside a bracket, a callback or a deferred free of any address space.
     /// # Source
-    /// `mmu_notifier_synchronize`. Differs: it does what the comment of that function promises. The
-    /// kernel's function only waits for a grace period.
+    /// `mmu_notifier_synchronize`. Differs: the kernel's function only waits for a grace period,
+    /// although its comment promises this wait.
     #[doc(alias = "mmu_notifier_synchronize")]
     #[cfg_attr(debug_assertions, track_caller)]
     pub fn synchronize(&self) -> Result<(), WouldDeadlock> {
@@ -347,8 +348,8 @@ impl<N: Notifier, E, F> Subsystem<N, E, F> {
         Ok(())
     }
 
-    /// Returns the count of frees of this process. The first call makes it. The child of a fork
-    /// gets a new count.
+    /// Returns the count of unfinished frees of this process. The first call makes the count. The
+    /// child of a fork gets a new one.
     #[inline]
     pub(crate) fn pending(&self) -> &Arc<Pending> {
         self.pending

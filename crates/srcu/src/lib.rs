@@ -45,14 +45,14 @@
 //! # What a grace period is
 //!
 //! A reader brackets its use of shared data with a *section*. An updater first *unlinks* an object,
-//! so that no new section can find it. The updater then waits until all sections that began before
-//! have ended: a *grace period*. Sections that begin later cannot reach the object, so the updater
-//! does not wait for them, and the wait ends although there are always readers. Then the object can
-//! be freed.
+//! so that no new section can find it. The updater then waits for a *grace period*: until all
+//! sections that began before the unlinking have ended. Sections that begin later cannot reach the
+//! object, so the updater need not wait for them. So the wait ends although there are always
+//! readers. Then the object can be freed.
 //!
 //! Each [`Srcu`] is a *domain* of its own. A reader that sleeps for an hour delays the grace
-//! periods of its domain for an hour, and those of no other domain. That makes sleeping readers
-//! affordable, and it is the reason to have many domains instead of one.
+//! periods of its domain for an hour, and those of no other domain. So a program can afford readers
+//! that sleep, if it has many domains instead of one.
 //!
 //! # Which call
 //!
@@ -63,27 +63,27 @@
 //! | to free something now, and can wait | [`Srcu::synchronize`] | for earlier sections |
 //! | to free something and cannot wait | [`Srcu::call`] | never |
 //! | the same without allocating | [`Srcu::prepare`] once, then [`Srcu::call_raw`] | never |
-//! | to look again later | [`Srcu::start_poll`], [`Srcu::poll`] | never |
-//! | all callbacks so far to have returned (before unloading code, in tests) | [`Srcu::barrier`] | for them |
-//! | no callback left, not even those that callbacks queue | [`Srcu::drain_until_idle`] | for them |
+//! | to check later if earlier sections have ended | [`Srcu::start_poll`], [`Srcu::poll`] | never |
+//! | all callbacks so far to have returned (before unloading code, in tests) | [`Srcu::barrier`] | for these callbacks |
+//! | no callback left, not even those that callbacks queue | [`Srcu::drain_until_idle`] | for these callbacks |
 //!
-//! `synchronize` is not a `barrier`: when it returns, callbacks that were queued long before may
-//! still be about to run. `barrier` is not a `synchronize`: with no callback queued it returns at
-//! once.
+//! `synchronize` is not a `barrier`: when `synchronize` returns, callbacks that were queued long
+//! before may not have run yet. `barrier` is not a `synchronize`: if no callback is queued,
+//! `barrier` returns at once.
 //!
-//! A call that would wait for its own thread (`synchronize` inside a section or callback of the
-//! same domain, `barrier` in any callback) returns [`WouldDeadlock`] instead of hanging. Two cases
-//! are not detected: the holder of a [`SendGuard`], which belongs to no thread, and a cycle through
-//! *other* domains or locks, such as a section of A that waits for B while a section of B waits for
-//! A.
+//! A call that would wait for its own thread returns [`WouldDeadlock`] instead of hanging. Such
+//! calls are `synchronize` inside a section or callback of the same domain, and `barrier` inside a
+//! section of the same domain or in any callback. Two deadlocks are not detected. In the first, a
+//! thread waits while it holds a [`SendGuard`], which belongs to no thread. The second is a cycle
+//! through *other* domains or locks: a section of A waits for B, and a section of B waits for A.
 //!
 //! # Callbacks
 //!
-//! One thread, started by the first `call` or `prepare`, runs the callbacks of all domains. The
-//! thread sleeps until some domain can advance. The reader that ends the last section of a grace
-//! period wakes it, so a callback runs microseconds later. A domain whose reader is stuck delays no
-//! other domain. A callback that blocks delays the callbacks of all domains. A panic in a callback
-//! is caught and counted.
+//! One thread runs the callbacks of all domains. The first `call`, `call_raw`, `start_poll` or
+//! `prepare` starts this thread. The thread sleeps until some domain can advance. The reader that
+//! ends the last section of a grace period wakes the thread, so a callback runs microseconds later.
+//! A domain whose reader is stuck delays no other domain. A callback that blocks delays the
+//! callbacks of all domains. A panic in a callback is caught and counted.
 //!
 //! # When not to use it
 //!
@@ -104,10 +104,11 @@
 //!
 //! # Limits
 //!
-//! Linux only. Not for signal handlers. [`Srcu`] describes the child of a `fork`. If the
-//! environment variable `SRCU_NO_MEMBARRIER` is set when the first domain is used, readers use real
-//! fences. Readers also do so if the kernel refuses `membarrier`. A seccomp filter that forbids
-//! `membarrier` *later* aborts the process at the next grace period.
+//! Linux only. Not for signal handlers. The docs of [`Srcu`] say what the child of a `fork` can do.
+//! If the environment variable `SRCU_NO_MEMBARRIER` is set when the first domain is used, readers
+//! use real fences. Readers also use real fences if the kernel refuses `membarrier`, or if the
+//! processor is not x86-64, aarch64 or riscv64. If a seccomp filter forbids `membarrier` only
+//! *later*, the next grace period aborts the process.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -126,7 +127,7 @@ mod sync;
 
 pub use error::WouldDeadlock;
 pub use guard::{Guard, Reader, SendGuard};
-/// `thread_word!` uses it in crates that have no models.
+/// For `thread_word!`: a crate that declares words need not depend on `loom` itself.
 #[cfg(mmun_loom)]
 #[doc(hidden)]
 pub use loom;

@@ -1,9 +1,9 @@
 //! Brackets: an invalidation from its start to its end.
 //!
 //! 1. The start opens a read section of the domain, and remembers the first subscriber.
-//! 2. It opens a window of the intervals, if an interval was ever inserted, and calls each interval
-//!    that the range meets.
-//! 3. It calls the start of each subscriber. The caller then changes the memory.
+//! 2. If an interval was ever inserted, the start opens a window of the intervals, and calls each
+//!    interval that the range meets (overlaps).
+//! 3. The start calls the start callback of each subscriber. The caller then changes the memory.
 //! 4. The end, which is the guard's drop, closes the window, calls the end of each subscriber that
 //!    got a start and is still listed, and closes the read section.
 //!
@@ -107,14 +107,16 @@ impl Mm {
 
     /// Tells subscribers that `range` is about to change, where the caller must not sleep.
     ///
-    /// Every subscriber is called, even after one has refused.
+    /// The intervals are called first. If an interval refuses, neither the intervals after it nor
+    /// the subscribers are called. If no interval refuses, every subscriber is called, even after
+    /// one has refused.
     ///
     /// # Blocking
     /// Never, as long as the callbacks obey their rule.
     /// # Errors
-    /// [`WouldBlock`] if a subscriber would have had to sleep. Then everything is undone: each
-    /// subscriber that had accepted has got its end, and the one that refused gets none. No guard
-    /// exists, and no end is owed.
+    /// [`WouldBlock`] if an interval or a subscriber would have had to sleep. Then everything is
+    /// undone: the window of the intervals is closed, each subscriber that had accepted has got its
+    /// end, and the one that refused gets none. No guard exists, and no end is owed.
     /// # Examples
     /// ```
     /// use mmu_notifier::{Event, MmWithUser, VaRange};
@@ -209,7 +211,7 @@ pub(super) fn start_each<G>(
     None
 }
 
-/// Closes the window and calls the subscribers that were listed at the start.
+/// Closes the window, and calls the end of the subscribers that were listed at the start.
 ///
 /// Out of line, because inlined it would make the drop of a bracket too large to be inlined itself,
 /// and the bracket would then be kept in memory. Generic, so that it is compiled into the crate
@@ -257,8 +259,8 @@ extern "C" fn start_with_intervals(
 }
 
 /// Makes a bracket `!Send`, and its name is the reason in the compiler's message. The end of a
-/// bracket runs in the read section of its start, and a record of the thread says that the thread
-/// is inside the bracket.
+/// bracket runs in the read section of its start, and a thread-local count says that the thread is
+/// inside the bracket.
 #[derive(Debug)]
 struct EndsOnTheThreadThatBeganIt(PhantomData<*const ()>);
 
@@ -298,8 +300,8 @@ pub struct Bracket<'a> {
 }
 
 impl<'a> Bracket<'a> {
-    /// Returns what the subscribers see. Called only where a callback follows, so that the fields
-    /// stay in registers on the fast path.
+    /// Returns the invalidation as the subscribers see it. Called only where a callback follows, so
+    /// that the fields stay in registers on the fast path.
     #[inline]
     fn range_for_all(&self) -> InvalidateRange<'a> {
         InvalidateRange {
@@ -317,7 +319,7 @@ impl<'a> Bracket<'a> {
         self.range
     }
 
-    /// Returns what happens to them.
+    /// Returns the event: why the pages change.
     #[must_use]
     pub fn event(&self) -> Event {
         self.event
@@ -356,7 +358,7 @@ pub struct OwnedBracket {
 }
 
 impl OwnedBracket {
-    /// Returns what the subscribers see.
+    /// Returns the invalidation as the subscribers see it.
     #[must_use]
     pub fn range(&self) -> InvalidateRange<'_> {
         InvalidateRange {

@@ -33,8 +33,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[non_exhaustive]
 #[doc(alias = "mmu_notifier_event")]
 pub enum Event {
-    /// The mapping is removed or moved: munmap, mremap, brk. Only after this event may the mapping
-    /// be gone.
+    /// The mapping is removed or moved: munmap, mremap, brk. The mapping may be gone only after
+    /// this event or [`Release`](Self::Release).
     #[doc(alias = "MMU_NOTIFY_UNMAP")]
     Unmap,
     /// The pages are taken away, but the mapping stays: madvise, copy on write, truncation,
@@ -56,15 +56,15 @@ pub enum Event {
     /// The pages move to another place in memory.
     #[doc(alias = "MMU_NOTIFY_MIGRATE")]
     Migrate {
-        /// The mark of the driver that moves them. A subscriber that moves them itself finds its
-        /// own mark.
+        /// The mark of the driver that moves the pages. A subscriber that moves the pages itself
+        /// finds its own mark.
         owner: Option<Owner>,
     },
     /// A device takes exclusive access to the pages.
     #[doc(alias = "MMU_NOTIFY_EXCLUSIVE")]
     Exclusive {
-        /// The mark of the driver that takes it. A subscriber that takes it itself finds its own
-        /// mark.
+        /// The mark of the driver that takes the access. A subscriber that takes the access itself
+        /// finds its own mark.
         owner: Option<Owner>,
     },
 }
@@ -99,7 +99,7 @@ impl Event {
 /// The proof that an address space is exiting. Only this crate can make one.
 ///
 /// # Source
-/// `MMU_NOTIFY_RELEASE`, Linux 5.5. Differs: the kernel's is a number like the others.
+/// `MMU_NOTIFY_RELEASE`, Linux 5.5. Differs: the kernel's event is a constant like the others.
 ///
 /// ```compile_fail,E0603
 /// let event = mmu_notifier::Event::Release(mmu_notifier::Exit(()));
@@ -166,7 +166,7 @@ impl Owner {
         }
     }
 
-    /// Returns the mark as a number. For a mark of [`at`](Self::at), that is the address.
+    /// Returns the mark as an integer. For a mark of [`at`](Self::at), that is the address.
     #[must_use]
     pub const fn get(self) -> u64 {
         self.0.get()
@@ -233,7 +233,7 @@ impl<'a> InvalidateRange<'a> {
         self.range
     }
 
-    /// Returns what happens to them.
+    /// Returns the event: why the pages change.
     #[must_use]
     pub fn event(&self) -> Event {
         self.event

@@ -6,10 +6,11 @@ pub use secondary::{Sealed, Secondary, SecondaryTlb};
 
 use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 
-/// What a subscriber does when an address space changes. Every method has a default that does
-/// nothing.
+/// What a subscriber does when an address space changes. The default of
+/// [`try_invalidate_range_start`](Self::try_invalidate_range_start) calls the start; the default of
+/// every other method does nothing.
 ///
-/// The kernel's `free_notifier` is the value's own `Drop`. The drop runs on the background thread
+/// The value's own `Drop` is its `free_notifier`. The drop runs on the background thread
 /// of the `srcu` crate, after a grace period, when no callback of this value can still be running.
 /// For a value that was never registered, it runs in the caller's thread.
 ///
@@ -38,7 +39,7 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// ([`SoftTlb`](crate::SoftTlb) is a ready-made table), or let the callback mark the data and the
 /// next user free it. [`lockdep::CheckedAlloc`](crate::lockdep::CheckedAlloc) finds a violation at
 /// the first call. The rules do not apply to a subscriber of another process's address space,
-/// because no allocator of this process changes that.
+/// because no allocator of this process changes that address space.
 ///
 /// # Source
 /// `struct mmu_notifier_ops`, include/linux/mmu_notifier.h, Linux 5.15. Differs: `change_pte`
@@ -102,7 +103,7 @@ pub trait Notifier: Send + Sync + 'static {
     ///
     /// After it has returned, neither the subscriber nor a device behind it may use the address
     /// space. Other callbacks may run in parallel with `release`, and after it until exit delists
-    /// the subscriber, so `release` must leave the subscriber in a state in which they can run.
+    /// the subscriber. So `release` must leave the subscriber in a state in which they can run.
     /// For a [`Registration`](crate::Registration) it may run twice, and in parallel: once from
     /// exit, once from `unregister`.
     ///

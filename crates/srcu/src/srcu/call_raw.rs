@@ -9,9 +9,9 @@ use std::ptr::NonNull;
 impl Srcu {
     /// Calls `f(head)` on the reclaimer thread once all sections that are open now have ended.
     ///
-    /// For objects that embed their [`Head`]. After [`Srcu::prepare`] it allocates nothing, takes
-    /// no lock and never blocks; it may be called inside sections and callbacks. Callbacks of one
-    /// domain run in the order in which they were queued. A panic in `f` is caught, as for
+    /// For objects that embed their [`Head`]. After [`Srcu::prepare`] the call allocates nothing,
+    /// takes no lock and never blocks. It may be made inside sections and callbacks. Callbacks of
+    /// one domain run in the order in which they were queued. A panic in `f` is caught, as for
     /// [`Srcu::call`].
     ///
     /// # Safety
@@ -65,8 +65,8 @@ impl Srcu {
     /// blocks, and never allocates once the domain is prepared.
     ///
     /// # Safety
-    /// The caller must follow the rules of [`call_raw`](Self::call_raw). The domain may be gone
-    /// when this returns.
+    /// The caller must follow the rules of [`call_raw`](Self::call_raw), and must not use the
+    /// domain afterwards unless another owner keeps it alive: `f` may have dropped it.
     pub unsafe fn call_raw_dropping(&self, head: NonNull<Head>, f: unsafe fn(NonNull<Head>)) {
         debug_assert_not_queued(head);
         let state = NonNull::from(self.state());
@@ -91,7 +91,7 @@ impl Srcu {
     }
 }
 
-/// Detects callers of `call_raw` that break their promise.
+/// Detects a caller that queues a head twice. In builds without debug assertions, does nothing.
 fn debug_assert_not_queued(head: NonNull<Head>) {
     // SAFETY: the head must be valid, which the caller promises.
     let idle = !unsafe { head.as_ref() }.is_queued();
