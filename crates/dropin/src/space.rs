@@ -54,7 +54,12 @@ static CURRENT: AtomicPtr<Space> = AtomicPtr::new(ptr::null_mut());
 #[inline]
 pub(crate) fn current() -> Option<&'static Space> {
     // ORDER(dropin-space): Acquire, for the content. Partner: the exchange in `make`.
-    let space = CURRENT.load(Ordering::Acquire);
+    own(CURRENT.load(Ordering::Acquire))
+}
+
+/// The space behind the pointer. `None` if there is none, or if a parent process made it.
+#[inline]
+fn own(space: *mut Space) -> Option<&'static Space> {
     // SAFETY: the pointer is null or comes from `Box::leak` in `make`, and is never freed.
     let space = unsafe { space.as_ref() }?;
     (space.id == mmu_source::current_ref().id()).then_some(space)
@@ -72,7 +77,11 @@ pub(crate) fn current_or_made() -> &'static Space {
 fn make() -> &'static Space {
     // ORDER(dropin-space): Acquire, as for a failed exchange below. Partner: the exchange.
     let before = CURRENT.load(Ordering::Acquire);
-    // A space that already exists belongs to the parent.
+    // Another thread may have published a space since the caller looked. A second space would judge
+    // ranges that are subscribed in the first one.
+    if let Some(space) = own(before) {
+        return space;
+    }
     let space = Box::leak(Box::new(Space::new()));
     // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first.
     // Partner: `current`.

@@ -136,8 +136,13 @@ fn no_change_is_lost_between_threads() {
             let ranges = &ranges;
             scope.spawn(move || {
                 for round in 0..20_000_u64 {
-                    // The ranges of a thread lie in a granule of its own.
-                    let start = (thread << 21) + ((round % 300) << 12);
+                    // In even rounds in a granule of the thread's own, in odd ones between the
+                    // ranges of the other threads.
+                    let page = match round % 2 {
+                        0 => (thread + 1) * 512 + round % 300,
+                        _ => round % 100 * 4 + thread,
+                    };
+                    let start = page << 12;
                     ranges.subscribe(start, 4096, None);
                     ranges.changed(change(start, 4096));
                     assert!(

@@ -83,16 +83,14 @@ fn client(program: &Path, socket: &Path, user: u32) -> Command {
         .env_remove("NO_COLOR")
         .uid(user)
         .gid(user);
-    let no_groups = || {
-        // SAFETY: an empty list is not read. The standard library has changed the user and has
-        // dropped root's groups before this closure, so the call may fail.
-        unsafe { libc::setgroups(0, std::ptr::null()) };
+    // The standard library drops root's groups when it changes the user.
+    let no_new_privileges = || {
         // SAFETY: `prctl` takes integers only for this option.
         unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
         Ok(())
     };
     // SAFETY: the closure runs between fork and exec and makes system calls only.
-    unsafe { command.pre_exec(no_groups) };
+    unsafe { command.pre_exec(no_new_privileges) };
     command
 }
 
