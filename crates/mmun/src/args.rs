@@ -26,8 +26,8 @@ use crate::record;
 const EXAMPLES: &str = "\
 Examples:
   mmun trace ls                   every change of a translation, while ls runs
-  mmun trace -p 4711              the same of a process that runs already
-  mmun coverage                   which event source is told of which change, on this machine
+  mmun trace -p 4711              the same, of a process that already runs
+  mmun coverage                   which event source sees which change, on this machine
   mmun doctor                     which event sources can be used here, and what the others lack
   mmun man ~/.local/share/man/man1
                                   installs the manual pages";

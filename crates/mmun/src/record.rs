@@ -12,10 +12,10 @@ Records (--json writes one object a line; docs/trace-json.md has the schema):
   v            version of this format: 1
   t            nanoseconds since the trace began; never decreases from line to line
   pid, tid     the process and the task that made the call or to which it happened
-  mm           number of the address space, counted from 1; threads and vfork children share one
+  mm           id of the address space, counted from 1; threads and vfork children share one
   comm         the name of the task
 
-  mm_new       an address space is born: the program starts, forks or executes another one; program
+  mm_new       an address space is created: the program starts, forks or executes another one; program
   get          a task subscribes to its address space; users: references after it
   start, end   around one invalidated range of one system call
                  event, cause    what kind of change, and the system call behind it
