@@ -1,5 +1,5 @@
-//! BTF, the kernel's description of its types, and a module's BTF on top of it: the reader
-//! terminates for every input.
+//! Fuzzes the reader of BTF, the kernel's description of its types, with and without the BTF of a
+//! module. The reader must terminate for every input.
 #![no_main]
 
 #[path = "../../crates/mmu-source/src/kernel/btf.rs"]

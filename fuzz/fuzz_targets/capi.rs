@@ -1,6 +1,7 @@
-//! The functions of `mmun.h` with arguments from the fuzzer: sizes of older and newer structs,
-//! fields, ranges, error numbers, null and misaligned pointers. Results of one call are arguments
-//! of the next. No call may crash, and none may write beyond the size of a struct.
+//! Calls the functions of `mmun.h` with arguments from the fuzzer: sizes of older and newer
+//! structs, fields, ranges, error numbers, null and misaligned pointers. Results of one function
+//! are arguments of the next. No function may crash, and none may write beyond the size of a
+//! struct.
 #![no_main]
 
 use libfuzzer_sys::{arbitrary, fuzz_target};
@@ -57,7 +58,8 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Links the library. This file declares its functions by hand, as the C headers do.
+/// This line links the library. This file declares the library's functions itself, as the C headers
+/// do.
 use mmun as _;
 
 extern "C" fn register(
@@ -67,7 +69,7 @@ extern "C" fn register(
     handle: *mut *mut c_void,
 ) -> c_int {
     assert!(length > 0 && length % 4096 == 0);
-    // SAFETY: The library passes a valid place.
+    // SAFETY: The library passes a pointer to its variable for the handle.
     unsafe { *handle = answer };
     answer.addr() as c_int
 }
@@ -76,7 +78,7 @@ extern "C" fn deregister(_: *mut c_void, _: *mut c_void, _: usize, _: *mut c_voi
 
 extern "C" fn changed(_: *mut c_void, _: *const c_void) {}
 
-/// A struct from the fuzzer: its size, then words. A guard word follows it.
+/// A struct from the fuzzer: its size, then words. A guard word follows the struct.
 struct Struct([u64; LARGEST / 8 + 2]);
 
 const GUARD: u64 = 0x6775_6172_6421;
@@ -89,7 +91,7 @@ impl Struct {
             .iter_mut()
             .zip(words)
             .for_each(|(field, word)| *field = *word);
-        // The memory is as large as the size says, up to `LARGEST`; the guard follows.
+        // The struct has as many bytes as its size says, up to `LARGEST`. The guard follows.
         fields[(usize::from(size).min(LARGEST)).div_ceil(8).max(1)] = GUARD;
         Self(fields)
     }
@@ -129,9 +131,9 @@ enum Step {
 
 struct Opened(*mut c_void);
 
-// SAFETY: Every thread may use the handle.
+// SAFETY: Any thread may use a handle of the library at any time.
 unsafe impl Send for Opened {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Opened {}
 
 fn opened() -> *mut c_void {
@@ -140,7 +142,8 @@ fn opened() -> *mut c_void {
         .get_or_init(|| {
             let options = [16_u64, 4];
             let mut mmun = ptr::null_mut();
-            // SAFETY: Both are there.
+            // SAFETY: Both pointers point to local variables. The options have 16 bytes, as their
+            // size says.
             assert_eq!(
                 unsafe { mmun_open(options.as_ptr().cast(), &raw mut mmun) },
                 0
@@ -155,12 +158,12 @@ fuzz_target!(|steps: Vec<Step>| {
     let [mut watch, mut subscription, mut cache] = [ptr::null_mut::<c_void>(); 3];
     let mut lease: Option<Box<[u64; 3]>> = None;
     for step in steps {
-        // SAFETY: Each pointer is null, misaligned by one, or points to a live object.
+        // SAFETY: Each pointer is null, misaligned by one byte, or points to a live object.
         unsafe {
             match step {
                 Step::Open(size, words, misaligned) => {
-                    // Only brackets of the program: patching libc in each of a million runs is too
-                    // slow.
+                    // Clear the bits of the hook and the kernel source, and set `OWN`: to patch
+                    // libc in each of a million runs would be too slow.
                     let mut options = Struct::new(size, &[words[0] & !0x3_0000_0003 | 4, words[1]]);
                     let mut other = ptr::null_mut();
                     if mmun_open(options.place(misaligned), &raw mut other) == 0 {
@@ -213,7 +216,8 @@ fuzz_target!(|steps: Vec<Step>| {
                     let context = i64::from(answer.min(3)) as u64;
                     let mut registrar =
                         Struct::new(size, &[context, functions[0], functions[1], flags]);
-                    // A table for 2^26 regions for each run would be slow, and proves nothing.
+                    // Limit the number of regions: a table for 2^26 regions in each run would be
+                    // slow, and tests nothing more.
                     let mut options = Struct::new(
                         options_size,
                         &[words[0] & 0x3ff_0000_0007, words[1], words[2], words[3]],
@@ -268,7 +272,7 @@ fuzz_target!(|steps: Vec<Step>| {
             }
         }
     }
-    // SAFETY: As above.
+    // SAFETY: Each pointer is null or points to a live object.
     unsafe {
         lease
             .into_iter()

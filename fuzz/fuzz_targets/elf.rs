@@ -1,5 +1,6 @@
-//! A file that a traced program has mapped: whatever its bytes are, it is read, unwound with and
-//! asked for names as `mmun trace -k` does it, to an end and within limits.
+//! Fuzzes the reader of files that a traced program has mapped. Whatever the bytes of such a file
+//! are, `mmun trace -k` must be able to read the file, unwind stacks with it and look up names in
+//! it. Each step must terminate, and use a limited amount of memory and time.
 #![no_main]
 #![allow(
     dead_code,
@@ -23,7 +24,7 @@ mod mmun {
     pub(crate) mod who;
 }
 
-// As these files call one another.
+// These files name each other's modules from the root of their crate.
 use mmun::{capture, change, digits, events, intern, json, kind, record, stacks, sys, who};
 
 use libfuzzer_sys::fuzz_target;

@@ -19,7 +19,7 @@ fn pages(first: u8, count: u8) -> VaRange {
 fuzz_target!(|steps: Vec<(u8, u8, u8)>| {
     let (mut tree, mut list) = (Tree::<u8>::new(), BTreeMap::new());
     for (number, first, count) in steps {
-        // A place that is never dereferenced.
+        // A pointer that is never dereferenced. Only its address identifies the interval.
         let interval = NonNull::<u8>::without_provenance(NonZeroUsize::MIN.saturating_add(usize::from(number)));
         if let Some(range) = list.remove(&interval) {
             tree.remove(range, interval);

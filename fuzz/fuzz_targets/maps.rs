@@ -1,4 +1,5 @@
-//! A line of `/proc/PID/maps`: the parser returns the mapping that the line describes, or none.
+//! Fuzzes the parser of a line of `/proc/PID/maps`. The parser must return the mapping that the
+//! line describes, or `None`.
 #![no_main]
 #![allow(dead_code, reason = "fields that this target does not read")]
 

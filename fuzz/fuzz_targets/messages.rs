@@ -1,4 +1,5 @@
-//! Bytes from the socket of a broker: they are one message in its canonical form, or no message.
+//! Fuzzes the parser of the broker's messages. If bytes parse as a message, they must be the
+//! canonical form of that message.
 #![no_main]
 #![allow(dead_code, reason = "the file has more than the parsers")]
 
