@@ -18,8 +18,8 @@ use std::thread;
 use std::time::Duration;
 use testkit::{Cap, require};
 
-/// All clients call the source at once while memory changes. Prints the longest delay of each, and
-/// ends the process if a delay exceeds a minute.
+/// Threads use the source in every way at once, while memory changes. Prints the longest time that
+/// each operation took, and ends the process if an operation takes more than a minute.
 pub(crate) fn rush(options: &Options) -> ExitCode {
     println!("rush: {:?}", options.length);
     let Some(kernel) = start() else {
@@ -44,7 +44,8 @@ fn start() -> Option<Arc<Kernel>> {
         .ok()
 }
 
-/// If the machine has everything that the source needs, a source that does not start is a fault.
+/// Returns the exit status for a source that does not start. If the machine has every capability
+/// that the source needs, this is a fault.
 fn skipped() -> ExitCode {
     ExitCode::from(if require(Cap::Bpf) && require(Cap::Kvm) {
         2
@@ -53,9 +54,11 @@ fn skipped() -> ExitCode {
     })
 }
 
-/// Hunts, and prints the result. `--broken` uses entries without asking the source, `--no-wait`
-/// fills without waiting, `--crowd N` lets N threads change other memory meanwhile. `--slow` delays
-/// every change at the tracepoint, `--slow-one` the changes of one thread.
+/// Hunts for stale reads, and prints the result. With `--broken`, readers use entries without
+/// checking with the source that they are current. With `--no-wait`, readers fill their caches
+/// without waiting for changes under way. With `--crowd N`, N threads change other memory
+/// meanwhile. `--slow` delays every change at the tracepoint, and `--slow-one` only the changes of
+/// one thread.
 pub(crate) fn run(options: &Options) -> ExitCode {
     println!("kernel: seed {}, {:?}", options.seed, options.length);
     let Some(kernel) = start() else {

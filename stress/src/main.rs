@@ -1,15 +1,20 @@
-//! Torture programs: bounded by time, with the seed printed, and a checker that must stay silent.
+//! Torture programs. Each runs for a given time, prints its seed, and has a checker that must find
+//! no error.
 //!
 //! `cargo run --release -p stress -- {srcu | mmu | regcache} --seconds 30 [--seed N]
 //! [--no-membarrier] [--broken] [--no-fork] [--source {bracket | kernel | rehearsal | hook}]`
+//!
 //! `cargo run --release -p stress -- kernel --seconds 60 [--seed N] [--broken] [--no-wait] [--crowd
-//! N] [--slow] [--slow-one]` `cargo run --release -p stress -- rush --seconds 60`
+//! N] [--slow] [--slow-one]`
+//!
+//! `cargo run --release -p stress -- rush --seconds 60`
 //!
 //! `kernel`, `rush` and `regcache --source kernel` use a broker if the process has no right to use
-//! the source itself: `mmun broker --socket S --group nogroup`, and then `MMUN_BROKER=S setpriv
-//! --reuid=65534 --regid=65534 --clear-groups stress kernel`.
+//! the source itself. To try that, run `mmun broker --socket S --group nogroup`, and then
+//! `MMUN_BROKER=S setpriv --reuid=65534 --regid=65534 --clear-groups stress kernel`.
 //!
-//! Exits with 0 if nothing was found, 1 if something was, 2 on a wrong command line.
+//! The exit status is 0 if the checker found no error, 1 if it found one, and 2 if the command line
+//! is wrong or the program cannot run on this machine.
 
 #[cfg(feature = "sources")]
 mod kernel;
@@ -29,17 +34,18 @@ pub(crate) struct Options {
     pub(crate) seed: u64,
     /// Use the fallback for kernels without membarrier.
     pub(crate) no_membarrier: bool,
-    /// Make the tested operation wrong from time to time, which the checker must find.
+    /// Introduce a fault on purpose, which the checker must find.
     pub(crate) broken: bool,
-    /// Fill caches without waiting for changes under way: `kernel` must find stale reads.
+    /// For `kernel`: fill caches without waiting for changes under way, so that the checker must
+    /// find stale reads.
     pub(crate) no_wait: bool,
-    /// This many threads change memory that no client uses: for `kernel`.
+    /// For `kernel`: the number of threads that change memory that no client uses.
     pub(crate) crowd: u64,
-    /// A second program at the tracepoint delays each change: for `kernel`.
+    /// For `kernel`: a second program at the tracepoint delays each change.
     pub(crate) slow: bool,
-    /// The same for one changing thread, with a longer delay.
+    /// For `kernel`: a second program delays the changes of one thread, for a longer time.
     pub(crate) slow_one: bool,
-    /// Fork no children: ThreadSanitizer cannot follow them. `mmu` never does.
+    /// Fork no children, because ThreadSanitizer cannot follow them. `mmu` never forks.
     pub(crate) no_fork: bool,
     /// The source that reports changes to the registration cache.
     pub(crate) source: Source,
@@ -51,7 +57,8 @@ pub(crate) enum Source {
     /// The program itself opens a bracket around each change.
     Bracket,
     Kernel,
-    /// The kernel source without a virtual machine: the program makes the kernel's events itself.
+    /// The kernel source without a virtual machine. The program itself injects the events that the
+    /// kernel would report.
     Rehearsal,
     Hook,
 }

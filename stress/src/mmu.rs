@@ -1,9 +1,9 @@
 //! Soaks `mmu-notifier`: threads that get, put, register, unregister, insert, remove, invalidate,
 //! fault and exit at random, on address spaces that come and go.
 //!
-//! Every notifier records whether it is alive and counts its starts and ends. Each address space
-//! has one frame, which changes only inside brackets. No reader may find any frame but the current
-//! one in a shadow. At the end every object must have been freed, and every count must be zero.
+//! Every notifier records whether it is alive, and counts its starts and ends. Each address space
+//! has one frame, which changes only inside brackets. A shadow may only contain the current frame.
+//! At the end every object must have been freed, and no window of an interval may be open.
 
 mod actor;
 mod subscriber;
@@ -31,7 +31,8 @@ const THREADS: u64 = 8;
 const SPACES: usize = 3;
 const SUBSYSTEMS: usize = 3;
 
-/// How many retired address spaces are kept before those without handles are checked.
+/// How many replaced address spaces are kept. If there are more, those to which no other handle
+/// exists are checked and dropped.
 const RETIRED: usize = 1000;
 
 /// Counters for the last lines of output.
@@ -63,7 +64,7 @@ pub(crate) fn add(counter: &AtomicU64) {
 #[derive(Debug, Clone)]
 pub(crate) struct Space {
     pub(crate) mm: MmWithUser,
-    /// Changed inside brackets only.
+    /// The number of the current frame, which changes only inside brackets.
     pub(crate) frame: Arc<AtomicU64>,
 }
 
@@ -83,7 +84,7 @@ pub(crate) struct World {
     pub(crate) subsystems: [Probes; SUBSYSTEMS],
     /// Subscriptions that any callback may take and put.
     pub(crate) orphans: Mutex<Vec<mmu_notifier::Subscription<Probe>>>,
-    /// Address spaces that were replaced, until no other thread has a handle.
+    /// The address spaces that were replaced and have not been checked yet.
     retired: Mutex<Vec<Mm>>,
     pub(crate) counts: Counts,
     pub(crate) broken: bool,
@@ -105,8 +106,8 @@ impl World {
         lock(&self.spaces[number]).clone()
     }
 
-    /// Puts a new address space into a place, and drops the place's user of the old one. If that
-    /// was the last user, the drop is exit.
+    /// Replaces the address space with this index by a new one, and drops a user of the old address
+    /// space. If that was its last user, the drop is exit.
     pub(crate) fn replace(&self, number: usize) {
         let old = std::mem::replace(&mut *lock(&self.spaces[number]), Space::new());
         let handle = (*old.mm).clone();
@@ -120,7 +121,7 @@ impl World {
         add(&self.counts.exits);
     }
 
-    /// Checks an address space without users and without other handles.
+    /// Checks an address space to which no other handle exists.
     fn check_idle(&self, mm: &Mm) -> bool {
         let (seq, open) = mm.interval_snapshot();
         self.check(
@@ -142,7 +143,7 @@ impl World {
         }
     }
 
-    /// Makes the final checks, when no thread holds an object any more.
+    /// Makes the final checks. No other thread holds an object any more.
     fn finish(&self) {
         lock(&self.orphans).clear();
         for subsystem in &self.subsystems {
@@ -153,7 +154,8 @@ impl World {
         }
         (0..SPACES).for_each(|number| self.replace(number));
         for mm in &*lock(&self.retired) {
-            // Poll: no call waits for the free of a registration, which has no subsystem.
+            // Poll, because no function waits for the free of a registration, which has no
+            // subsystem.
             wait_until(|| mm.mm_count() == 1);
             self.check_idle(mm);
         }
@@ -167,7 +169,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Yields until `condition` holds; the watchdog ends a run in which it never does.
+/// Yields until `condition` returns true. If it never does, the watchdog ends the process.
 fn wait_until(condition: impl Fn() -> bool) {
     while !condition() {
         thread::yield_now();
@@ -181,7 +183,8 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         options.length.as_secs()
     );
     if options.no_membarrier {
-        // SAFETY: No thread may use the environment at the same time: there is one thread yet.
+        // SAFETY: No other thread may use the environment at the same time. This is still the only
+        // thread.
         unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
     }
     let world = World::new(options.broken);
@@ -197,7 +200,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     ExitCode::from(u8::from(errors != 0))
 }
 
-/// Runs all threads for `length`, and returns how many errors there were.
+/// Runs all threads for `length`, and returns the number of errors.
 fn soak(world: &'static World, seed: u64, length: Duration) -> u64 {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -212,7 +215,8 @@ fn soak(world: &'static World, seed: u64, length: Duration) -> u64 {
     world.counts.errors.load(Ordering::Relaxed)
 }
 
-/// Ends the process after the limit: a thread hangs, or an object was never freed.
+/// Ends the process after `limit`. If the process still runs then, a thread hangs or an object was
+/// never freed.
 fn watch(limit: Duration, world: &'static World) {
     thread::spawn(move || {
         thread::sleep(limit);

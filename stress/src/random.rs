@@ -1,11 +1,11 @@
-//! Random numbers that a seed repeats.
+//! Pseudo-random numbers, which depend only on the seed.
 
 /// An xorshift generator.
 #[derive(Debug)]
 pub(crate) struct Random(u64);
 
 impl Random {
-    /// One of many streams of a seed.
+    /// Makes the generator of one of the streams of a seed.
     pub(crate) fn new(seed: u64, stream: u64) -> Self {
         let mixed =
             (seed ^ stream.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,7 +23,7 @@ impl Random {
         ((self.next() >> 33) as usize) % limit
     }
 
-    /// True once in `n` times.
+    /// Returns true once in `n` calls, on average.
     pub(crate) fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }

@@ -2,10 +2,10 @@
 //! buffers, through fixed buffers of io_uring. Meanwhile other threads replace, move, drop and
 //! truncate the memory at the same addresses, and fork.
 //!
-//! Each buffer holds a pattern that depends on its version and address. The changing thread makes
-//! the version odd before the change and even afterwards. If the version was the same even number
-//! before and after a transfer, the transfer must have moved exactly that pattern. Any other bytes
-//! went through a stale registration.
+//! Each buffer holds a pattern that depends on the buffer's version and address. The changing
+//! thread makes the version odd before the change, and even afterwards. If the version was even
+//! before a transfer and is the same afterwards, the transfer must have moved exactly the pattern
+//! of that version. Other bytes mean that the registration was stale.
 
 mod change;
 mod pool;
@@ -24,7 +24,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use transfer::Worker;
 
-/// What happened, for the last lines of output.
+/// Counters for the last lines of output.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     written: AtomicU64,
@@ -35,8 +35,9 @@ pub(crate) struct Counts {
     refused: AtomicU64,
     changed: AtomicU64,
     children: AtomicU64,
-    /// Transfers that moved other bytes than the buffer held, and failures.
+    /// Transfers that moved other bytes than the buffer held.
     stale: AtomicU64,
+    /// Requests that failed, and regions that stayed registered without a lease.
     errors: AtomicU64,
 }
 
@@ -76,8 +77,8 @@ pub(crate) fn run(options: &Options) -> ExitCode {
 /// Runs for the requested time. Returns the counters, and the statistics of each cache.
 fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::error::Error>> {
     if options.no_membarrier {
-        // SAFETY: No other thread may use the environment at the same time, and no other thread
-        // does yet.
+        // SAFETY: No other thread may use the environment at the same time. This function has not
+        // started a thread yet.
         unsafe { std::env::set_var("REGCACHE_NO_MEMBARRIER", "1") };
     }
     let kernel = match options.source {
@@ -134,7 +135,7 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
         stop.store(true, Ordering::Relaxed);
     });
     let stats = caches.iter().map(RegCache::stats).collect();
-    // The source's thread may still be deregistering a region in a callback.
+    // The source's thread may still be deregistering a region in a callback. `drain` waits for it.
     if let Some(kernel) = &kernel {
         kernel.drain();
     }
@@ -148,7 +149,7 @@ fn torture(options: &Options) -> Result<(Arc<Counts>, Vec<Stats>), Box<dyn std::
     Ok((counts, stats))
 }
 
-/// Holds leases of all caches for a while, and drops them in another order.
+/// Holds leases of all caches for a while, and drops them in random order.
 fn churn(
     pool: &Pool,
     caches: &[RegCache<Uring>],
@@ -172,7 +173,7 @@ fn churn(
     }
 }
 
-/// Ends the process after the limit: a thread hangs.
+/// Ends the process after `limit`. If the counters still exist then, a thread hangs.
 fn watch(limit: Duration, counts: Arc<Counts>) {
     let counts = Arc::downgrade(&counts);
     thread::spawn(move || {

@@ -1,9 +1,9 @@
-//! Tortures `srcu`: readers that sleep, nest and migrate, threads that come and go, updaters that
-//! use every way to wait, callbacks that call, wait and panic, domains that are made and dropped,
-//! and processes that fork.
+//! Tortures `srcu`: readers that sleep, nest and hand their sections to other threads; threads that
+//! begin and end; updaters that use every way to wait; callbacks that queue callbacks, wait and
+//! panic; domains that are made and dropped; and forks.
 //!
-//! Every object records whether it is alive. Freeing an object poisons it, and releases its memory
-//! much later. So a reader that still holds the object sees the poison.
+//! Every object records whether it is alive. To free an object is to poison it; its memory is
+//! released much later. So a reader that still holds the object sees the poison.
 
 mod object;
 mod readers;
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What happened, for the last lines of output.
+/// Counters for the last lines of output.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     sections: AtomicU64,
@@ -43,7 +43,7 @@ static READERS_DONE: AtomicBool = AtomicBool::new(false);
 
 const READERS: u64 = 4;
 const UPDATERS: usize = 3;
-/// How many callbacks of each updater have run; the updater checks it after a `barrier`.
+/// How many callbacks of each updater have run. After a `barrier`, the updater checks this count.
 static RAN: [AtomicUsize; UPDATERS] = [const { AtomicUsize::new(0) }; UPDATERS];
 
 pub(crate) fn run(options: &Options) -> ExitCode {
@@ -53,10 +53,11 @@ pub(crate) fn run(options: &Options) -> ExitCode {
         options.length.as_secs()
     );
     if options.no_membarrier {
-        // SAFETY: No thread may use the environment at the same time: there is one thread yet.
+        // SAFETY: No other thread may use the environment at the same time. This is still the only
+        // thread.
         unsafe { std::env::set_var("SRCU_NO_MEMBARRIER", "1") };
     }
-    // Silent: callbacks panic on purpose, many times a second.
+    // Print no panics, because callbacks panic on purpose, many times a second.
     std::panic::set_hook(Box::new(|_| {}));
     static STOP: AtomicBool = AtomicBool::new(false);
     let stop = &STOP;
@@ -99,7 +100,7 @@ pub(crate) fn run(options: &Options) -> ExitCode {
     ExitCode::from(u8::from(errors != 0))
 }
 
-/// Ends the process if it has not ended by itself: something hangs.
+/// Ends the process after `limit`. If the process still runs then, a thread hangs.
 fn watch(limit: Duration, stop: &'static AtomicBool, world: &'static World) {
     thread::spawn(move || {
         thread::sleep(limit);

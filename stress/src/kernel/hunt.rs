@@ -1,10 +1,11 @@
 //! A hunt for stale reads under the kernel source.
 //!
-//! Each page is stamped with a version, and readers cache the stamps. Changing threads replace
-//! pages in every way, in three steps: they make the change, note that it is over, and stamp the
-//! new page with the next version. A reader reads the note, asks the source, reads its cache, and
-//! asks the source again. If the source reports no change and the entry is older than the note, the
-//! read was stale. One reader uses a watch for each page instead.
+//! Each page contains a version, its stamp, and readers cache the stamps. A changing thread
+//! replaces a page in three steps: it makes the change, stores in `over` the version whose change
+//! is over, and stamps the new page with that version. A reader loads `over`, settles the source,
+//! reads its cache, and then checks that the source has counted no change meanwhile. If the source
+//! has counted no change and the entry is older than `over`, the read was stale. One reader uses a
+//! watch for each page instead.
 
 use super::pages;
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
@@ -25,7 +26,7 @@ const THREADS: usize = 2;
 pub(crate) enum Mutant {
     /// No step.
     None,
-    /// Readers do not ask the source before they use an entry.
+    /// Readers use an entry without checking with the source that it is current.
     NoLook,
     /// Readers do not wait for changes under way before they fill.
     NoWait,
@@ -65,14 +66,15 @@ impl Notifier for Cache {
 struct World {
     base: usize,
     files: Vec<OwnedFd>,
-    /// For each page, the version whose change is over: older entries are stale.
+    /// For each page, the latest version whose change is over. Entries with older versions are
+    /// stale.
     over: [AtomicU64; PAGES],
     stop: AtomicBool,
     tally: Tally,
 }
 
 /// Hunts for the given time. `random` makes a generator for each thread. Each changing thread first
-/// calls `enter` with its number, and keeps the result until it ends.
+/// calls `enter` with its index, and keeps the result until the thread ends.
 pub(crate) fn hunt<R: FnMut(usize) -> usize + Send, G>(
     kernel: &Arc<Kernel>,
     length: Duration,
@@ -112,14 +114,15 @@ pub(crate) fn hunt<R: FnMut(usize) -> usize + Send, G>(
 }
 
 impl World {
-    /// Even pages are private memory, odd ones are files of their own.
+    /// Pages with even indices are private memory. Each page with an odd index maps a file of its
+    /// own.
     fn new() -> Self {
         let base = pages::map(PAGES);
         let file = || {
-            // SAFETY: takes a string and an integer, returns a new descriptor.
+            // SAFETY: the call takes a C string and an integer, and returns a new descriptor.
             let file = unsafe { libc::memfd_create(c"hunt".as_ptr(), libc::MFD_CLOEXEC) };
             assert!(file >= 0);
-            // SAFETY: the descriptor is new.
+            // SAFETY: the descriptor is new and has no other owner.
             unsafe { OwnedFd::from_raw_fd(file) }
         };
         let world = Self {
@@ -156,8 +159,8 @@ impl World {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_SHARED | libc::MAP_FIXED,
         );
-        // SAFETY: replaces a page of ours. Only system calls read the page, and only this thread
-        // writes it.
+        // SAFETY: the call replaces a page of this program, to which no reference points. Only
+        // system calls read the page, and only this thread writes to it.
         let at = unsafe {
             libc::mmap(
                 self.address(page),
@@ -172,7 +175,7 @@ impl World {
     }
 
     fn resize(&self, page: usize, bytes: usize) {
-        // SAFETY: integers.
+        // SAFETY: the call takes integers.
         let result = unsafe { libc::ftruncate(self.files[page].as_raw_fd(), bytes as libc::off_t) };
         assert_eq!(result, 0);
     }
@@ -183,8 +186,8 @@ impl World {
         unsafe { self.address(page).cast::<u64>().write_volatile(version) }
     }
 
-    /// Reads the stamp of a page through the page tables: `None` if the page is not mapped or has
-    /// no stamp yet.
+    /// Reads the stamp of a page with a system call, which translates the address through the page
+    /// tables. Returns `None` if the page is not mapped or has no stamp yet.
     fn translate(&self, page: usize) -> Option<u64> {
         let mut version = 0_u64;
         let local = libc::iovec {
@@ -195,7 +198,8 @@ impl World {
             iov_base: self.address(page),
             iov_len: 8,
         };
-        // SAFETY: writes eight bytes of a local; the kernel checks the address that it reads.
+        // SAFETY: the call writes eight bytes to `version`, a local variable. The kernel checks the
+        // address that it reads.
         let got =
             unsafe { libc::process_vm_readv(std::process::id() as i32, &local, 1, &remote, 1, 0) };
         (got == 8 && version != 0).then_some(version)
@@ -215,11 +219,11 @@ impl World {
             }
             versions[page] += 1;
             // ORDER: Release: publishes that the change is over. The reader's load is Acquire, so
-            // it asks the source after the change.
+            // the reader settles the source after the change.
             self.over[page].store(versions[page], Ordering::Release);
             self.write(page, versions[page]);
             self.tally.changes.fetch_add(1, Ordering::Relaxed);
-            // Bursts of changes, and pauses in which caches fill and are used.
+            // Alternate bursts of changes with pauses, in which readers fill and use their caches.
             if random(4) != 0 {
                 let enough = self.tally.hits.load(Ordering::Relaxed) + random(400) as u64;
                 let end = Instant::now() + Duration::from_millis(100);
@@ -234,7 +238,7 @@ impl World {
         let (address, size) = (self.address(page), pages::size());
         match random(3) {
             0 => {
-                // SAFETY: a page of ours, to which no reference points.
+                // SAFETY: the page belongs to this program, and no reference points to it.
                 let result = unsafe { libc::madvise(address, size, libc::MADV_DONTNEED) };
                 assert_eq!(result, 0);
             }
@@ -242,7 +246,8 @@ impl World {
             _ => {
                 let other = pages::at(pages::map(1));
                 let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-                // SAFETY: moves the new page over a page of ours, to which no reference points.
+                // SAFETY: the call moves the new page over a page of this program, and no reference
+                // points to either.
                 let moved = unsafe { libc::mremap(other, size, size, flags, address) };
                 assert_eq!(moved, address);
             }
@@ -252,14 +257,14 @@ impl World {
     fn change_file(&self, page: usize, random: &mut impl FnMut(usize) -> usize) {
         match random(4) {
             0 => {
-                // SAFETY: a page of ours.
+                // SAFETY: the page belongs to this program, and no reference points to it.
                 let result =
                     unsafe { libc::madvise(self.address(page), pages::size(), libc::MADV_REMOVE) };
                 assert_eq!(result, 0);
             }
             1 => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                // SAFETY: integers.
+                // SAFETY: the call takes integers.
                 let result = unsafe {
                     libc::fallocate(
                         self.files[page].as_raw_fd(),
@@ -297,7 +302,7 @@ impl World {
             }
             for _ in 0..random(20) {
                 // ORDER: Acquire: the change of this version is over, and all accesses below come
-                // after it.
+                // after that change.
                 let over = self.over[page].load(Ordering::Acquire);
                 let settled = (mutant != Mutant::NoLook).then(|| kernel.settle().expect("no fork"));
                 let found = cache.entries.lock().expect("no panic")[page];
@@ -322,7 +327,7 @@ impl World {
     }
 
     fn fill(&self, kernel: &Kernel, armed: &Armed, cache: &Cache, mutant: Mutant, page: usize) {
-        // The mutant without the wait only reads the generation.
+        // The mutant `NoWait` uses this generation instead of the wait in `read_begin`.
         let generation = kernel.settle().expect("no fork");
         let seq =
             (mutant != Mutant::NoWait).then(|| armed.read_begin().expect("a virtual machine"));
@@ -340,7 +345,8 @@ impl World {
         }
     }
 
-    /// Reads as above, each page with a watch.
+    /// Reads as [`read`](Self::read) does, but with a watch for each page instead of the source's
+    /// generation.
     fn watch(&self, kernel: &Arc<Kernel>, mutant: Mutant, random: &mut impl FnMut(usize) -> usize) {
         let mut entries: [Option<(Watch, Option<u64>)>; PAGES] = [const { None }; PAGES];
         while !self.stop.load(Ordering::Relaxed) {
@@ -371,12 +377,13 @@ impl World {
 }
 
 fn fork_and_end() {
-    // SAFETY: the child ends at once.
+    // SAFETY: the child only calls `_exit`, which is allowed in the child of a program with
+    // threads.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        // SAFETY: as above.
+        // SAFETY: the call ends the child at once, which is always allowed.
         unsafe { libc::_exit(0) }
     }
-    // SAFETY: writes nothing.
+    // SAFETY: the status pointer may be null.
     unsafe { libc::waitpid(child, ptr::null_mut(), 0) };
 }

@@ -6,20 +6,20 @@ use std::ptr;
 const PROTECTION: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 
-/// The size of a page.
+/// Returns the size of a page.
 pub(super) fn size() -> usize {
-    // SAFETY: takes an integer.
+    // SAFETY: the call takes an integer.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// The address as a pointer.
+/// Returns an address as a pointer.
 pub(super) fn at(address: usize) -> *mut c_void {
     ptr::with_exposed_provenance_mut(address)
 }
 
 /// Maps new pages at an address that the kernel chooses.
 pub(super) fn map(pages: usize) -> usize {
-    // SAFETY: a new mapping, which replaces no other.
+    // SAFETY: the kernel chooses an address where nothing is mapped.
     let base = unsafe { libc::mmap(ptr::null_mut(), pages * size(), PROTECTION, PRIVATE, -1, 0) };
     assert_ne!(base, libc::MAP_FAILED);
     base.expose_provenance()

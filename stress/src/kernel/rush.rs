@@ -1,7 +1,7 @@
-//! Many threads at once: some settle, fill, arm and drain while others change armed memory. No
-//! thread may be delayed for long.
+//! Several threads settle, wait as a fill does, arm and drain, while two threads change armed
+//! memory. No thread may be delayed for long.
 //!
-//! A watchdog reads when each thread began its current operation.
+//! The main thread is the watchdog: it reads when each thread began its current operation.
 
 use super::pages;
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 /// The number of pages of each of the two changing threads.
 pub(super) const PAGES: usize = 8;
 
-/// The operations of the threads.
+/// The operation that each thread repeats.
 pub(crate) const DEEDS: [&str; 7] = [
     "settle",
     "settle",
@@ -34,7 +34,7 @@ pub(crate) struct Pace {
     since: AtomicU64,
 }
 
-/// A slow subscriber, like one that makes look-ups in its callback.
+/// A subscriber whose callback takes some time, as that of a cache does.
 struct Listens(AtomicU64);
 
 impl Notifier for Listens {
@@ -43,8 +43,8 @@ impl Notifier for Listens {
     }
 }
 
-/// Runs for the given time. Ends the process if an operation takes longer than `patience`, because
-/// its thread could not be joined.
+/// Runs for the given time. If an operation takes longer than `patience`, ends the process, because
+/// the operation's thread could not be joined.
 pub(crate) fn rush(kernel: &Arc<Kernel>, length: Duration, patience: Duration) -> [Pace; 7] {
     let paces: [Pace; 7] = std::array::from_fn(|_| Pace::default());
     let listens = Registration::new(&mmu_source::current(), Listens(AtomicU64::new(0)))
@@ -115,14 +115,14 @@ fn range(at: usize) -> VaRange {
     VaRange::covering(Va::new(at as u64), (PAGES * pages::size()) as u64).expect("a range")
 }
 
-/// Maps new pages over the existing ones, and touches each.
+/// Maps new pages over the existing pages, and then writes to each new page and discards it.
 pub(super) fn change(base: usize) {
     pages::map_over(base, PAGES);
     for page in 0..PAGES {
         let page = pages::at(base + page * pages::size());
         // SAFETY: the page was mapped above, and stays until this thread maps over it.
         unsafe { page.cast::<u64>().write_volatile(1) };
-        // SAFETY: as above.
+        // SAFETY: the page belongs to this thread, and no reference points to it.
         let discarded = unsafe { libc::madvise(page, pages::size(), libc::MADV_DONTNEED) };
         assert_eq!(discarded, 0);
     }

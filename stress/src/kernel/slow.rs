@@ -1,10 +1,11 @@
-//! Further BPF programs at the source's tracepoint, which widen the window that the hunts look for:
-//! between the tracepoint and the kernel's next step.
+//! Additional BPF programs at the source's tracepoint, which delay a change there. So they lengthen
+//! the time in which the hunts find races: between the tracepoint and the kernel's next step.
 //!
-//! They run after the source's program, because they are attached later.
+//! The programs run after the source's program, because they are attached later.
 //!
 //! # Safety
-//! `bpf(2)` gets attributes with their size; the data to which they point outlives the call.
+//! `bpf(2)` gets attributes with their size. The data to which the attributes point outlives the
+//! call.
 
 #![allow(unsafe_code, reason = "makes raw system calls; see its Safety section")]
 #![allow(dead_code, reason = "the hunts use one part, a bench the other")]
@@ -12,16 +13,18 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-/// Some 30 us on a processor of 3 GHz. The verifier checks each iteration of the loop.
+/// How often the delay loop runs, which takes some 30 us on a processor of 3 GHz. The verifier
+/// checks each iteration of the loop.
 const TURNS: i32 = 100_000;
-/// How much is copied, and how often, to delay one thread by some milliseconds.
+/// How many bytes each copy copies. The copies delay one thread by some milliseconds.
 const COPIED: u32 = 1 << 20;
+/// The number of copies.
 const COPIES: usize = 8;
 
-/// A program that runs at the tracepoint until this is dropped.
+/// A program that runs at the tracepoint until this value is dropped.
 pub(super) struct Slow(#[expect(dead_code, reason = "it is only kept open")] OwnedFd);
 
-/// `struct bpf_insn`: code, registers (destination in the lower half), offset, immediate.
+/// Returns a `struct bpf_insn`: code, registers (destination in the lower half), offset, immediate.
 fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u64 {
     u64::from(code)
         | u64::from(registers) << 8
@@ -30,7 +33,7 @@ fn instruction(code: u8, registers: u8, offset: i16, immediate: i32) -> u64 {
 }
 
 impl Slow {
-    /// A program that does nothing, to measure the cost of any program.
+    /// Attaches a program that does nothing, to measure the cost that every program has.
     pub(super) fn not_at_all() -> io::Result<Self> {
         attach(&[instruction(0xb7, 0, 0, 0), instruction(0x95, 0, 0, 0)])
     }
@@ -46,13 +49,13 @@ impl Slow {
         ])
     }
 
-    /// Delays each change of this thread and of no other. So the source's read of the count, which
-    /// makes a change as well, is not delayed.
+    /// Delays each change of this thread, and of no other thread. So the source is not delayed when
+    /// it reads its count, although that read makes a change as well.
     pub(super) fn this_thread() -> io::Result<Self> {
         const GET_CURRENT_PID_TGID: i32 = 14;
         const PROBE_READ_KERNEL: i32 = 113;
         let room = bpf(0, &[(0, 2), (4, 4), (8, COPIED), (12, 1)])?;
-        // SAFETY: no arguments.
+        // SAFETY: the call has no preconditions.
         let own = unsafe { libc::gettid() };
         let mut code = vec![
             instruction(0x85, 0, 0, GET_CURRENT_PID_TGID),
@@ -105,13 +108,15 @@ fn attach(code: &[u64]) -> io::Result<Slow> {
     bpf(17, &fields).map(Slow)
 }
 
-/// A command of `bpf(2)` that makes a descriptor, with fields of 32 bits at their byte offsets.
+/// Runs a command of `bpf(2)` that makes a descriptor. `fields` are the 32-bit words of the
+/// attributes, each with its byte offset.
 fn bpf(command: u32, fields: &[(usize, u32)]) -> io::Result<OwnedFd> {
     let mut attributes = [0_u32; 32];
     for (offset, value) in fields {
         attributes[offset / 4] = *value;
     }
-    // SAFETY: as the module says.
+    // SAFETY: the call gets the attributes with their size. The callers keep the data to which the
+    // attributes point until this function returns (see the module docs).
     let made = unsafe {
         libc::syscall(
             libc::SYS_bpf,
@@ -123,6 +128,6 @@ fn bpf(command: u32, fields: &[(usize, u32)]) -> io::Result<OwnedFd> {
     if made < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor is new.
+    // SAFETY: the descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(made as i32) })
 }

@@ -60,8 +60,7 @@ impl Actor {
             80..96 => self.fault(None),
             96..98 => {
                 let number = self.random.below(SPACES);
-                // Drop the user first: the thread must not wait for the end of an address space
-                // whose last user it holds.
+                // Drop the user first, so that `replace` can drop the last user.
                 drop(space);
                 self.world.replace(number);
             }
@@ -198,7 +197,8 @@ impl Actor {
         let Some((interval, frame)) = take(&mut self.intervals, &mut self.random) else {
             return;
         };
-        // The returned state may be stale, because brackets do not call it any more.
+        // The returned state is not checked against the frame: brackets do not call the interval
+        // any more, so the state may be stale.
         drop(frame);
         if self.random.one_in(2) {
             self.world.check(
@@ -240,8 +240,8 @@ impl Actor {
         drop(frame);
     }
 
-    /// Opens a bracket, changes the frame, and then makes calls that a callback or a source might
-    /// make.
+    /// Opens a bracket, changes the frame, and then calls functions that a source may call inside a
+    /// bracket.
     fn invalidate(&mut self, space: &Space, depth: usize) {
         add(&self.world.counts.brackets);
         let first = self.random.below(16) as u64;
@@ -286,8 +286,8 @@ impl Actor {
     fn inside(&mut self, space: &Space, depth: usize) {
         match self.random.below(8) {
             0 => drop(take(&mut self.subscriptions, &mut self.random)),
-            // Only of this address space: a get on another one could wait for a bracket that waits
-            // for this one.
+            // Drop only an interval of this address space. The drop of an interval of another
+            // address space could wait for a bracket whose thread waits for this bracket.
             1 => {
                 if let Some(at) = self
                     .intervals
@@ -320,7 +320,8 @@ impl Actor {
 
     fn unregister_inside(&mut self, registration: Registration<Probe>, mm: &Mm) {
         if registration.mm() != mm {
-            // Unregistering would wait for brackets that wait for this one.
+            // To unregister would wait for brackets of another address space, and their threads may
+            // wait for this bracket.
             return self.registrations.push(registration);
         }
         match registration.unregister() {
@@ -331,8 +332,9 @@ impl Actor {
         }
     }
 
-    /// Installs the frame in a shadow, unless it has changed, and checks the shadow's entry. Inside
-    /// a bracket of `here` it skips intervals of other address spaces, because reading them waits.
+    /// Installs the frame in a shadow, unless the frame has changed, and checks the shadow's entry.
+    /// Inside a bracket of `here`, this function skips intervals of other address spaces, because
+    /// `read_begin` on them may wait.
     fn fault(&mut self, here: Option<&Mm>) {
         if let Some((shadow, frame)) = pick(&self.shadows, &mut self.random) {
             let snapshot = shadow.snapshot(page());
@@ -365,8 +367,8 @@ impl Actor {
         }
     }
 
-    /// Checks an entry under the shadow's lock. The frame changes only while no shadow has an entry
-    /// of it, so the two must agree.
+    /// Checks a shadow's entry, under the shadow's lock. The frame changes only while no shadow has
+    /// an entry. So an entry must equal the frame.
     fn look(&self, shadow: &Shadow, frame: &AtomicU64) {
         let good = shadow
             .entry

@@ -17,10 +17,10 @@ pub(crate) type Probes = Subsystem<
     Box<dyn Fn(&MmWithUser) -> Result<Probe, Infallible> + Send + Sync>,
 >;
 
-/// The world, for the callbacks of its subsystems.
+/// The world, for the closures that make the notifiers of its subsystems.
 pub(crate) static WORLD: std::sync::OnceLock<&'static World> = std::sync::OnceLock::new();
 
-/// So small that some gets are refused.
+/// The maximum number of users of a notifier. It is so small that some gets are refused.
 const USERS_MAX: u32 = 3;
 
 pub(crate) fn subsystem() -> Probes {
@@ -57,8 +57,8 @@ impl Probe {
         );
     }
 
-    /// Makes other calls of a callback: puts a subscription of another thread, and makes calls that
-    /// must be refused.
+    /// Calls functions from a callback: puts a subscription of another thread, or calls
+    /// `synchronize`, which must be refused.
     fn misbehave(&self, range: &InvalidateRange<'_>) {
         match (self.starts.load(Ordering::Relaxed) + range.range().start().get() / 4096) % 16 {
             0 => {

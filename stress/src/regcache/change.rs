@@ -31,7 +31,8 @@ pub(super) fn run(
         let change = || match kind {
             0 => map(buffer, ACCESS, FRESH),
             1 => {
-                // Make a hole for a moment; the reservation keeps other mappings out.
+                // Remove the memory for a moment. The mapping without access keeps the addresses
+                // reserved, so that no other mapping gets them.
                 map(buffer, libc::PROT_NONE, FRESH | libc::MAP_NORESERVE);
                 map(buffer, ACCESS, FRESH);
             }
@@ -49,8 +50,8 @@ pub(super) fn run(
                 mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
             }
             (Source::Rehearsal, Some(kernel)) if !silent => {
-                // A rehearsal cannot wait for changes under way. So report the change again, for
-                // regions that were registered between the first report and the change.
+                // In a rehearsal, a fill cannot wait for changes under way. So report the change
+                // again, for regions that were registered between the first report and the change.
                 tell(kernel, buffer);
                 change();
                 tell(kernel, buffer);
@@ -66,7 +67,7 @@ pub(super) fn run(
     }
 }
 
-/// Reports a change, as the kernel does before it changes its page tables.
+/// Injects the event that the kernel would report before it changes its page tables.
 fn tell(kernel: &Kernel, buffer: &Buffer) {
     let start = buffer.range().start().get();
     kernel
@@ -75,7 +76,8 @@ fn tell(kernel: &Kernel, buffer: &Buffer) {
 }
 
 fn map(buffer: &Buffer, access: i32, kind: i32) {
-    // SAFETY: The range belongs to the pool, and only the holder of `changing` relies on its bytes.
+    // SAFETY: The range belongs to the pool. No reference to its bytes exists except under
+    // `changing`, which the caller holds.
     let place = unsafe { libc::mmap(buffer.start.cast(), buffer.len, access, kind, -1, 0) };
     assert_eq!(
         place.cast(),
@@ -86,30 +88,31 @@ fn map(buffer: &Buffer, access: i32, kind: i32) {
 }
 
 fn advise(buffer: &Buffer, advice: i32) {
-    // SAFETY: As in `map`.
+    // SAFETY: The range belongs to the pool, and the caller holds `changing`, as in `map`.
     let result = unsafe { libc::madvise(buffer.start.cast(), buffer.len, advice) };
     assert_eq!(result, 0, "madvise: {}", std::io::Error::last_os_error());
 }
 
 fn protect(buffer: &Buffer) {
     for access in [libc::PROT_READ, ACCESS] {
-        // SAFETY: As in `map`.
+        // SAFETY: The range belongs to the pool, and the caller holds `changing`, as in `map`.
         let result = unsafe { libc::mprotect(buffer.start.cast(), buffer.len, access) };
         assert_eq!(result, 0, "mprotect: {}", std::io::Error::last_os_error());
     }
 }
 
-/// Moves the pages to another address. The same call leaves new pages in their place, so that no
-/// other mapping gets the addresses.
+/// Moves the pages to another address. The same system call leaves the mapping in place, with new
+/// pages, so that no other mapping gets the addresses.
 fn shift(buffer: &Buffer) {
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-    // Linux 6.18 splits the mapping, but refuses to move a part of a mapping: the second call moves
-    // the whole new mapping.
+    // Linux 6.18 refuses to move a part of a mapping this way, but splits the mapping before it
+    // fails. So the second call finds a whole mapping, and moves it.
     for _ in 0..2 {
-        // SAFETY: As in `map`; the kernel chooses the new place.
+        // SAFETY: The range belongs to the pool, and the caller holds `changing`, as in `map`. The
+        // kernel chooses a new address where nothing is mapped.
         let moved = unsafe { libc::mremap(buffer.start.cast(), buffer.len, buffer.len, flags) };
         if moved != libc::MAP_FAILED {
-            // SAFETY: The call above has moved the pages there.
+            // SAFETY: The call above has made the mapping at `moved`, which no other code uses.
             unsafe { libc::munmap(moved, buffer.len) };
             return;
         }
@@ -117,12 +120,12 @@ fn shift(buffer: &Buffer) {
     map(buffer, ACCESS, FRESH);
 }
 
-/// Maps the file, truncates it and extends it again while it is mapped.
+/// Maps the pool's file, and truncates and extends the file while it is mapped.
 fn truncated(buffer: &Buffer, pool: &Pool) {
     let _file = FILE.lock().expect("no panic");
     truncate(&pool.file, buffer.len);
     let kind = libc::MAP_SHARED | libc::MAP_FIXED;
-    // SAFETY: As in `map`.
+    // SAFETY: The range belongs to the pool, and the caller holds `changing`, as in `map`.
     let place = unsafe {
         libc::mmap(
             buffer.start.cast(),
@@ -143,19 +146,20 @@ fn truncated(buffer: &Buffer, pool: &Pool) {
     truncate(&pool.file, 0);
     truncate(&pool.file, buffer.len);
     buffer.fill(3);
-    // Other threads map the file next.
+    // Map other memory over the file, because the next thread that maps the file truncates it.
     map(buffer, ACCESS, FRESH);
 }
 
-/// Forks a child, which write-protects the parent's pages.
+/// Forks a child. The fork write-protects the parent's pages, which become copy on write.
 fn fork(counts: &Counts) {
-    // SAFETY: The child ends at once.
+    // SAFETY: The child only calls `_exit`, which is allowed in the child of a program with
+    // threads.
     match unsafe { libc::fork() } {
         // SAFETY: Ends the child without running the parent's exit handlers.
         0 => unsafe { libc::_exit(0) },
         -1 => {}
         child => {
-            // SAFETY: Waits for our child and writes nothing.
+            // SAFETY: The status pointer may be null.
             unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) };
             add(&counts.children);
         }

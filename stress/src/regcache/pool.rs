@@ -1,4 +1,4 @@
-//! The buffers, which are adjacent, and their contents.
+//! The buffers and their contents. The buffers are adjacent in memory.
 
 use crate::random::Random;
 use mmu_notifier::{Va, VaRange};
@@ -9,26 +9,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 const BUFFERS: usize = 16;
 
-/// The size of a page.
+/// Returns the size of a page.
 fn page_size() -> usize {
-    // SAFETY: takes an integer.
+    // SAFETY: The call takes an integer.
     unsafe { libc::sysconf(libc::_SC_PAGESIZE) as usize }
 }
 
-/// One buffer. Its addresses stay reserved for it during every change.
+/// One buffer. During every change its addresses stay reserved, so that no other mapping gets them.
 pub(super) struct Buffer {
     pub(super) start: *mut u8,
     pub(super) len: usize,
-    /// Even if the buffer holds the pattern, odd while it changes.
+    /// Even while the buffer holds the pattern of this version, odd while the buffer changes.
     version: AtomicU64,
     /// Held by the thread that changes the buffer.
     pub(super) changing: Mutex<()>,
 }
 
-// SAFETY: System calls use the pointer as an address; the bytes behind it are written only under
-// `changing`.
+// SAFETY: Threads access the bytes behind the pointer only under `changing`. Otherwise only system
+// calls and the device use the pointer, as an address.
 unsafe impl Send for Buffer {}
-// SAFETY: As above.
+// SAFETY: As for `Send`.
 unsafe impl Sync for Buffer {}
 
 pub(super) struct Pool {
@@ -37,7 +37,8 @@ pub(super) struct Pool {
     pub(super) file: OwnedFd,
 }
 
-/// The word at an address in a version of a buffer.
+/// Returns a word of a buffer's pattern. `buffer` is the buffer's address, and `word` the word's
+/// index in it.
 fn pattern(version: u64, buffer: usize, word: usize) -> u64 {
     (version << 40 ^ (buffer as u64) << 20 ^ word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
@@ -56,14 +57,14 @@ impl Buffer {
         self.version.load(Ordering::SeqCst)
     }
 
-    /// Writes the contents of a version, from the offset `from` on, to `bytes`.
+    /// Writes the pattern of a version, from the offset `from` on, to `bytes`.
     pub(super) fn contents(&self, version: u64, from: usize, bytes: &mut [u8]) {
         for (at, word) in bytes.chunks_exact_mut(8).enumerate() {
             word.copy_from_slice(&pattern(version, self.start.addr(), from / 8 + at).to_ne_bytes());
         }
     }
 
-    /// Begins a change. The caller holds `changing`.
+    /// Begins a change, and returns the version that the buffer gets. The caller holds `changing`.
     pub(super) fn begin(&self) -> u64 {
         self.version.fetch_add(1, Ordering::SeqCst) + 2
     }
@@ -77,8 +78,8 @@ impl Buffer {
     pub(super) fn fill(&self, version: u64) {
         for word in 0..self.len / 8 {
             let place = self.start.cast::<u64>().wrapping_add(word);
-            // SAFETY: The word lies in the mapping, which is writable; only the kernel reads it at
-            // the same time.
+            // SAFETY: The word is in the mapping, which is writable. The caller holds `changing`,
+            // so only the kernel may access the word at the same time.
             unsafe { place.write_volatile(pattern(version, self.start.addr(), word)) };
         }
     }
@@ -94,7 +95,7 @@ impl Pool {
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         );
-        // SAFETY: The kernel chooses an unused address.
+        // SAFETY: The kernel chooses an address where nothing is mapped.
         let start = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
@@ -131,7 +132,7 @@ impl Pool {
         &self.buffers[random.below(BUFFERS)]
     }
 
-    /// A range in one buffer, or across two neighbours.
+    /// Returns a random range inside one buffer.
     pub(super) fn some_range(&self, random: &mut Random) -> VaRange {
         let buffer = self.some(random);
         let from = random.below(buffer.len);
@@ -139,20 +140,20 @@ impl Pool {
     }
 }
 
-/// A file in memory.
+/// Makes a file in memory.
 pub(super) fn memory_file() -> io::Result<OwnedFd> {
     // SAFETY: The name is a C string.
     let fd = unsafe { libc::memfd_create(c"stress".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: The descriptor is new and ours.
+    // SAFETY: The descriptor is new and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Makes the file this long.
+/// Sets the length of the file.
 pub(super) fn truncate(file: &OwnedFd, len: usize) {
-    // SAFETY: Takes integers.
+    // SAFETY: The call takes integers.
     let result = unsafe { libc::ftruncate(file.as_raw_fd(), len as libc::off_t) };
     assert_eq!(result, 0, "a file in memory can have any length");
 }

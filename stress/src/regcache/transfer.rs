@@ -26,7 +26,7 @@ impl Worker {
         kernel: Option<Arc<Kernel>>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let ring = IoUring::new(4)?;
-        // Few slots, so that regions are evicted, too.
+        // The table has few slots, so that regions are evicted, too.
         let mut options = Options::new().merge(merge).max_regions(24);
         if let Some(kernel) = kernel {
             options = options.kernel(kernel);
@@ -57,10 +57,11 @@ impl Worker {
         }
     }
 
-    /// Does one request and returns its result.
+    /// Makes one request, waits for it, and returns its result.
     fn transfer(&mut self, entry: &squeue::Entry) -> i32 {
-        // SAFETY: The caller keeps the lease until this returns. Unmapped memory is pinned, or
-        // makes the request fail.
+        // SAFETY: The memory must be valid until the request has completed. The caller keeps the
+        // lease until this function returns. If another thread unmaps the memory meanwhile, its
+        // pages stay pinned.
         unsafe { self.ring.submission().push(entry) }.expect("one request at a time");
         loop {
             match self.ring.submit_and_wait(1) {
@@ -139,7 +140,8 @@ impl Worker {
                 );
                 add(&counts.errors);
             }
-            // SAFETY: The buffer is mapped, and no other thread changes it: the lock is held.
+            // SAFETY: The buffer is mapped, and no other thread changes it, because this thread
+            // holds `changing`.
             let found = unsafe { std::slice::from_raw_parts(buffer.start, buffer.len) };
             if found != expected {
                 println!(

@@ -24,17 +24,18 @@ pub(crate) struct Object {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Found(NonNull<Object>);
 
-// SAFETY: `Object` is `Sync`. Whether a thread may still use the pointer is what this program
-// tests.
+// SAFETY: `Object` is `Sync`. A thread uses the pointer only in a section that protects the object,
+// or after the object was unlinked. This program tests that the crate makes this safe.
 unsafe impl Send for Found {}
 
 #[derive(Debug)]
 pub(crate) struct World {
-    /// Movable sections are not opened in the first domain, because in the child of a fork they
-    /// would stay open.
+    /// The domains. In the first domain, no section is handed to another thread: children of a fork
+    /// use that domain, and there such a section would stay open.
     pub(crate) domains: [Srcu; DOMAINS],
     cells: [[AtomicPtr<Object>; CELLS]; DOMAINS],
-    /// A ring without a lock, because a fork could leave a lock locked.
+    /// The objects that were freed last, poisoned. The ring has no lock, because after a fork a
+    /// lock could stay locked in the child.
     kept: Box<[AtomicPtr<Object>]>,
     next_kept: AtomicUsize,
     pub(crate) counts: Counts,
@@ -64,8 +65,9 @@ impl World {
 
     /// Counts an error if the object was freed.
     pub(crate) fn check(&self, found: Found) {
-        // SAFETY: The object must be allocated: the caller is in the section in which it found the
-        // object. If the crate is broken, the object is freed but stays allocated for long.
+        // SAFETY: The object must be allocated. The caller is in the section in which it found the
+        // object. If the crate is broken, the object may be freed already, but its memory stays
+        // allocated until many more objects are freed.
         let state = unsafe { found.0.as_ref() }.state.load(Ordering::Relaxed);
         if state != ALIVE {
             add(&self.counts.errors);
@@ -85,8 +87,8 @@ impl World {
 
     /// Frees an object whose grace period is over.
     pub(crate) fn free(&self, found: Found) {
-        // SAFETY: Needs a box that no other code frees: objects come from `replace`, and the thread
-        // that unlinked an object frees it once.
+        // SAFETY: The call needs a leaked box that no other code frees. `replace` has leaked every
+        // object, and only the thread that has unlinked an object frees it, once.
         let object = unsafe { Box::from_raw(found.0.as_ptr()) };
         let before = object.state.swap(FREED, Ordering::Relaxed);
         if before != ALIVE {
@@ -96,13 +98,13 @@ impl World {
         let place = &self.kept[self.next_kept.fetch_add(1, Ordering::Relaxed) % KEPT];
         let oldest = place.swap(Box::into_raw(object), Ordering::AcqRel);
         if !oldest.is_null() {
-            // SAFETY: Needs a box that no other code has: from `into_raw` above, and the swap gave
-            // it to us alone.
+            // SAFETY: The call needs a leaked box that no other code has. `into_raw` has leaked the
+            // box, and the swap has removed it from the ring, so only this thread has it.
             drop(unsafe { Box::from_raw(oldest) });
         }
     }
 
-    /// Frees the remaining objects, when all other threads have ended.
+    /// Frees the remaining objects. All other threads have ended.
     pub(crate) fn finish(&'static self) {
         for srcu in &self.domains {
             srcu.drain_until_idle().expect("outside of sections");
@@ -127,7 +129,8 @@ impl Found {
     /// it.
     pub(crate) unsafe fn free(head: NonNull<Head>) {
         let found = Found(head.cast());
-        // SAFETY: The object must be alive: the caller's duty.
+        // SAFETY: A reference needs an allocated object. The caller promises that no other code
+        // frees the object.
         let world = unsafe { found.0.as_ref() }.world;
         world.free(found);
     }

@@ -1,4 +1,5 @@
-//! Readers: they nest, sleep, end sections in any order, hand sections over, and end.
+//! Reader threads. They nest sections, sleep in them, end them in any order, and hand them to other
+//! threads.
 
 use super::add;
 use super::object::{DOMAINS, Found, World};
@@ -10,12 +11,12 @@ use std::time::Duration;
 
 type Moved = (SendGuard<'static>, Option<Found>);
 
-/// Sections on their way to the thread that ends them. Not a channel, because the standard
-/// library's channel has fences, which ThreadSanitizer does not model.
+/// The sections that wait for another thread to end them. This is not a channel, because the
+/// standard library's channel has fences, which ThreadSanitizer does not model.
 pub(crate) static MAILBOX: [AtomicPtr<Moved>; 16] =
     [const { AtomicPtr::new(std::ptr::null_mut()) }; 16];
 
-/// Threads that follow one another, so that numbers and slots are recycled.
+/// Runs reader threads one after the other, so that thread numbers and slots are reused.
 pub(crate) fn generations(world: &'static World, stop: &AtomicBool, seed: u64, stream: u64) {
     let mut generation = 0;
     while !stop.load(Ordering::Relaxed) {
@@ -53,7 +54,8 @@ fn section(world: &'static World, domain: usize, random: &mut Random) {
         held.push((guard, found));
         pass_time(world, random);
     }
-    // An object is safe until the section in which it was found ends; the other sections stay open.
+    // End the sections in random order. An object is safe until the end of the section in which it
+    // was found.
     while !held.is_empty() {
         let (guard, found) = held.swap_remove(random.below(held.len()));
         if let Some(found) = found {
@@ -81,7 +83,7 @@ fn move_section(world: &'static World, domain: usize, random: &mut Random) {
     let found = world.find(domain, random.below(64));
     pass_time(world, random);
     let new = Box::into_raw(Box::new((section, found)));
-    // The section that was in the mailbox ends here, so on another thread than its own.
+    // The section that was in the mailbox ends here, so perhaps not on the thread that began it.
     end_section(
         world,
         MAILBOX[random.below(MAILBOX.len())].swap(new, Ordering::AcqRel),
@@ -92,8 +94,8 @@ fn end_section(world: &World, moved: *mut Moved) {
     if moved.is_null() {
         return;
     }
-    // SAFETY: Needs a box that no other code has: from `move_section`, and a swap gave it to the
-    // caller alone.
+    // SAFETY: The call needs a leaked box that no other code has. `move_section` has leaked the
+    // box, and the caller's swap has removed it from the mailbox, so only this thread has it.
     let (section, found) = *unsafe { Box::from_raw(moved) };
     if let Some(found) = found {
         world.check(found);

@@ -1,5 +1,5 @@
-//! Updaters: every way to wait for a grace period, callbacks that misbehave, short-lived domains,
-//! forks.
+//! Updater threads, which use every way to wait for a grace period, and callbacks that misbehave.
+//! Other threads make short-lived domains and fork.
 
 use super::add;
 use super::object::{DOMAINS, Found, World};
@@ -47,8 +47,8 @@ pub(crate) fn update(
             50..52 => odd_callback(world, domain, old, &mut random),
             _ => {
                 let section = random.one_in(4).then(|| srcu.read_lock());
-                // SAFETY: The object is unlinked, its head unused, and `Found::free` frees it once,
-                // on any thread.
+                // SAFETY: The object is unlinked, and its head is not in use. `Found::free` may run
+                // on any thread, and frees the object once.
                 unsafe { srcu.call_raw(old.head(), Found::free) };
                 drop(section);
                 add(&world.counts.called);
@@ -77,8 +77,9 @@ fn free_polled(world: &World, polled: &mut Vec<(Cookie, usize, Found)>) {
     });
 }
 
-/// A callback that queues another callback, waits for another domain, makes a call that would
-/// deadlock, or panics.
+/// Queues a callback that frees `old`. Then the callback queues another callback, waits for another
+/// domain, calls functions that must be refused because they would deadlock, panics, or opens a
+/// section.
 fn odd_callback(world: &'static World, domain: usize, old: Found, random: &mut Random) {
     let kind = random.below(4);
     world.domains[domain].call(move || {
@@ -141,18 +142,19 @@ pub(crate) fn make_and_drop_domains(world: &'static World, stop: &AtomicBool, mu
     }
 }
 
-/// Forks children that use a domain, whose readers and callbacks they have inherited in an
+/// Forks children that use a domain. They have inherited the domain's readers and callbacks in an
 /// arbitrary state.
 pub(crate) fn fork_children(world: &'static World, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
-        // SAFETY: The child does only what it may after a fork of a program with threads: it uses
-        // `malloc`, which glibc makes usable there, and srcu, which is what is tested.
+        // SAFETY: After a fork of a program with threads, the child may only do what is safe there.
+        // It uses `malloc`, which glibc makes usable in the child, and `srcu`, which promises to
+        // work there.
         match unsafe { libc::fork() } {
             0 => child(&world.domains[0]),
             -1 => add(&world.counts.errors),
             pid => {
                 let mut status = 0;
-                // SAFETY: Needs a place for the status.
+                // SAFETY: The call writes to an integer, which is a local variable.
                 unsafe { libc::waitpid(pid, &mut status, 0) };
                 if status != 0 {
                     eprintln!("stress srcu: a child ended with status {status:#x}");
@@ -166,8 +168,8 @@ pub(crate) fn fork_children(world: &'static World, stop: &AtomicBool) {
 }
 
 fn child(srcu: &Srcu) -> ! {
-    // A hang becomes a death by SIGALRM.
-    // SAFETY: No preconditions.
+    // If the child hangs, SIGALRM kills it.
+    // SAFETY: The call has no preconditions.
     unsafe { libc::alarm(120) };
     let ran = Arc::new(AtomicUsize::new(0));
     let mut good = srcu.synchronize().is_ok();
