@@ -1,7 +1,7 @@
 //! Names of errors and signals, for messages.
 
-/// The errors with which memory calls, `fork` and `execve` fail, and the error codes by which the
-/// kernel restarts a call.
+/// The usual errors of memory calls and `fork`, and the error codes by which the kernel restarts a
+/// call. `None` for other numbers.
 pub(crate) fn errno(number: i64) -> Option<&'static str> {
     const NAMES: &[(i64, &str)] = &[
         (1, "EPERM"),

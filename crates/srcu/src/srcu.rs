@@ -27,9 +27,9 @@ use std::fmt;
 ///
 /// # Forks
 /// The child of a `fork` can use the domains that it inherits. The calling thread's sections stay
-/// open in the child. The sections of other threads are over, except [`SendGuard`]s: each of them
-/// counts as open in the child, on any thread. Queued callbacks run in the child too, once the
-/// child calls [`prepare`](Self::prepare), [`call`](Self::call),
+/// open in the child. The sections of other threads are over, except those of [`SendGuard`]s: each
+/// stays open in the child, whichever thread of the parent held the guard. Queued callbacks run in
+/// the child too, once the child calls [`prepare`](Self::prepare), [`call`](Self::call),
 /// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or
 /// [`drain_until_idle`](Self::drain_until_idle). The callback that was running at the fork does not
 /// run again. A child made by `_Fork` or by a raw `clone` system call gets none of this handling,

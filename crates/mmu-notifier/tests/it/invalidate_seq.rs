@@ -31,7 +31,8 @@ fn shadow(mm: &MmWithUser) -> Shadow {
     Registration::new(mm, InvalidateSeq::new([pages(1, 99)], Table::default())).unwrap()
 }
 
-/// A fault on a page, with a look-up in between that takes no time.
+/// A fault on a page: takes a snapshot and at once installs `frame`, as if the look-up of the frame
+/// took no time.
 fn fault(shadow: &InvalidateSeq<Table>, number: u64, frame: usize) -> Result<(), InstallError> {
     let snapshot = shadow.snapshot(page(number));
     shadow
@@ -333,7 +334,9 @@ fn b_44_a_change_of_the_watched_ranges_after_exit_does_not_wait_for_an_end_that_
     assert!(watch(&shadow).join());
 }
 
-/// The start of this bracket saw other watched ranges.
+/// The table does not watch page 200 at the start of the bracket, so the start is not counted. It
+/// watches page 200 at the end, after a release. The end must not subtract a start that was not
+/// counted.
 #[test]
 fn b_44_an_end_after_release_takes_nothing_back() {
     let mm = MmWithUser::new();

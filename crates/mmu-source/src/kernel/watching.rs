@@ -1,4 +1,5 @@
-//! Watches that the kernel marks.
+//! Watches of the `kernel` source. The BPF program counts a change; the thread that takes in the
+//! record of the change marks the watch.
 
 use super::ring::glimpse;
 use super::sys::Glance;
@@ -60,8 +61,8 @@ impl Watching {
 
     #[inline]
     pub(crate) fn is_valid(&self) -> bool {
-        // ORDER(source-generation): Acquire: the caller's reads through its entry come before the
-        // load of the generation.
+        // ORDER(source-generation): Acquire: the caller's reads through its translation come
+        // before the load of the generation.
         fence(Ordering::Acquire);
         if !self.glance.is_current() {
             rarely();
@@ -72,8 +73,9 @@ impl Watching {
         !self.word.is_touched()
     }
 
-    /// Tells whether all events that have not been taken in are elsewhere. If reading the ring
-    /// cannot decide that, takes these events in.
+    /// Returns true if every event that has not been taken in is outside of the range. If reading
+    /// the ring cannot decide that, takes these events in, which marks the word if one of them is
+    /// inside, and tells whether that succeeded.
     #[inline(never)]
     fn nothing_else_touched(&self) -> bool {
         let seen = glimpse(&self.glance, self.armed.range(), self.base);

@@ -1,7 +1,8 @@
 //! The seccomp filter of a spawned process, assembled by hand.
 //!
-//! The filter returns `SECCOMP_RET_TRACE` for a memory call whose arguments allow it to change a
-//! translation, and `SECCOMP_RET_ALLOW` for every other call. The filter works in these steps:
+//! The filter returns `SECCOMP_RET_TRACE` for a memory call unless its register arguments show that
+//! it changes no translation, and `SECCOMP_RET_ALLOW` for every other call of a known architecture.
+//! The filter works in these steps:
 //!
 //! 1. Load the architecture. Continue at 2 for the native one, at 4 for the 32-bit one. Trace a
 //!    call of any other architecture: the tracer cannot decode it, but reports it.
@@ -88,8 +89,8 @@ fn when(call: Call, traced: Traced) -> When {
             arg: 0,
             values: [IPC_SHMAT as u32, IPC_SHMDT as u32],
         },
-        // Either these calls have their flags in memory, or they may change a translation whatever
-        // their arguments are.
+        // The filter does not test the arguments of these calls: their flags are in memory, or a
+        // call without effect is rare. `decode` finds such a call.
         Call::OldMmap
         | Call::Clone3
         | Call::ProcessMadvise

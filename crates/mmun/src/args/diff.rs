@@ -11,7 +11,7 @@ Examples:
   mmun trace --json -k -o a.jsonl ./app                 records a run
   mmun trace --json -k -o b.jsonl ./app.new             and another one
   mmun diff a.jsonl b.jsonl                             the places whose time changed most
-  mmun diff --sort resident --top 3 a.jsonl b.jsonl     the three that give more or less memory back";
+  mmun diff --sort resident --top 3 a.jsonl b.jsonl     the three whose returned memory changed most";
 
 /// Says what changed between two recorded traces, by place in the code.
 ///

@@ -53,8 +53,9 @@ fn of_chrome(recording: &Recording) -> Vec<Shown> {
 
 fn of_perfetto(recording: &Recording) -> Vec<Shown> {
     let mut events = perfetto::read_back(&perfetto::make(recording));
-    // Chrome's format has no tracks for address spaces, so Perfetto's are left out here. Both
-    // formats show the lives of address spaces as instant events as well.
+    // Perfetto also has a track for the life of each address space, and Chrome's format has none.
+    // So the events of these tracks are left out here; counters of returned memory (4) stay. Both
+    // formats also show each step of that life as an instant event of a task.
     events.retain(|event| event.tid.is_some() || event.kind == 4);
     let mut all: Vec<Shown> = Vec::new();
     let mut open: BTreeMap<u64, Vec<usize>> = BTreeMap::new();

@@ -396,8 +396,8 @@ impl World {
         let begun = self.workers[thread].begin(move |_| (shadow.watch([range], |_| ()), shadow));
         self.end_all(&blockers, &[]);
         let (got, shadow) = wait(&begun);
-        // Change the ranges in the model only now: the ends above must find the ranges of their
-        // starts.
+        // Change the watched ranges in the model only now: when the brackets above end, the model
+        // must still have the ranges that were watched when they started.
         let expected = self.model.watch(thread, number, pages);
         self.registrations
             .push((number, Registered::Shadow(shadow)));

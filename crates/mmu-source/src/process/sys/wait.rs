@@ -12,7 +12,7 @@ pub(in super::super) enum Wait {
     Stopped(Pid, Stop),
     /// A tracee has ended.
     Ended(Pid, ExitStatus),
-    /// A signal handler ran.
+    /// No event: a signal handler ran, or no event was pending and the function does not block.
     Interrupted,
     /// This thread has no child and no tracee.
     NoTracee,
@@ -80,10 +80,10 @@ pub(in super::super) fn wait_for(pid: Pid) -> io::Result<Wait> {
 /// Waits for an event of a tracee that the tracer's table lacks.
 ///
 /// If a task makes a child and is killed before its event can name the child, no event names that
-/// child. So such a tracee may exist. This function does not wait for children of this thread that
-/// are not tracees: if the thread has only such children, it returns [`Wait::NoTracee`]. If `/proc`
-/// does not say which children are tracees, it waits for all of them; then this thread must have no
-/// children that are not tracees.
+/// child. So such a tracee may exist. If this thread has only children that are not tracees, and
+/// none of them has ended, this function does not block and returns [`Wait::NoTracee`]. Like
+/// [`wait`], it takes the event of any child. If `/proc` does not say which children are tracees,
+/// it waits for all of them; then this thread must have no children that are not tracees.
 pub(in super::super) fn wait_for_unknown() -> io::Result<Wait> {
     match wait_with(-1, libc::WNOHANG)? {
         // No event and no tracee: this source must not wait for the existing children.
