@@ -1,5 +1,5 @@
 //! Builds the C side of the comparisons with liburcu, UCX and libmmun, if their headers and a C
-//! compiler are here.
+//! compiler are installed.
 
 fn main() {
     println!("cargo::rerun-if-changed=c");
@@ -27,8 +27,8 @@ fn urcu() {
     println!("cargo::rustc-check-cfg=cfg(has_urcu)");
     let built = cc::Build::new()
         .files(["c/memb.c", "c/bp.c"])
-        // Inlines readers, as the Rust readers are. The LGPL allows that, because this code is not
-        // shipped.
+        // This macro inlines liburcu's readers, as the Rust readers are inlined. The LGPL allows
+        // that, because this code is not shipped.
         .define("_LGPL_SOURCE", None)
         .opt_level(3)
         .cargo_warnings(false)

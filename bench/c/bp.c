@@ -1,4 +1,4 @@
-/* liburcu's "bulletproof" flavour: no registration. */
+/* liburcu's "bulletproof" flavour, in which threads need not register. */
 #include <urcu/urcu-bp.h>
 #include <time.h>
 

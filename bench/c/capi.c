@@ -67,7 +67,7 @@ static struct mmun_regcache *cache;
 static struct mmun *mmun;
 static struct mmun_subscription *subscription;
 
-/* Nanoseconds that dlopen took, or a negative number. */
+/* Loads the library. Returns the nanoseconds of dlopen(), or a negative number on failure. */
 double capi_load(const char *path)
 {
 	struct timespec before, after;
@@ -123,7 +123,7 @@ void capi_bracket(uint32_t calls)
 	bracket(mm, calls);
 }
 
-/* On the process's own address space, with the subscribers of the watch and of the cache. */
+/* Brackets on the own address space, with the subscribers of the watch and of the cache. */
 void capi_current(uint32_t calls)
 {
 	bracket(p_mmun_current_mm(), calls);

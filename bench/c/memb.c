@@ -60,7 +60,8 @@ struct late {
 
 static void called(struct rcu_head *head) { ((struct late *)head)->at = now_ns(); }
 
-/* The time from the end of the last section to the callback, which was queued well before. */
+/* Returns the time from the end of the last section to the callback, which was queued a millisecond
+ * before. */
 double peer_memb_latency(void)
 {
 	struct late late = { .at = 0 };

@@ -1,6 +1,6 @@
 //! Shared by the benches of `srcu`: interleaved rounds, medians, the table, and liburcu.
 
-/// One line of a table: a name and what was measured, in ns, one value a round.
+/// One line of a table: a name, and the time of each round in ns.
 pub(crate) struct Row {
     pub(crate) name: &'static str,
     pub(crate) rounds: Vec<f64>,
@@ -18,7 +18,8 @@ impl Row {
         median(self.rounds.clone())
     }
 
-    /// The median of the rounds' ratios: other programs disturb both sides of a round equally.
+    /// Returns the median of the rounds' ratios, because other programs disturb both sides of a
+    /// round equally.
     pub(crate) fn ratio(&self, to: &Row) -> f64 {
         median(
             self.rounds
@@ -29,7 +30,7 @@ impl Row {
         )
     }
 
-    /// Half the distance between the quartiles, in percent of the median.
+    /// Returns half the distance between the quartiles, in percent of the median.
     pub(crate) fn spread(&self) -> f64 {
         let mut sorted = self.rounds.clone();
         sorted.sort_by(f64::total_cmp);
@@ -48,7 +49,7 @@ pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// The row of that name.
+/// Returns the first row whose name begins with `name`.
 pub(crate) fn row<'a>(rows: &'a [Row], name: &str) -> &'a Row {
     rows.iter()
         .find(|row| row.name.starts_with(name))
@@ -63,7 +64,7 @@ pub(crate) fn verdict(what: &str, ratio: f64, bar: f64) {
     );
 }
 
-/// The first argument as a number of rounds.
+/// Returns the number of rounds: the first argument of the program, or `default`.
 pub(crate) fn rounds(default: usize) -> usize {
     std::env::args()
         .nth(1)
@@ -93,37 +94,38 @@ pub(crate) mod urcu {
 
     /// Runs `f` on a registered thread.
     fn registered(f: impl FnOnce() -> f64) -> f64 {
-        // SAFETY: Requires an unregistered thread: this is the only place that registers, and it
-        // unregisters below.
+        // SAFETY: The call requires a thread that is not registered. Only this function registers
+        // threads, and it unregisters the thread below.
         unsafe { c::peer_memb_register() };
         let result = f();
-        // SAFETY: Requires a registered thread outside of sections.
+        // SAFETY: The call requires a registered thread outside of sections. The thread was
+        // registered above, and the functions that `f` calls end their sections.
         unsafe { c::peer_memb_unregister() };
         result
     }
 
     pub(crate) fn memb_read(rounds: u64) -> f64 {
-        // SAFETY: Requires a registered thread.
+        // SAFETY: The call requires a registered thread, and `registered` registers it.
         registered(|| unsafe { c::peer_memb_read(rounds as i64) })
     }
 
     pub(crate) fn memb_synchronize(rounds: u64) -> f64 {
-        // SAFETY: As above.
+        // SAFETY: The call requires a registered thread, and `registered` registers it.
         registered(|| unsafe { c::peer_memb_synchronize(rounds as i64) })
     }
 
     pub(crate) fn memb_call(rounds: u64) -> f64 {
-        // SAFETY: As above.
+        // SAFETY: The call requires a registered thread, and `registered` registers it.
         registered(|| unsafe { c::peer_memb_call(rounds as i64) })
     }
 
     pub(crate) fn memb_latency() -> f64 {
-        // SAFETY: As above.
+        // SAFETY: The call requires a registered thread, and `registered` registers it.
         registered(|| unsafe { c::peer_memb_latency() })
     }
 
     pub(crate) fn bp_read(rounds: u64) -> f64 {
-        // SAFETY: Has no preconditions: this flavour registers threads itself.
+        // SAFETY: The call has no preconditions, because this flavour registers threads itself.
         unsafe { c::peer_bp_read(rounds as i64) }
     }
 }

@@ -55,7 +55,8 @@ mod measured {
         fn deregister(&self, _: u64) {}
     }
 
-    /// Calls of a burst: few, so that many bursts run without an interruption.
+    /// The number of calls of a burst. It is small, so that many bursts run without an
+    /// interruption.
     const CALLS: u32 = 2_000;
     const OWN: u32 = 4;
     const KERNEL: u32 = 2;
@@ -71,8 +72,9 @@ mod measured {
         start.elapsed().as_nanos() as f64 / f64::from(CALLS)
     }
 
-    /// Times both alternately. Prints the minimum of each, which is the undisturbed cost of a call,
-    /// and their difference. The medians show how much other programs disturbed the run.
+    /// Times both functions alternately. Prints the minimum of each, which is the undisturbed cost
+    /// of a call, and the difference of the two minima. The medians show how much other programs
+    /// disturbed the run.
     fn compare(
         name: &str,
         rounds: usize,
@@ -107,7 +109,7 @@ mod measured {
 
     fn load(path: &Path) -> f64 {
         let path = CString::new(path.to_str().expect("UTF-8")).expect("no NUL");
-        // SAFETY: It takes a string, and may be called once.
+        // SAFETY: The function takes a C string. The process calls it only once.
         unsafe { capi_load(path.as_ptr()) }
     }
 
@@ -165,7 +167,7 @@ mod measured {
         let mut buffer = vec![1_u8; 64 << 10];
         let (place, length) = (buffer.as_mut_ptr().cast::<c_void>(), buffer.len());
         assert_eq!(
-            // SAFETY: The buffer lives; once.
+            // SAFETY: The buffer lives until the end of `main`, and the library is loaded.
             unsafe { capi_prepare(place, length, OWN) },
             0,
             "the library works"
@@ -180,7 +182,7 @@ mod measured {
             rounds,
             "<= +5",
             || (0..CALLS).for_each(|_| drop(black_box(subsystem.get(black_box(&mm))))),
-            // SAFETY: It was prepared.
+            // SAFETY: `capi_prepare` has succeeded.
             || unsafe { capi_get_put(CALLS) },
         );
         let page = VaRange::covering(mmu_notifier::Va::new(0x1000), 4096).expect("a page");
@@ -192,7 +194,7 @@ mod measured {
                 (0..CALLS)
                     .for_each(|_| drop(black_box(mm.invalidate(black_box(page), Event::Clear))))
             },
-            // SAFETY: It was prepared.
+            // SAFETY: `capi_prepare` has succeeded.
             || unsafe { capi_bracket(CALLS) },
         );
         drop(held);
@@ -203,7 +205,7 @@ mod measured {
             rounds,
             "in C <= 3",
             || (0..CALLS).for_each(|_| assert!(black_box(&watch).is_valid())),
-            // SAFETY: It was prepared.
+            // SAFETY: `capi_prepare` has succeeded.
             || assert_eq!(unsafe { capi_watch_valid(CALLS) }, CALLS),
         );
 
@@ -217,23 +219,24 @@ mod measured {
                 let hit = |_| *cache.get(black_box(range)).expect("a hit").handle();
                 let _ = black_box((0..CALLS).map(hit).sum::<u64>());
             },
-            // SAFETY: It was prepared.
+            // SAFETY: `capi_prepare` has succeeded, and the buffer lives.
             || assert_ne!(unsafe { capi_regcache(place, length, CALLS) }, 0),
         );
 
-        // Both rows include the subscribers of the watch and of the cache. The difference of the
-        // two differences is the cost of the further subscriber.
+        // Both rows include the subscribers of the watch and of the cache. The second row's
+        // difference between C and Rust, minus the first row's, is the cost of the additional
+        // subscriber.
         let current = mmu_source::current();
         let rust = || {
             (0..CALLS)
                 .for_each(|_| drop(black_box(current.invalidate(black_box(page), Event::Clear))))
         };
-        // SAFETY: It was prepared.
+        // SAFETY: `capi_prepare` has succeeded.
         let c = || unsafe { capi_current(CALLS) };
         compare("start + end, before mmun_subscribe", rounds, "", rust, c);
         let registration =
             Registration::new(&current, Empty).unwrap_or_else(|_| panic!("outside of callbacks"));
-        // SAFETY: It was prepared.
+        // SAFETY: `capi_prepare` has succeeded.
         assert_eq!(unsafe { capi_subscribe() }, 0);
         compare(
             "start + end, one mmun_subscription more",
@@ -243,13 +246,14 @@ mod measured {
             c,
         );
         drop(registration);
-        // SAFETY: It was subscribed.
+        // SAFETY: `capi_subscribe` has succeeded, and the subscription has not been ended.
         assert_eq!(unsafe { capi_unsubscribe() }, 0);
 
         if let Ok(kernel) = mmu_source::kernel::Kernel::start() {
             let watch = kernel.watch(range).expect("a watch");
             assert_eq!(
-                // SAFETY: The buffer lives; the objects of the earlier call are leaked.
+                // SAFETY: The buffer lives, and the library is loaded. The objects of the first
+                // `capi_prepare` are leaked.
                 unsafe { capi_prepare(place, length, KERNEL) },
                 0,
                 "the source starts"
@@ -264,7 +268,7 @@ mod measured {
                         let _ = black_box(black_box(&watch).is_valid());
                     }
                 },
-                // SAFETY: It was prepared.
+                // SAFETY: `capi_prepare` has succeeded.
                 || valid += unsafe { capi_watch_valid(CALLS) },
             );
             assert!(valid > 0);

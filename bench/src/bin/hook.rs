@@ -1,8 +1,8 @@
 //! What does the libc hook add to a `munmap`, and how long does subscribing take while threads
 //! unmap?
 //!
-//! `cargo run --release -p bench --bin hook [ROUNDS]`; `hook first [ROUNDS]` measures the first use
-//! alone, in fresh processes.
+//! `cargo run --release -p bench --bin hook [ROUNDS]`. `hook first [ROUNDS]` only measures the
+//! first use, in fresh processes.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Subscription, Subsystem};
@@ -75,8 +75,8 @@ fn first(rounds: usize) {
     let mut times: [Vec<f64>; FIRST.len()] = Default::default();
     for _ in 0..rounds {
         for (what, times) in FIRST.into_iter().zip(&mut times) {
-            // A program that is attached soon after another one waits for the tracepoint's grace
-            // period.
+            // If a BPF program is attached soon after another BPF program was detached, the kernel
+            // waits for the tracepoint's grace period. So pause.
             thread::sleep(Duration::from_millis(150));
             let output = Command::new(&program)
                 .args(["first-use", what])
@@ -100,7 +100,7 @@ fn first(rounds: usize) {
     }
 }
 
-/// Prints the milliseconds of one first use.
+/// Starts the sources that `what` names, and prints how many milliseconds that took.
 fn first_use(what: &str) {
     let threads = if what.ends_with("threads") { 2 } else { 0 };
     for _ in 0..threads {
@@ -117,9 +117,9 @@ fn first_use(what: &str) {
     drop((hook, kernel));
 }
 
-/// Prints the time of a call without the hook, with the hook alone, with one subscriber, and with
-/// nine. The four are interleaved. Each difference and ratio is a median over the rounds, because
-/// the machine's speed drifts.
+/// Measures a function of libc without the hook, with the hook alone, with one subscriber and with
+/// nine, interleaved. Prints the time of the first three, and the time that each further subscriber
+/// adds. Each difference and ratio is a median over the rounds, because the machine's speed drifts.
 fn compare(name: &str, measure: fn() -> f64, mm: &MmWithUser, rounds: usize) {
     let kinds: Vec<Subsystem<Empty>> = (0..9)
         .map(|_| Subsystem::new((|_| Ok(Empty)) as fn(&_) -> _))
@@ -167,7 +167,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Nanoseconds per call.
+/// Returns the nanoseconds per call.
 fn time(calls: u32, mut call: impl FnMut()) -> f64 {
     let start = Instant::now();
     for _ in 0..calls {
@@ -179,7 +179,7 @@ fn time(calls: u32, mut call: impl FnMut()) -> f64 {
 fn munmap_refused() -> f64 {
     time(50_000, || {
         assert_eq!(
-            // SAFETY: a misaligned address is refused.
+            // SAFETY: the kernel refuses a misaligned address, so the call has no effect.
             unsafe { libc::munmap(ptr::without_provenance_mut(0x1001), PAGE) },
             -1
         )
@@ -187,14 +187,14 @@ fn munmap_refused() -> f64 {
 }
 
 fn mremap_refused() -> f64 {
-    // SAFETY: a misaligned address is refused.
+    // SAFETY: the kernel refuses a misaligned address, so the call has no effect.
     let call = || unsafe { libc::mremap(ptr::without_provenance_mut(0x1001), 2 * PAGE, PAGE, 0) };
     time(50_000, || assert_eq!(call(), libc::MAP_FAILED))
 }
 
 fn getpid() -> f64 {
     time(50_000, || {
-        // SAFETY: takes no arguments.
+        // SAFETY: the system call takes no argument.
         assert!(unsafe { libc::syscall(libc::SYS_getpid) } > 0)
     })
 }
@@ -206,7 +206,7 @@ fn munmap() -> f64 {
     for _ in 0..times {
         let mappings: Vec<*mut libc::c_void> = (0..MAPPINGS).map(|_| touched()).collect();
         let mut next = mappings.iter();
-        // SAFETY: unmaps what was mapped for it.
+        // SAFETY: the page was mapped for this call, and no code uses it.
         total += time(MAPPINGS as u32, || unsafe {
             assert_eq!(libc::munmap(*next.next().expect("as many"), PAGE), 0)
         });
@@ -216,7 +216,7 @@ fn munmap() -> f64 {
 
 fn touched() -> *mut libc::c_void {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    // SAFETY: a new mapping.
+    // SAFETY: the kernel chooses an address where nothing is mapped.
     let page = unsafe {
         libc::mmap(
             ptr::null_mut(),
@@ -228,7 +228,7 @@ fn touched() -> *mut libc::c_void {
         )
     };
     assert_ne!(page, libc::MAP_FAILED);
-    // SAFETY: writes to what was just mapped.
+    // SAFETY: the page was just mapped as writable, and no other code uses it.
     unsafe { page.cast::<u8>().write_volatile(1) };
     page
 }
@@ -262,7 +262,7 @@ fn subscribing(mm: &MmWithUser, threads: usize) {
         for _ in 0..threads {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
-                    // SAFETY: unmaps what was mapped for it.
+                    // SAFETY: the page was mapped for this call, and no code uses it.
                     unsafe { libc::munmap(touched(), PAGE) };
                 }
             });

@@ -2,7 +2,8 @@
 //! times, counts of instructions can be compared between two kinds of processors.
 //!
 //! `instructions {nothing | section | bracket | get | hit | watch} TIMES`. The difference between
-//! two runs is the count of the loop: `bench/README.md` has the commands.
+//! two runs with different TIMES is the count of the additional rounds. `bench/README.md` has the
+//! commands.
 #![allow(missing_docs, reason = "a bench")]
 
 use mmu_notifier::{Event, InvalidateRange, MmWithUser, Notifier, Subsystem, Va, VaRange};
@@ -21,8 +22,7 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).expect("a page")
 }
 
-/// Makes one round before the counted rounds, which initialises everything that is made at first
-/// use.
+/// Runs `f` once, which initialises all objects that are made at first use, and then `times` more.
 #[inline(never)]
 fn repeat(times: u32, mut f: impl FnMut()) {
     f();

@@ -1,7 +1,8 @@
-//! The bars of the kernel source, compared with an idle virtual machine.
+//! Does the kernel source meet its bars? Some of them compare it with an idle virtual machine.
 //!
 //! `cargo run --release -p bench --bin kernel [ROUNDS [PART]]`, where PART is `fill`, `crowd`,
-//! `watch`, `on`, `start` or `flood`. Wants root: the flood comes from another user.
+//! `watch`, `on`, `start` or `flood`. Run it as root: `start` and `flood` start processes of
+//! another user.
 #![allow(missing_docs, reason = "a bench")]
 
 #[path = "../../../stress/src/kernel/slow.rs"]
@@ -27,24 +28,24 @@ fn map(bytes: usize) -> *mut c_void {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: a new mapping at an address that the kernel chooses.
+    // SAFETY: the kernel chooses an address where nothing is mapped.
     let at = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
     at
 }
 
 fn unmap(at: *mut c_void) {
-    // SAFETY: a page of `map` that no code uses any more.
+    // SAFETY: the page comes from `map`, and no code uses it any more.
     unsafe { libc::munmap(at, PAGE) };
 }
 
 fn touch(at: *mut c_void) {
-    // SAFETY: a page of `map`.
+    // SAFETY: the page comes from `map`, so it is writable, and no reference points to it.
     unsafe { at.cast::<u8>().write_volatile(1) };
 }
 
 fn discard(at: *mut c_void) {
-    // SAFETY: a page of `map`; no code reads its content.
+    // SAFETY: the page comes from `map`, and no code reads its content.
     assert_eq!(unsafe { libc::madvise(at, PAGE, libc::MADV_DONTNEED) }, 0);
 }
 
@@ -68,7 +69,7 @@ fn timed(f: impl FnOnce()) -> f64 {
     start.elapsed().as_nanos() as f64
 }
 
-/// The quantile of `rank` in 1,000.
+/// Returns the quantile of `rank` in 1,000.
 fn of_1000(values: &mut [f64], rank: usize) -> f64 {
     values.sort_by(f64::total_cmp);
     values[(values.len() * rank / 1000).min(values.len() - 1)]
@@ -149,37 +150,38 @@ fn fills(rounds: usize) {
     );
 }
 
-/// The kernel's messages about devices: the kernel sends two for each virtual machine.
+/// A socket for the kernel's messages about devices. The kernel sends two messages for each virtual
+/// machine.
 struct Uevents(OwnedFd);
 
 impl Uevents {
     fn listen() -> Option<Self> {
         const NETLINK_KOBJECT_UEVENT: i32 = 15;
         let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: takes integers, returns a descriptor or -1.
+        // SAFETY: the call takes integers, and returns a descriptor or -1.
         let socket = unsafe { libc::socket(libc::AF_NETLINK, kind, NETLINK_KOBJECT_UEVENT) };
         if socket < 0 {
             return None;
         }
-        // SAFETY: zeroes are an address.
+        // SAFETY: the struct consists of integers, for which zeroes are valid.
         let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
         (address.nl_family, address.nl_groups) = (libc::AF_NETLINK as u16, 1);
         let length = size_of_val(&address) as u32;
-        // SAFETY: the descriptor is new.
+        // SAFETY: the descriptor is new and has no other owner.
         let socket = unsafe { OwnedFd::from_raw_fd(socket) };
-        // SAFETY: the address is a local of that length.
+        // SAFETY: the address is a local variable of that length.
         unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) };
         Some(Self(socket))
     }
 
-    /// The number of messages about virtual machines of this process.
+    /// Returns the number of messages about virtual machines of this process.
     fn count(&self) -> usize {
         let own = format!("PID={}", std::process::id());
         let mut buffer = [0_u8; 8192];
         let mut messages = 0;
         std::thread::sleep(Duration::from_millis(300));
         loop {
-            // SAFETY: writes to a local of that length.
+            // SAFETY: the call writes to a local variable of that length.
             let got = unsafe {
                 libc::recv(
                     self.0.as_raw_fd(),
@@ -200,8 +202,8 @@ impl Uevents {
     }
 }
 
-/// 8 threads fill while 8 map and unmap: first with ranges that were armed before, then with a
-/// range that is armed for each fill.
+/// 8 threads wait as fills do, while 8 other threads map and unmap. In the first run each range is
+/// armed once, before the fills. In the second run the range is armed for each fill.
 fn crowd(rounds: usize) {
     for rearm in [false, true] {
         let kernel = Kernel::start().expect("KVM and BPF");
@@ -224,7 +226,7 @@ fn crowd(rounds: usize) {
                     }
                 });
                 scope.spawn(move || {
-                    // One thread in four changes armed memory.
+                    // One changing thread in four changes armed memory.
                     let own = map(PAGE);
                     let _armed =
                         (number % 4 == 0).then(|| kernel.arm(range(own, PAGE)).expect("armed"));
@@ -308,8 +310,9 @@ fn watches(rounds: usize) {
     );
 }
 
-/// Interleaved: nothing, an idle machine, an idle machine with an empty BPF program, the source
-/// with nothing armed, with 10 idle armed ranges, and just after arming.
+/// Measures six cases, interleaved: without the source, an idle machine, an idle machine with an
+/// empty BPF program, the source with nothing armed, with 10 other ranges armed, and just after
+/// arming.
 fn on(rounds: usize) {
     const NAMES: [&str; 6] = [
         "bare",
@@ -319,7 +322,7 @@ fn on(rounds: usize) {
         "on, 10 others armed",
         "on, 10 just armed",
     ];
-    // The best of several batches, which excludes the time of other programs.
+    // A cycle is the best of several batches, which excludes the time of other programs.
     let piece = || timed(|| (0..500).for_each(|_| change())) / 500.0;
     let cycle = || (0..12).map(|_| piece()).fold(f64::MAX, f64::min);
     let pause = || std::thread::sleep(Duration::from_millis(100));
@@ -377,15 +380,16 @@ impl Machine {
             .write(true)
             .open("/dev/kvm")
             .expect("/dev/kvm");
-        // SAFETY: takes an integer, returns a descriptor or -1.
+        // SAFETY: the call takes an integer, and returns a descriptor or -1.
         let machine = unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) };
         assert!(machine >= 0);
-        // SAFETY: the descriptor is new.
+        // SAFETY: the descriptor is new and has no other owner.
         Self(unsafe { OwnedFd::from_raw_fd(machine) })
     }
 }
 
-/// Starts the source with the rights of this process, and as an ordinary user through a broker.
+/// Times starts of the source, first with the rights of this process, and then as an ordinary user
+/// through a broker.
 fn starts(rounds: usize) {
     timed_starts(rounds, "start()");
     let socket = std::env::temp_dir().join(format!("mmun-bench-{}", std::process::id()));
@@ -417,14 +421,15 @@ fn timed_starts(rounds: usize, label: &str) {
         let mut kernel = None;
         taken.push(timed(|| kernel = Some(Kernel::start().expect("KVM and BPF"))) / 1e6);
         drop(kernel);
-        // Attaching a program again at once would wait for a grace period of the tracepoint.
+        // If the program were attached again at once, the kernel would wait for a grace period of
+        // the tracepoint.
         std::thread::sleep(Duration::from_millis(150));
     }
     row(label, "ms", &mut taken, "p50 <= 5");
 }
 
-/// Hits a second while another user's process discards 20 TiB in a loop, with and without a virtual
-/// machine.
+/// Measures hits per second alone, and while another user's process discards 20 TiB in a loop,
+/// without and with a virtual machine.
 fn flood(rounds: usize) {
     const REGIONS: u64 = 1000;
     let kernel = Kernel::start().expect("KVM and BPF");
@@ -496,16 +501,16 @@ fn attack(with_machine: bool) {
         .write(true)
         .open("/dev/kvm")
         .expect("/dev/kvm");
-    // SAFETY: integers.
+    // SAFETY: the call takes integers.
     unsafe { libc::setresuid(65534, 65534, 65534) };
-    // SAFETY: takes an integer; the descriptor stays open until the end.
+    // SAFETY: the call takes an integer. The new descriptor stays open until the process ends.
     assert!(!with_machine || unsafe { libc::ioctl(kvm.as_raw_fd(), 0xae01, 0_usize) } >= 0);
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: a new mapping at an address that the kernel chooses.
+    // SAFETY: the kernel chooses an address where nothing is mapped.
     let at = unsafe { libc::mmap(ptr::null_mut(), LENGTH, libc::PROT_NONE, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
     loop {
-        // SAFETY: the mapping has no content.
+        // SAFETY: the mapping has no access rights, so no code uses its content.
         unsafe { libc::madvise(at, LENGTH, libc::MADV_DONTNEED) };
     }
 }

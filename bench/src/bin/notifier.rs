@@ -15,23 +15,25 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::Instant;
 
-/// Counts allocations, for the memory rows and for "allocates nothing".
+/// An allocator that counts allocations, for the rows of memory and for the last puts, which must
+/// not allocate.
 struct Counting;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 static BYTES: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: Everything is passed on to `System`, which keeps the contract.
+// SAFETY: Each function calls the same function of `System`, which keeps the contract of the trait.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
         BYTES.fetch_add(layout.size(), Ordering::Relaxed);
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: The layout has a size other than zero, because the caller promises so.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
-        // SAFETY: The caller's duty is passed on.
+        // SAFETY: The caller promises that `place` came from `alloc` with this layout, and so from
+        // `System`.
         unsafe { System.dealloc(place, layout) }
     }
 }
@@ -61,7 +63,7 @@ fn subsystem() -> Subsystem<Empty> {
     Subsystem::new(|_| Ok(Empty))
 }
 
-/// Nanoseconds for one of `times` runs of `f`.
+/// Returns the nanoseconds for one of `times` runs of `f`.
 fn each(times: u32, mut f: impl FnMut()) -> f64 {
     let start = Instant::now();
     for _ in 0..times {
@@ -70,7 +72,7 @@ fn each(times: u32, mut f: impl FnMut()) -> f64 {
     start.elapsed().as_nanos() as f64 / f64::from(times)
 }
 
-/// The same on `threads` threads at once; returns the time of one operation on each.
+/// Like [`each`], on `threads` threads at once. Returns the mean over the threads.
 fn on_threads(threads: usize, times: u32, f: impl Fn(usize) + Sync) -> f64 {
     let line = Barrier::new(threads);
     let taken: Vec<f64> = std::thread::scope(|scope| {
@@ -108,8 +110,8 @@ fn bracket(subscribers: usize, threads: usize) -> f64 {
     })
 }
 
-/// The floor of dispatch: the same number of callbacks through pointers in a list, called twice,
-/// without any other work.
+/// The floor of dispatch: a list with the same number of callbacks. Each round walks the list
+/// twice, once for the starts and once for the ends, and does no other work.
 struct Bare {
     next: Option<Box<Bare>>,
     start: fn(&VaRange),
@@ -171,8 +173,8 @@ fn map_of_arcs(threads: usize, shared: bool) -> f64 {
     })
 }
 
-/// Last puts in a burst, while a bracket delays the frees. Returns the time and the number of
-/// allocations.
+/// Makes a burst of last puts, while a bracket delays the frees. Returns the time of one put, and
+/// the number of allocations of all.
 fn last_puts() -> (f64, usize) {
     const BURST: u32 = 1000;
     let mm = MmWithUser::new();
@@ -231,7 +233,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// One row: a name, the median, and a ratio with its bar.
+/// Prints a row: a name, the median, and a ratio with its bar.
 fn row(name: &str, ns: f64, ratio: Option<(f64, &str)>, bar: &str) {
     let ratio = ratio.map_or(String::new(), |(ratio, of)| format!("{ratio:.2} of {of}"));
     println!("{name:<46} {ns:>10.2} ns   {ratio:<24} {bar}");

@@ -10,8 +10,8 @@ use std::num::NonZeroUsize;
 const REQUESTS: usize = 1_000_000;
 const BUFFERS: u32 = 20_000;
 
-/// An eviction policy. A request returns whether the buffer was in the cache, and inserts it if
-/// not.
+/// A cache with an eviction policy. `request` returns whether the buffer was in the cache. If it
+/// was not, `request` inserts it, and evicts another buffer if the cache is full.
 trait Policy {
     fn request(&mut self, buffer: u32) -> bool;
 }
@@ -50,7 +50,8 @@ impl Policy for Fifo {
     }
 }
 
-/// Second chance: a used buffer goes back to the end of the queue.
+/// Second chance: if the oldest buffer was used, it goes back to the end of the queue instead of
+/// being evicted.
 struct Clock {
     queue: VecDeque<u32>,
     used: HashMap<u32, bool>,
@@ -77,9 +78,9 @@ impl Policy for Clock {
     }
 }
 
-/// A used buffer stays at its place, and the hand moves towards newer buffers.
+/// SIEVE: a used buffer stays at its place, and the hand moves towards newer buffers.
 struct Sieve {
-    /// Oldest first.
+    /// The buffers, oldest first.
     queue: Vec<u32>,
     used: HashMap<u32, bool>,
     hand: usize,
@@ -108,8 +109,9 @@ impl Policy for Sieve {
     }
 }
 
-/// A small queue for new buffers, a main queue for buffers that were used in the small one, and a
-/// list of buffers that were evicted from the small one.
+/// S3-FIFO: a small queue for new buffers, a main queue for buffers that were used at least twice
+/// while they were in the small queue, and a list of buffers that were evicted from the
+/// small queue.
 struct S3Fifo {
     small: VecDeque<u32>,
     main: VecDeque<u32>,
@@ -186,7 +188,7 @@ impl Random {
     }
 }
 
-/// Buffers by Zipf's law with this exponent.
+/// Returns a generator of buffers by Zipf's law with this exponent.
 fn zipf(exponent: f64) -> impl FnMut() -> u32 {
     let mut sum = 0.0;
     let weights = (1..=BUFFERS).map(|rank| f64::from(rank).powf(-exponent));
@@ -208,7 +210,7 @@ fn traces() -> Vec<(&'static str, Vec<u32>)> {
     let mut popular = zipf(1.0);
     let mut flat = zipf(0.7);
     let (mut scan, mut at) = (0_u32, 0);
-    // Every 20,000 requests, 5,000 buffers that are used once and never again.
+    // Of every 20,000 requests, 5,000 are for buffers that are used only once.
     let mut with_scans = |popular: &mut dyn FnMut() -> u32| {
         at += 1;
         if at % 20_000 < 5000 {

@@ -1,10 +1,10 @@
 //! What does a hit cost whose handle is an RDMA memory region, compared with a hit whose handle is
-//! a number?
+//! an integer?
 //!
 //! `cargo run --release -p bench --bin regcache-rdma [ROUNDS]`. No device is needed: the registrar
-//! returns prepared handles with the layout of `regcache-rdma` (both keys, and a counted pointer to
-//! the library's region), and the user reads both keys. The last column is the cost of reading the
-//! keys from the library's own structure, behind two pointers.
+//! makes handles with the layout of `regcache-rdma` (both keys, and a counted pointer to the
+//! library's region), and each hit reads both keys. The last column is the additional cost if a hit
+//! reads the keys from the library's own structure, behind two pointers.
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
 
 use mmu_notifier::{MmWithUser, Va, VaRange};
@@ -53,7 +53,7 @@ fn cache<R: Registrar>(mm: &MmWithUser, registrar: R, regions: u32) -> RegCache<
     cache
 }
 
-/// Nanoseconds for a hit, the use of its handle, and its drop.
+/// Returns the nanoseconds for a hit, the use of its handle, and the drop of its lease.
 fn hit<R: Registrar>(cache: &RegCache<R>, order: &[u32], using: impl Fn(&R::Handle)) -> f64 {
     let start = Instant::now();
     for number in order {
@@ -81,7 +81,7 @@ fn main() {
         let order: Vec<u32> = (0..4096_u32)
             .map(|number| number.wrapping_mul(2_654_435_761) % regions)
             .collect();
-        // Interleaved, so that other programs disturb all variants equally.
+        // The variants are interleaved, so that other programs disturb all of them equally.
         let mut pieces: Vec<[f64; 3]> = (0..rounds)
             .map(|_| {
                 let plain = hit(&plain, &order, |handle| _ = black_box(*handle));

@@ -1,5 +1,5 @@
-//! How much faster does a registration cache make io_uring reads? Compares unregistered buffers,
-//! the cache, and registering each time.
+//! How much faster does a registration cache make io_uring reads? Compares reads into unregistered
+//! buffers, reads with the cache, and reads with a registration for each read.
 //!
 //! `cargo run --release -p bench --bin regcache-uring [ROUNDS]`
 #![allow(missing_docs, missing_debug_implementations, reason = "a bench")]
@@ -16,7 +16,7 @@ const BUFFERS: usize = 64;
 const LARGEST: usize = 128 << 10;
 const FILE: usize = 64 << 20;
 
-/// Page-aligned buffers, as direct I/O requires.
+/// Makes page-aligned buffers, as direct I/O requires.
 fn buffers() -> Vec<&'static mut [u8]> {
     let memory = Vec::leak(vec![1_u8; (BUFFERS + 1) * LARGEST]);
     let offset = memory.as_ptr().addr().next_multiple_of(4096) - memory.as_ptr().addr();
@@ -26,18 +26,19 @@ fn buffers() -> Vec<&'static mut [u8]> {
         .collect()
 }
 
-/// A file in memory: a read is a copy.
+/// Makes a file in memory. A read of it is a copy.
 fn cached() -> File {
     // SAFETY: The name is a C string.
     let fd = unsafe { libc::memfd_create(c"bench".as_ptr(), libc::MFD_CLOEXEC) };
     assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
-    // SAFETY: The descriptor is new and ours.
+    // SAFETY: The descriptor is new and has no other owner.
     let mut file = unsafe { File::from_raw_fd(fd) };
     file.write_all(&vec![7; FILE]).expect("room in memory");
     file
 }
 
-/// A file on a disk, without the page cache: a read pins the buffer unless it is registered.
+/// Makes a file on a disk, for reads without the page cache. Such a read pins the buffer unless the
+/// buffer is registered.
 fn direct() -> std::io::Result<File> {
     let path = std::env::temp_dir().join(format!("regcache-uring.{}", std::process::id()));
     File::create(&path)?.write_all(&vec![7; FILE])?;
@@ -94,7 +95,7 @@ impl Bench {
         }
     }
 
-    /// Microseconds for one read.
+    /// Returns the microseconds for one read.
     fn reads(&mut self, file: &File, way: Way, len: usize, times: usize) -> f64 {
         (0..BUFFERS).for_each(|at| self.read(file, way, len, at));
         let start = Instant::now();
@@ -106,7 +107,8 @@ impl Bench {
 }
 
 fn submit(ring: &mut IoUring, entry: &squeue::Entry, len: usize) {
-    // SAFETY: The buffer is leaked, and the caller holds its lease until this returns.
+    // SAFETY: The buffer is leaked, and the caller holds its lease until this function returns,
+    // after the request has completed.
     unsafe { ring.submission().push(entry) }.expect("one request at a time");
     ring.submit_and_wait(1).expect("io_uring works");
     assert_eq!(

@@ -18,12 +18,13 @@ use std::time::Instant;
 
 const TIMES: usize = 1 << 20;
 
-/// Regions of one page, two pages apart, so that nothing merges.
+/// Returns the region with this number. Each region has one page, and between two regions there is
+/// a page that is in no region, so that no regions are merged.
 fn region(number: u32) -> VaRange {
     VaRange::covering(Va::new(0x7f00_0000_0000 + u64::from(number) * 0x2000), 1).expect("a page")
 }
 
-/// The order of the requests: random, the same for every peer.
+/// Returns the order of the requests: random, but the same for every cache.
 fn order(regions: u32, seed: u64) -> Vec<u32> {
     let mut random = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = |_| {
@@ -35,7 +36,7 @@ fn order(regions: u32, seed: u64) -> Vec<u32> {
     (0..TIMES).map(next).collect()
 }
 
-/// A cache that is full of regions.
+/// A cache that contains all requested regions.
 trait Peer: Sync {
     fn hit(&self, range: VaRange);
 }
@@ -50,7 +51,7 @@ impl Ours {
         Self::with(regions, Options::new(), MmWithUser::new(), 1024)
     }
 
-    /// With room for `more` regions.
+    /// Makes a cache with `regions` regions and room for `more`.
     fn with(regions: u32, options: Options, mm: MmWithUser, more: u32) -> Self {
         let device = Device::new(Counting::default(), options.max_regions(regions + more));
         let cache = device.open(&mm).expect("outside of brackets");
@@ -66,7 +67,7 @@ impl Peer for Ours {
     }
 }
 
-/// A tree keyed by the first address; the value is the last address and a counted registration.
+/// A tree keyed by the first address. The value is the last address and a counted registration.
 struct Tree(RwLock<BTreeMap<u64, (u64, Arc<u64>)>>);
 
 impl Tree {
@@ -96,7 +97,8 @@ impl Peer for Tree {
     }
 }
 
-/// A map of exact first addresses, which is less than a registration cache must support.
+/// A map keyed by the first address. It finds only requests for exactly that address, while a
+/// registration cache must find any range inside a region.
 struct Lru(Mutex<LruCache<u64, (u64, Arc<u64>)>>);
 
 impl Lru {
@@ -124,7 +126,7 @@ impl Peer for Lru {
     }
 }
 
-/// The registration cache of UCX, where Debian's libucx-dev is installed.
+/// The registration cache of UCX, if Debian's libucx-dev is installed.
 #[cfg(has_ucx)]
 struct Ucx(std::ptr::NonNull<std::ffi::c_void>);
 
@@ -139,14 +141,14 @@ mod ucx {
     }
 }
 
-// SAFETY: The cache has its own lock.
+// SAFETY: The cache's functions may be called on several threads, because the cache has a lock.
 #[cfg(has_ucx)]
 unsafe impl Sync for Ucx {}
 
 #[cfg(has_ucx)]
 impl Ucx {
     fn new(regions: u32) -> Option<Self> {
-        // SAFETY: No preconditions.
+        // SAFETY: The call has no preconditions.
         let cache = Self(std::ptr::NonNull::new(unsafe { ucx::rcache_new() })?);
         (0..regions).for_each(|number| cache.hit(region(number)));
         Some(cache)
@@ -158,7 +160,8 @@ impl Peer for Ucx {
     fn hit(&self, range: VaRange) {
         let address = std::ptr::without_provenance_mut(range.start().get() as usize);
         assert_eq!(
-            // SAFETY: The cache lives; its registrations access no memory.
+            // SAFETY: The cache lives until the drop of `self`. Its registrations access no memory,
+            // so the address need not be mapped.
             unsafe { ucx::rcache_hit(self.0.as_ptr(), address, 4096) },
             1
         );
@@ -173,7 +176,7 @@ impl Drop for Ucx {
     }
 }
 
-/// A placeholder without UCX.
+/// Replaces the cache of UCX if libucx-dev is not installed.
 #[cfg(not(has_ucx))]
 struct Ucx;
 
@@ -189,8 +192,8 @@ impl Peer for Ucx {
     fn hit(&self, _range: VaRange) {}
 }
 
-/// Nanoseconds for a hit and its drop in one thread: the median of short batches, which excludes
-/// the time of other programs.
+/// Returns the nanoseconds for a hit and the drop of its lease in one thread: the median of short
+/// batches, which excludes the time of other programs.
 fn hit_alone<P: Peer>(peer: &P, order: &[u32]) -> f64 {
     let piece = |order: &[u32]| {
         let start = Instant::now();
@@ -202,7 +205,8 @@ fn hit_alone<P: Peer>(peer: &P, order: &[u32]) -> f64 {
     median(order.chunks(1 << 12).map(piece).collect())
 }
 
-/// Nanoseconds for a hit and its drop, each thread with requests of its own: the slowest thread's.
+/// Returns the nanoseconds for a hit and the drop of its lease, in the slowest of several threads.
+/// Each thread has requests of its own.
 fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
     let line = Barrier::new(orders.len());
     let run = |order: &[u32]| {
@@ -227,7 +231,7 @@ fn hit<P: Peer>(peer: &P, orders: &[Vec<u32>]) -> f64 {
 
 const MISSES: u32 = 10_000;
 
-/// Nanoseconds for one of the misses that `fill` an empty cache with regions: the median of short
+/// Returns the nanoseconds for one of the misses that fill an empty cache: the median of short
 /// batches.
 fn miss<T>(empty: impl Fn() -> T, fill: impl Fn(&T, VaRange)) -> f64 {
     const PIECE: u32 = 250;
@@ -277,7 +281,8 @@ impl Lru {
     }
 }
 
-/// A miss of each cache, all of which register by counting.
+/// Measures a miss of each cache. To register is only to count, in all caches except that of UCX,
+/// in which a registration does nothing.
 fn misses(rounds: usize) {
     let roomy = Ours::with(1, Options::new(), MmWithUser::new(), 2 * MISSES);
     let tight = Ours::new(1);
@@ -324,7 +329,8 @@ fn misses(rounds: usize) {
     );
 }
 
-/// Invalidates one region. Registering it again is not timed.
+/// Returns the nanoseconds for the invalidation of one region. Registering the region again is not
+/// timed.
 fn invalidate(ours: &Ours, order: &[u32]) -> f64 {
     let mut taken = 0;
     let order = &order[..50_000];
@@ -339,7 +345,7 @@ fn invalidate(ours: &Ours, order: &[u32]) -> f64 {
     taken as f64 / order.len() as f64
 }
 
-/// Hits of one thread in all caches.
+/// Measures hits of one thread in all caches.
 fn hits(rounds: usize) {
     println!(
         "\n{:<44} {:>8} {:>8} {:>8} {:>8} {:>8} {:>14} {:>8}  bar",
@@ -376,7 +382,8 @@ fn hits(rounds: usize) {
     }
 }
 
-/// Computes in registers only: the maximum speed-up that two threads reach on this machine.
+/// The control: a "hit" that only computes in registers. It shows the maximum speed-up that two
+/// threads reach on this machine.
 struct Spin;
 
 impl Peer for Spin {
@@ -392,8 +399,8 @@ impl Peer for Spin {
     }
 }
 
-/// Two threads in the same cache compared with one thread, and in each round with two threads that
-/// share nothing.
+/// Compares two threads that use the same cache with one thread. Each round also runs two threads
+/// that only compute, and two threads with a cache each.
 fn threads(rounds: usize) {
     println!(
         "\n{:<44} {:>8} {:>8} {:>8} {:>8}  ns for one",
@@ -468,8 +475,8 @@ fn threads(rounds: usize) {
     }
 }
 
-/// The additional cost of checking the kernel source's generation. Uses a rehearsal, because the
-/// kernel does no work in a hit.
+/// Measures the additional cost of checking the kernel source's generation. A rehearsal of the
+/// source suffices, because the kernel does no work in a hit.
 fn kernel(rounds: usize) {
     const REGIONS: u32 = 1000;
     let kernel = match Kernel::rehearse(1 << 16) {
@@ -506,7 +513,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// The minimum and the maximum.
+/// Formats the minimum and the maximum.
 fn spread(values: &[f64]) -> String {
     let (least, most) = values
         .iter()

@@ -1,9 +1,9 @@
-//! What do the kernel and the uffd source cost, compared with the bare calls?
+//! What do the kernel and the uffd source cost, compared with the system calls alone?
 //!
 //! `cargo run --release -p bench --bin sources [ROUNDS]`
 //!
-//! Where there is no KVM, the BPF program is run by hand (`BPF_PROG_TEST_RUN`), and rows that need
-//! the real thing are left out.
+//! The first rows run the BPF program by hand (`BPF_PROG_TEST_RUN`), for which no KVM is needed. On
+//! a machine without KVM, the rows that need a virtual machine are left out.
 #![allow(missing_docs, reason = "a bench")]
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
@@ -17,7 +17,7 @@ use std::time::Instant;
 
 const PAGE: usize = 4096;
 
-/// Nanoseconds for one of `times` runs of `f`.
+/// Returns the nanoseconds for one of `times` runs of `f`.
 fn each(times: u32, mut f: impl FnMut()) -> f64 {
     let start = Instant::now();
     (0..times).for_each(|_| f());
@@ -29,7 +29,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Takes turns with all of `runs`, and prints their medians and their ratios to the first.
+/// Measures all `runs` in turn, and prints their medians and their ratios to the first run.
 fn compare(rounds: usize, title: &str, runs: &mut [(&str, &mut dyn FnMut() -> f64)]) {
     let mut taken = vec![Vec::new(); runs.len()];
     for _ in 0..rounds {
@@ -49,31 +49,32 @@ fn map(bytes: usize) -> *mut c_void {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: a new mapping where the kernel likes.
+    // SAFETY: the kernel chooses an address where nothing is mapped.
     let at = unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, -1, 0) };
     assert_ne!(at, libc::MAP_FAILED);
     at
 }
 
-/// Maps a page where one is, or was a moment ago: this program has one thread that maps.
+/// Maps a page at an address where a page of `map` is or was. Only one thread of this program maps,
+/// so no other mapping has got the address meanwhile.
 fn map_over(at: *mut c_void) {
     let (protection, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    // SAFETY: a page of `map`, which no other mapping has got since.
+    // SAFETY: the address is that of a page of `map`, and no other mapping has got it since.
     let again = unsafe { libc::mmap(at, PAGE, protection, flags | libc::MAP_FIXED, -1, 0) };
     assert_eq!(again, at);
 }
 
 fn unmap(at: *mut c_void, bytes: usize) {
-    // SAFETY: a mapping of `map`, which no code uses any more.
+    // SAFETY: the mapping comes from `map`, and no code uses it any more.
     unsafe { libc::munmap(at, bytes) };
 }
 
 fn touch(at: *mut c_void, bytes: usize) {
     for offset in (0..bytes).step_by(PAGE) {
-        // SAFETY: inside of a mapping of `map`.
+        // SAFETY: the byte is in a mapping of `map`, which is writable.
         unsafe { at.cast::<u8>().wrapping_add(offset).write_volatile(1) };
     }
 }
@@ -153,7 +154,8 @@ fn by_hand(rounds: usize, kernel: &Arc<Kernel>) {
                 .expect("it runs")
         })
     };
-    // Pages that are not armed, so many that a few share a counter with one that is.
+    // Pages that are not armed. There are so many of them that a few share a counter of the filter
+    // with an armed page.
     let mixed = |kernel: &Kernel| {
         let mut number = 0;
         each(20_000, || {
@@ -192,8 +194,9 @@ fn by_hand(rounds: usize, kernel: &Arc<Kernel>) {
     );
 }
 
-/// The source is stopped for the bare call, and started again. What starting and stopping leave to
-/// the kernel to do is not counted.
+/// Compares a cycle without the source with cycles while the source runs. Each measurement starts
+/// the source anew. A first cycle, which is not counted, lets the kernel finish the work that the
+/// start or the stop has caused.
 fn on_and_off(rounds: usize) {
     let on = |armed: u64| {
         let kernel = Kernel::start().expect("it has started before");
@@ -218,7 +221,7 @@ fn on_and_off(rounds: usize) {
 }
 
 fn real(rounds: usize, kernel: &Arc<Kernel>) {
-    // From the unmapping of a page that was touched to the end of `f`.
+    // Returns the time from the unmapping of a page that was touched to the end of `f`.
     let unmapping = |arm: bool, f: &mut dyn FnMut()| {
         const TIMES: u32 = 500;
         let at = map(PAGE);

@@ -1,4 +1,4 @@
-//! What does a read section cost, next to what else protects a reader?
+//! What does a read section cost, compared with other ways to protect a reader?
 //!
 //! `cargo run --release -p bench --bin srcu-read [ROUNDS]`
 #![allow(
@@ -18,13 +18,13 @@ use std::sync::atomic::{AtomicUsize, Ordering, compiler_fence};
 use std::sync::{Barrier, LazyLock, RwLock};
 use std::time::Instant;
 
-/// Sections in a slice.
+/// The number of sections in a slice.
 const SECTIONS: u64 = 100_000;
-/// Slices in a round. The best one counts, as on a shared machine most others measure the
-/// neighbours.
+/// The number of slices in a round. Only the best slice counts, because on a shared machine other
+/// programs disturb most slices.
 const SLICES: usize = 50;
 
-/// ns for one section, in the best slice.
+/// Returns the ns for one section, in the best slice.
 fn time(mut section: impl FnMut()) -> f64 {
     best_slice(|| {
         let start = Instant::now();
@@ -42,7 +42,7 @@ fn best_slice(slice: impl FnMut() -> f64) -> f64 {
         / SECTIONS as f64
 }
 
-/// What is inside a section: nothing, which the compiler may not know.
+/// The body of a section. It does nothing, but the compiler must not move accesses across it.
 #[inline(always)]
 fn inside() {
     compiler_fence(Ordering::SeqCst);
@@ -51,7 +51,8 @@ fn inside() {
 #[repr(align(128))]
 struct Line([AtomicUsize; 2]);
 
-/// Two plain loads and stores on a line of one's own: less than this no counter can cost.
+/// The floor: two plain loads and stores on a cache line that only this thread uses. No section
+/// with counters can cost less.
 fn floor() -> f64 {
     let line = black_box(Line([AtomicUsize::new(0), AtomicUsize::new(0)]));
     time(|| {
@@ -184,7 +185,7 @@ const CONTENDERS: &[Contender] = &[
     ("std RwLock read", std_read),
 ];
 
-/// ns for a section, the mean over the threads of their best slices.
+/// Returns the ns for a section: the mean of the threads' best slices.
 fn measure(contender: fn() -> f64, threads: usize) -> f64 {
     let start = Barrier::new(threads);
     let total: f64 = std::thread::scope(|scope| {

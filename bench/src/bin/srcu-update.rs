@@ -35,7 +35,8 @@ fn synchronize() -> f64 {
     ns(start, WAITS)
 }
 
-/// Runs `f` while another thread of the process spins, which a membarrier has to interrupt.
+/// Runs `f` while another thread of the process spins. Each `membarrier` must interrupt that
+/// thread.
 fn beside_a_running_thread(f: fn() -> f64) -> f64 {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -58,8 +59,8 @@ fn call_raw() -> f64 {
     let heads: Vec<Head> = (0..CALLS).map(|_| Head::new()).collect();
     let start = Instant::now();
     for head in &heads {
-        // SAFETY: The head lives until after the barrier and is queued once; `nothing` may be
-        // called anywhere.
+        // SAFETY: The head lives until the barrier has returned, and is queued once. `nothing` may
+        // run on any thread.
         unsafe { srcu.call_raw(NonNull::from(head), nothing) };
     }
     let taken = ns(start, CALLS);
@@ -81,8 +82,8 @@ fn call() -> f64 {
     taken
 }
 
-/// The same while a section delays all callbacks: the producer's cost without the reclaimer
-/// running.
+/// Like [`call_raw`], while a section delays all callbacks. So this is the producer's cost while
+/// the reclaimer runs no callbacks.
 fn call_raw_held_up() -> f64 {
     let srcu = Srcu::new();
     srcu.prepare();
@@ -90,7 +91,8 @@ fn call_raw_held_up() -> f64 {
     let section = srcu.read_lock();
     let start = Instant::now();
     for head in &heads {
-        // SAFETY: As in `call_raw`.
+        // SAFETY: As in `call_raw`: the head lives until the barrier has returned, and is queued
+        // once.
         unsafe { srcu.call_raw(NonNull::from(head), nothing) };
     }
     let taken = ns(start, CALLS);
@@ -99,21 +101,23 @@ fn call_raw_held_up() -> f64 {
     taken
 }
 
-/// From the first call to the return of the last callback.
+/// Returns the time from the first call to the return of the last callback, for one callback.
 fn call_and_run() -> f64 {
     let srcu = Srcu::new();
     srcu.prepare();
     let heads: Vec<Head> = (0..CALLS).map(|_| Head::new()).collect();
     let start = Instant::now();
     for head in &heads {
-        // SAFETY: As in `call_raw`.
+        // SAFETY: As in `call_raw`: the head lives until the barrier has returned, and is queued
+        // once.
         unsafe { srcu.call_raw(NonNull::from(head), nothing) };
     }
     srcu.barrier().expect("outside of sections");
     ns(start, CALLS)
 }
 
-/// From the end of the last section to the callback, which was queued well before.
+/// Returns the median time from the end of the last section to the callback, which was queued
+/// 300 us before.
 fn latency() -> f64 {
     let srcu = Srcu::new();
     let mut delays: Vec<f64> = (0..100)
@@ -134,7 +138,8 @@ fn latency() -> f64 {
     delays[delays.len() / 2]
 }
 
-/// From the call to the callback, in a domain at rest.
+/// Returns the median time from the call to the callback, in a domain without readers and other
+/// callbacks.
 fn idle_latency() -> f64 {
     let srcu = Srcu::new();
     let mut delays: Vec<f64> = (0..100)
@@ -153,7 +158,7 @@ fn idle_latency() -> f64 {
     delays[delays.len() / 2]
 }
 
-/// Makes a domain, uses it for a section and the state of a callback, and drops it.
+/// Returns the time to make a domain, use it for one section, and drop it.
 fn domain() -> f64 {
     let start = Instant::now();
     for _ in 0..WAITS {
