@@ -27,33 +27,6 @@ pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
         .collect())
 }
 
-/// Collects the memory that `fork` write-protects: private writable mappings, with adjacent ones
-/// joined.
-///
-/// Private memory that is now read-only needs no entry: its pages are write-protected already.
-pub(crate) fn writable_private(maps: io::Result<Vec<Mapping>>, into: &mut Vec<VaRange>) {
-    let Ok(maps) = maps else {
-        return into.push(VaRange::ALL);
-    };
-    let mut open: Option<(u64, u64)> = None;
-    for mapping in maps
-        .iter()
-        .filter(|mapping| mapping.private && mapping.writable)
-    {
-        open = match open {
-            Some((start, end)) if end == mapping.start => Some((start, mapping.end)),
-            Some((start, end)) => {
-                push(into, start, end);
-                Some((mapping.start, mapping.end))
-            }
-            None => Some((mapping.start, mapping.end)),
-        };
-    }
-    if let Some((start, end)) = open {
-        push(into, start, end);
-    }
-}
-
 /// Collects the mappings that `shmdt(address)` detaches: the pieces of one segment that still lie
 /// where attaching the segment at `address` put them.
 ///
@@ -125,14 +98,10 @@ mod tests {
     }
 
     #[test]
-    fn writable_private_neighbours_are_joined_and_the_rest_is_left_out() {
+    fn what_the_kernel_has_merged_with_the_heap_is_heap() {
         let maps = maps(
-            "1000-2000 rw-p 00000000 00:00 0 \n2000-3000 rw-p 00000000 08:01 7   /bin/a b\n3000-4000 r--p 0 00:00 0\n\
-             5000-6000 rw-s 00000000 00:01 3   /x\n7000-8000 rwxp 00000000 00:00 0   [heap]\n",
+            "1000-2000 rw-p 00000000 00:00 0   [heap]\n7000-8000 rwxp 00000000 00:00 0   [heap]\n9000-a000 rw-p 00000000 00:00 0 \n",
         );
-        let mut found = Vec::new();
-        writable_private(Ok(maps.clone()), &mut found);
-        assert_eq!(found, [range(0x1000, 0x3000), range(0x7000, 0x8000)]);
         assert_eq!(heap_end(Ok(maps)), Some(0x8000));
     }
 

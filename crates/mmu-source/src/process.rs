@@ -39,6 +39,7 @@
 mod abi;
 mod births;
 mod command;
+mod copied;
 mod current;
 mod decode;
 mod filter;

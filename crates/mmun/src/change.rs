@@ -201,7 +201,12 @@ mod tests {
             );
         }
         let mut end = |page| {
-            let change = pairs.end(9, &record(Kind::MmNew), span(page), Some(0));
+            let change = pairs.end(
+                9,
+                &record(Kind::MmNew { parent: None }),
+                span(page),
+                Some(0),
+            );
             change.map(|change| (change.began, change.is_call))
         };
         assert_eq!(

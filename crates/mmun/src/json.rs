@@ -17,7 +17,7 @@ pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_
     out.put(",\"mm\":");
     out.put_dec(record.mm);
     match record.kind {
-        Kind::MmNew | Kind::MmRelease | Kind::Detach => {}
+        Kind::MmNew { .. } | Kind::MmRelease | Kind::Detach => {}
         Kind::Get { users } | Kind::Put { users } => number(out, "users", users.into()),
         Kind::Free => number(out, "users", 0),
         Kind::Start(span) => write_span(out, &span),

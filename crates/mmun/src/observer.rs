@@ -72,7 +72,7 @@ impl Drop for TraceNotifier {
 
 /// The maximum count of last subscriptions that wait to be put, and the time after which the next
 /// event puts them.
-const MOST_LAST: usize = 32;
+const MOST_LAST: usize = 128;
 const LONGEST_LAST: Duration = Duration::from_millis(20);
 
 /// Subscribes every task, and records the life of tasks.
@@ -213,12 +213,15 @@ impl Observer for TraceObserver {
     fn event(&mut self, event: &TaskEvent<'_>) {
         self.put_left();
         match *event {
-            TaskEvent::MmNew { task, mm } => self.record(task, mm, Kind::MmNew),
+            TaskEvent::MmNew {
+                task, mm, parent, ..
+            } => self.record(task, mm, Kind::MmNew { parent }),
             TaskEvent::Fork {
                 task,
                 child,
                 mm,
                 child_mm,
+                ..
             } => {
                 self.record(
                     task,
@@ -229,15 +232,21 @@ impl Observer for TraceObserver {
                     },
                 );
             }
-            TaskEvent::Exec { task, mm, old_mm } => self.record(
+            TaskEvent::Exec {
+                task, mm, old_mm, ..
+            } => self.record(
                 task,
                 mm,
                 Kind::Exec {
                     old_mm: old_mm.id(),
                 },
             ),
-            TaskEvent::Exit { task, mm, status } => self.record(task, mm, Kind::Exit(status)),
-            TaskEvent::Mapped { task, mm, range } => {
+            TaskEvent::Exit {
+                task, mm, status, ..
+            } => self.record(task, mm, Kind::Exit(status)),
+            TaskEvent::Mapped {
+                task, mm, range, ..
+            } => {
                 if let Some(current) = current() {
                     self.record(
                         task,
@@ -249,7 +258,7 @@ impl Observer for TraceObserver {
                     );
                 }
             }
-            TaskEvent::Detach { task, mm } => self.record(task, mm, Kind::Detach),
+            TaskEvent::Detach { task, mm, .. } => self.record(task, mm, Kind::Detach),
             TaskEvent::UnknownAbi { .. } => self.missed += 1,
             _ => {}
         }

@@ -57,7 +57,10 @@ pub(crate) struct Record {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kind {
-    MmNew,
+    /// `parent`: the task that forked.
+    MmNew {
+        parent: Option<Task>,
+    },
     MmRelease,
     Get {
         users: u32,
@@ -85,7 +88,7 @@ pub(crate) enum Kind {
 impl Kind {
     pub(crate) fn of_line(self) -> LineKind {
         match self {
-            Kind::MmNew => LineKind::MmNew,
+            Kind::MmNew { .. } => LineKind::MmNew,
             Kind::MmRelease => LineKind::MmRelease,
             Kind::Get { .. } => LineKind::Get,
             Kind::Put { .. } => LineKind::Put,

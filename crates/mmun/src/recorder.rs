@@ -19,7 +19,7 @@ use crate::stacks::Stacks;
 use crate::status::Progress;
 use crate::summary::{Sources, Summary, Wanted};
 use crate::text::{Color, Text};
-use crate::who::{self, Who};
+use crate::who::{Programs, Who};
 
 /// What to record, and how.
 #[derive(Clone, Debug, Default)]
@@ -67,6 +67,7 @@ struct Inner {
     /// How the summary is written.
     json: bool,
     who: Who,
+    programs: Programs,
     capture: Option<Capture>,
     stacks: Option<Stacks>,
     list_stacks: bool,
@@ -104,6 +105,7 @@ impl Recorder {
             writer,
             json: settings.json,
             who: Who::default(),
+            programs: Programs::default(),
             capture,
             stacks: settings.stacks.map(Stacks::new),
             list_stacks: settings.list_stacks,
@@ -257,12 +259,8 @@ impl Inner {
         let change = self.pair(t, record, seen);
         let names = self.capture.as_ref().map(|capture| &capture.names);
         let comm = self.who.name(record.task, &record.kind);
-        let program = match record.kind {
-            Kind::MmNew | Kind::Exec { .. } if self.writer.is_some() || self.spool.is_some() => {
-                who::program(record.task.pid)
-            }
-            _ => None,
-        };
+        let is_written = self.writer.is_some() || self.spool.is_some();
+        let program = is_written.then(|| self.programs.of(record)).flatten();
         let extra = Extra {
             comm,
             program: program.as_deref(),

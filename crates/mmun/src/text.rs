@@ -297,7 +297,7 @@ impl Text {
     fn life(&self, out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
         self.prefix(out, t, record.task, &cut(extra.comm), record.mm);
         let style = match record.kind {
-            Kind::MmNew | Kind::Get { .. } | Kind::Map(_) => BORN,
+            Kind::MmNew { .. } | Kind::Get { .. } | Kind::Map(_) => BORN,
             Kind::MmRelease | Kind::Put { .. } | Kind::Free => GONE,
             Kind::Exit(ExitStatus::Signal(_)) => BAD,
             _ => STEP,
@@ -310,7 +310,9 @@ impl Text {
                 write!(out, "thread {} in mm{child_mm}", child.tid)
             }
             Kind::Fork { child, child_mm } => write!(out, "process {} in mm{child_mm}", child.pid),
-            Kind::MmNew => write!(out, "{}", extra.program.unwrap_or_default().escape_debug()),
+            Kind::MmNew { .. } => {
+                write!(out, "{}", extra.program.unwrap_or_default().escape_debug())
+            }
             Kind::Exec { old_mm } => {
                 let now = extra
                     .program

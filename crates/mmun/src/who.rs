@@ -1,12 +1,18 @@
-//! The names of tasks.
+//! The names of tasks, and the files of their programs.
+//!
+//! A shell makes a task for each command, so both are found with as few looks into `/proc` as
+//! possible. A new task has the name of the task that made it, and a forked process runs the file
+//! of its parent. The kernel makes the directory of a task in `/proc` at the first look, and
+//! removes it when the task ends. So a look at the parent costs less than one at the child.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::Read as _;
+use std::sync::Arc;
 
 use mmu_source::process::{Pid, Task, proc_is_foreign};
 
-use crate::record::Kind;
+use crate::record::{Kind, Record};
 
 /// The known names of tasks.
 ///
@@ -29,6 +35,13 @@ struct Named {
 impl Who {
     /// The name of `task`, for a record of `kind`; empty if it is not known.
     pub(crate) fn name(&mut self, task: Task, kind: &Kind) -> &str {
+        match *kind {
+            Kind::MmNew {
+                parent: Some(parent),
+            } => self.born(task, parent),
+            Kind::Fork { child, .. } => self.born(child, task),
+            _ => {}
+        }
         let is_late = matches!(kind, Kind::Put { .. } | Kind::Free | Kind::MmRelease);
         let new = || Named {
             pid: task.pid,
@@ -41,7 +54,7 @@ impl Who {
             // Another task has the tid now.
             (named.ended, named.records) = (false, 0);
         }
-        if matches!(kind, Kind::MmNew) || named.pid != task.pid {
+        if matches!(kind, Kind::MmNew { parent: None }) || named.pid != task.pid {
             (named.pid, named.records) = (task.pid, 0);
         }
         if matches!(kind, Kind::Exit(_)) {
@@ -58,10 +71,56 @@ impl Who {
         &named.name
     }
 
+    /// Gives `child`, which has not run yet, the name that its stopped parent has now.
+    fn born(&mut self, child: Task, parent: Task) {
+        let known = self.tasks.get(&child.tid);
+        if known.is_some_and(|known| known.pid == child.pid && !known.ended) {
+            return;
+        }
+        let Some(name) = read(parent.tid) else { return };
+        let named = Named {
+            pid: child.pid,
+            name,
+            records: 1,
+            ended: false,
+        };
+        self.tasks.insert(child.tid, named);
+    }
+
     /// The name that was read last; empty if no name was read.
     #[cfg(test)]
     pub(crate) fn known(&self, tid: Pid) -> &str {
         self.tasks.get(&tid).map_or("", |named| &named.name)
+    }
+}
+
+/// The files that the programs of processes come from.
+#[derive(Debug, Default)]
+pub(crate) struct Programs(HashMap<Pid, Arc<str>>);
+
+impl Programs {
+    /// The file for a record that has one; `None` for any other record, if the process has ended,
+    /// or if the file may not be read.
+    pub(crate) fn of(&mut self, record: &Record) -> Option<Arc<str>> {
+        let Task { pid, tid } = record.task;
+        match record.kind {
+            Kind::MmNew { parent } => {
+                let known = parent.and_then(|parent| self.0.get(&parent.pid).cloned());
+                let found = known.or_else(|| program(pid));
+                match &found {
+                    Some(program) => self.0.insert(pid, Arc::clone(program)),
+                    None => self.0.remove(&pid),
+                };
+                found
+            }
+            // Its `MmNew` came just before.
+            Kind::Exec { .. } => self.0.get(&pid).cloned(),
+            Kind::Exit(_) if pid == tid => {
+                self.0.remove(&pid);
+                None
+            }
+            _ => None,
+        }
     }
 }
 
@@ -73,7 +132,6 @@ pub(crate) fn shown(tid: Pid, file: &str) -> Option<String> {
 
 /// The kernel's name of a task, with unprintable characters escaped; `None` if the task has ended.
 fn read(tid: Pid) -> Option<String> {
-    // A single read, because a shell makes a task for each command.
     let mut name = [0; 64];
     let count = File::open(shown(tid, "comm")?).ok()?.read(&mut name).ok()?;
     let name = &name[..count];
@@ -86,13 +144,9 @@ fn read(tid: Pid) -> Option<String> {
 }
 
 /// The file that a process runs; `None` if the process has ended or the file may not be read.
-pub(crate) fn program(pid: Pid) -> Option<String> {
-    Some(
-        fs::read_link(shown(pid, "exe")?)
-            .ok()?
-            .to_string_lossy()
-            .into_owned(),
-    )
+fn program(pid: Pid) -> Option<Arc<str>> {
+    let path = fs::read_link(shown(pid, "exe")?).ok()?;
+    Some(path.to_string_lossy().into())
 }
 
 #[cfg(test)]
@@ -121,5 +175,59 @@ mod tests {
             });
         });
         assert_eq!(Who::default().known(1), "");
+    }
+
+    #[test]
+    fn a_new_task_has_the_name_that_its_parent_has_now() {
+        let this = std::process::id() as Pid;
+        // No task has these numbers, so their files cannot be read.
+        let child = |above| Task {
+            pid: Pid::MAX - above,
+            tid: Pid::MAX - above,
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let tid = rustix::thread::gettid().as_raw_nonzero().get();
+                let (parent, mut who) = (Task { pid: this, tid }, Who::default());
+                who.name(parent, &Kind::Get { users: 1 });
+                rustix::thread::set_name(c"forks").unwrap();
+                let new = Kind::MmNew {
+                    parent: Some(parent),
+                };
+                assert_eq!(who.name(child(1), &new), "forks");
+                let fork = |child| Kind::Fork { child, child_mm: 2 };
+                who.name(parent, &fork(child(2)));
+                assert_eq!(who.name(child(2), &Kind::Get { users: 1 }), "forks");
+                rustix::thread::set_name(c"later").unwrap();
+                who.name(parent, &fork(child(1)));
+                assert_eq!(who.known(child(1).tid), "forks", "it is known");
+                who.name(
+                    child(1),
+                    &Kind::Exit(mmu_source::process::ExitStatus::Code(0)),
+                );
+                assert_eq!(who.name(child(1), &new), "later", "another task");
+            });
+        });
+    }
+
+    #[test]
+    fn a_fork_runs_the_file_of_its_parent_until_it_executes_another_one() {
+        let (this, none) = (std::process::id() as Pid, Pid::MAX);
+        let mut programs = Programs::default();
+        let task = |pid| Task { pid, tid: pid };
+        let mut of = |pid, kind| {
+            let task = task(pid);
+            programs.of(&Record { task, mm: 1, kind })
+        };
+        let new = |parent: Option<Pid>| Kind::MmNew {
+            parent: parent.map(task),
+        };
+        let own = of(this, new(None)).expect("the file of this program");
+        assert_eq!(of(none, new(Some(this))), Some(own.clone()));
+        assert_eq!(of(none, new(None)), None, "it has ended");
+        assert_eq!(of(this, new(Some(none))), Some(own.clone()), "read again");
+        assert_eq!(of(this, Kind::Exec { old_mm: 3 }), Some(own));
+        of(this, Kind::Exit(mmu_source::process::ExitStatus::Code(0)));
+        assert_eq!(of(none, new(Some(this))), None, "the parent has ended");
     }
 }

@@ -7,7 +7,7 @@ use mmu_notifier::{Event, Va, VaRange};
 use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
 use super::proc::Named;
 use super::space::Break;
-use super::{Pid, huge_page, maps, proc, sys};
+use super::{Pid, copied, huge_page, maps, proc, sys};
 use crate::page;
 use crate::ranges::{
     PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap,
@@ -184,7 +184,7 @@ impl Entry {
                     Ok(_) => return None,
                     Err(_) => Then::MayCopy,
                 };
-                maps::writable_private(self.maps(), ranges);
+                copied::by_fork(self.tid, ranges);
                 Event::ProtectionPage
             }
         };

@@ -42,13 +42,18 @@ pub trait Observer {
 pub enum TaskEvent<'a> {
     /// The tracer sees an address space for the first time, because `task` was spawned, attached to
     /// or forked, or ran `execve`.
+    #[non_exhaustive]
     MmNew {
         /// The first task of the address space.
         task: Task,
         /// The address space.
         mm: &'a Mm,
+        /// The task that forked `task`, if the tracer knows it. The address space is then a copy of
+        /// the parent's, and the parent is stopped.
+        parent: Option<Task>,
     },
     /// A task has made a child. Reported after [`TaskEvent::MmNew`], before the child enters.
+    #[non_exhaustive]
     Fork {
         /// The parent.
         task: Task,
@@ -61,6 +66,7 @@ pub enum TaskEvent<'a> {
     },
     /// A task has run `execve` and is in a new address space. Reported after the task has left the
     /// old one.
+    #[non_exhaustive]
     Exec {
         /// The task, under its new identifier, which is that of the process.
         task: Task,
@@ -70,6 +76,7 @@ pub enum TaskEvent<'a> {
         old_mm: &'a Mm,
     },
     /// A task has ended. Reported after the task has left its address space.
+    #[non_exhaustive]
     Exit {
         /// The task.
         task: Task,
@@ -82,6 +89,7 @@ pub enum TaskEvent<'a> {
     /// only with [`super::Options::births`].
     ///
     /// [`super::current`] gives the call.
+    #[non_exhaustive]
     Mapped {
         /// The task.
         task: Task,
@@ -93,6 +101,7 @@ pub enum TaskEvent<'a> {
     /// The tracer has detached from a task, which lives on. Reported after the task has left its
     /// address space. If the tracer traces no other task there, `release` has run, although the
     /// address space itself lives on.
+    #[non_exhaustive]
     Detach {
         /// The task.
         task: Task,
@@ -101,6 +110,7 @@ pub enum TaskEvent<'a> {
     },
     /// A task made a system call in an ABI that this source does not know. If the call changed the
     /// address space, the source missed the change.
+    #[non_exhaustive]
     UnknownAbi {
         /// The task.
         task: Task,

@@ -20,6 +20,7 @@ use crate::ranges;
 use requests::{ptrace, unless_gone};
 
 mod child;
+mod mappings;
 mod memory;
 mod registers;
 mod requests;
@@ -27,6 +28,7 @@ mod status;
 mod wait;
 
 pub(super) use child::{Child, Step, above_stdio, fork, pipe, read_report, say_go};
+pub(super) use mappings::writable_at_or_after;
 pub(super) use memory::read_memory;
 pub(super) use registers::{registers, skip_call};
 pub(super) use requests::{

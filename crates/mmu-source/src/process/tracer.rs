@@ -11,6 +11,7 @@ use mmu_notifier::VaRange;
 
 use super::current::Scope;
 use super::filter::Traced;
+use super::space::Space;
 use super::sys::{self, Resume, Stop, SyscallInfo, Wait};
 use super::task::{Life, Tracee};
 use super::{Error, ExitStatus, Observer, Pid, Task, TaskEvent, filter};
@@ -247,11 +248,7 @@ impl<O: Observer> Tracer<O> {
             }
             Stop::NewTask(kind) => self.cloned(tid, kind)?,
             Stop::Exit => {
-                let message =
-                    sys::event_message(tid, stop).map_err(kernel("PTRACE_GETEVENTMSG", tid))?;
-                if let (Some(tracee), Some(status)) = (self.tasks.get_mut(&tid), message) {
-                    tracee.exit = sys::exit_status(status as i32);
-                }
+                self.keep_status(tid)?;
                 self.depart(tid, "exit");
             }
             Stop::Group => return resume(tid, Resume::Listen, 0),
@@ -313,6 +310,23 @@ impl<O: Observer> Tracer<O> {
                 drop(space);
             }
         }
+    }
+
+    /// Keeps the status of a task that is about to end. The kernel does not report it again if
+    /// another thread then runs `execve` and replaces the leader.
+    fn keep_status(&mut self, tid: Pid) -> Result<(), Error> {
+        let sees_all = self.options.follow && !self.in_doubt;
+        let is_alone = |space: &Rc<Space>| sees_all && space.tasks.get() == 1;
+        let Some(tracee) = self.tasks.get_mut(&tid) else {
+            return Ok(());
+        };
+        if tracee.space().is_some_and(is_alone) {
+            return Ok(());
+        }
+        let message =
+            sys::event_message(tid, Stop::Exit).map_err(kernel("PTRACE_GETEVENTMSG", tid))?;
+        tracee.exit = message.and_then(|status| sys::exit_status(status as i32));
+        Ok(())
     }
 
     /// Handles the end of a task.

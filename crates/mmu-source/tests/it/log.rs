@@ -204,7 +204,7 @@ impl Observer for Recorder {
 
     fn event(&mut self, event: &TaskEvent<'_>) {
         self.log.push(match *event {
-            TaskEvent::MmNew { task, mm } => {
+            TaskEvent::MmNew { task, mm, .. } => {
                 assert!(!mm.has_notifiers(), "a new address space has subscribers");
                 Record::New { task, mm: mm.id() }
             }
@@ -213,23 +213,28 @@ impl Observer for Recorder {
                 child,
                 mm,
                 child_mm,
+                ..
             } => Record::Fork {
                 task,
                 child,
                 mm: mm.id(),
                 child_mm: child_mm.id(),
             },
-            TaskEvent::Exec { task, mm, old_mm } => Record::Exec {
+            TaskEvent::Exec {
+                task, mm, old_mm, ..
+            } => Record::Exec {
                 task,
                 mm: mm.id(),
                 old_mm: old_mm.id(),
             },
-            TaskEvent::Exit { task, mm, status } => Record::Exit {
+            TaskEvent::Exit {
+                task, mm, status, ..
+            } => Record::Exit {
                 task,
                 mm: mm.id(),
                 status,
             },
-            TaskEvent::Detach { task, mm } => Record::Detach { task, mm: mm.id() },
+            TaskEvent::Detach { task, mm, .. } => Record::Detach { task, mm: mm.id() },
             ref other => panic!("unexpected: {other:?}"),
         });
     }

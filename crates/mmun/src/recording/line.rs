@@ -184,7 +184,7 @@ impl Line<'_> {
 
     fn record_kind(&self, kind: LineKind, causes: &mut Causes) -> Result<Option<Kind>, String> {
         Ok(Some(match kind {
-            LineKind::MmNew => Kind::MmNew,
+            LineKind::MmNew => Kind::MmNew { parent: None },
             LineKind::MmRelease => Kind::MmRelease,
             LineKind::Get => Kind::Get {
                 users: want(self.users, "users")?,

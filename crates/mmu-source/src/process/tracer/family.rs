@@ -304,6 +304,7 @@ impl<O: Observer> Tracer<O> {
             self.observer.event(&TaskEvent::MmNew {
                 task,
                 mm: &space.mm,
+                parent: parent.map(|(task, _)| task),
             });
         }
         if let Some((parent, parent_space)) = parent {
@@ -371,6 +372,7 @@ impl<O: Observer> Tracer<O> {
         self.observer.event(&TaskEvent::MmNew {
             task,
             mm: &space.mm,
+            parent: None,
         });
         if let Life::Left(old_mm) = &old {
             self.observer.event(&TaskEvent::Exec {

@@ -129,6 +129,7 @@ impl<O: Observer> Tracer<O> {
             self.observer.event(&TaskEvent::MmNew {
                 task,
                 mm: &space.mm,
+                parent: None,
             });
         }
     }
