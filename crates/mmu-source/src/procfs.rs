@@ -29,3 +29,14 @@ pub(crate) fn of(tid: libc::pid_t, file: &str) -> io::Result<String> {
     }
     Ok(format!("/proc/{tid}/{file}"))
 }
+
+/// Tells whether `error`, from opening an entry of `folder` (`fd` or `fdinfo`) of the task `tid`,
+/// means that the task has no such descriptor.
+///
+/// Any other error means "not known". Before Linux 6.10 a tracer with `CAP_DAC_OVERRIDE` can search
+/// the folder of a task that is not dumpable, but opening an entry fails with `EACCES`. The same
+/// holds for the links in `fd` of every kernel.
+pub(crate) fn lacks_descriptor(tid: libc::pid_t, folder: &str, error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        && of(tid, &format!("{folder}/.")).is_ok_and(|path| fs::exists(path).unwrap_or(false))
+}

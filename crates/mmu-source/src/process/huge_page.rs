@@ -1,7 +1,7 @@
 //! Tells whether a file that a task has open is on hugetlbfs.
 
 use std::ffi::CString;
-use std::{fs, io};
+use std::io;
 
 use super::{Pid, sys};
 use crate::procfs;
@@ -13,9 +13,8 @@ use crate::procfs;
 pub(super) fn of(tid: Pid, fd: i32) -> io::Result<Option<u64>> {
     let path = CString::new(procfs::of(tid, &format!("fd/{fd}"))?)?;
     match sys::huge_page(&path) {
-        // The descriptors can be read and `fd` is not among them, so the kernel will refuse the
-        // call.
-        Err(_) if fs::exists(format!("/proc/{tid}/fd/.")).unwrap_or(false) => Ok(None),
+        // The kernel will refuse the call.
+        Err(error) if procfs::lacks_descriptor(tid, "fd", &error) => Ok(None),
         page => page,
     }
 }

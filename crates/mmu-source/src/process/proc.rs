@@ -128,8 +128,7 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
             Some(pid) if pid > 0 => Named::Task(pid),
             _ => Named::Stranger,
         },
-        // The task's descriptors can be read, and `fd` is not among them.
-        Err(_) if fs::exists(format!("/proc/{tid}/fdinfo/.")).unwrap_or(false) => Named::Stranger,
+        Err(error) if procfs::lacks_descriptor(tid, "fdinfo", &error) => Named::Stranger,
         Err(_) => Named::Anyone,
     }
 }

@@ -42,6 +42,32 @@ pub(crate) fn advice_on_itself() {
         &[pid, 1, pages, nodes, sys::address_mut(&mut status), 2],
     );
     println!("move_pages {arena:#x} {:#x} {result}", arena + page_size());
+    let file = call(
+        libc::SYS_memfd_create,
+        &[
+            c"huge".as_ptr() as u64,
+            u64::from(libc::MFD_HUGETLB | libc::MFD_CLOEXEC),
+        ],
+    );
+    // A kernel without hugetlbfs has no such files.
+    if file >= 0 {
+        // The kernel replaces a huge page's range although the length is smaller.
+        let huge = page_size() / 8 * page_size();
+        let start = map(2 * huge, PROT_READ).next_multiple_of(huge);
+        let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+        let result = call(
+            libc::SYS_mmap,
+            &[
+                start,
+                page_size(),
+                PROT_READ as u64,
+                flags as u64,
+                file as u64,
+                0,
+            ],
+        );
+        println!("mmap {start:#x} {:#x} {result}", start + huge);
+    }
 }
 
 /// Installs a filter that asks for a tracer at a memory call and at another call, and makes both
