@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{Advice, MemfdFlags, fadvise, ftruncate, memfd_create};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::advice::{known, small_pages};
@@ -61,7 +61,15 @@ pub(super) const OPERATIONS: &[Operation] = &[
             }
             known(MADV_HWPOISON, "2.6.32")?;
             // The page is clean, so the kernel can discard it: its file still has the bytes.
-            let region = Region::private(&scratch_file(PAGES)?, PAGES)?;
+            //
+            // It must not be part of a large folio. If another user of the folio keeps the kernel
+            // from splitting it, the call fails with EHWPOISON (Linux 6.11). The file was written
+            // as large folios, so it leaves the page cache first, and is read back page by page.
+            // It is smaller than a huge page, so khugepaged does not collapse it.
+            const FEW: usize = 16;
+            let file = scratch_file(FEW)?;
+            fadvise(&file, 0, None, Advice::DontNeed)?;
+            let region = Region::private(&file, FEW)?;
             Ok(Prepared::new(&region.clone(), 0, move || {
                 region.part(0, 1).advise(MADV_HWPOISON)
             }))
