@@ -1,11 +1,11 @@
-//! The gate, step by step.
+//! `cargo xtask ci`: the gate. It runs all checks that a change must pass, step by step.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-/// One step: its name, its command line, the environment, and the probe that says whether the step
-/// can run here.
+/// A step of the gate: its name, its command line, the environment, and the probe that says whether
+/// the step can run on this machine.
 struct Step {
     name: &'static str,
     needs: Option<&'static str>,
@@ -31,7 +31,7 @@ impl Step {
         self
     }
 
-    /// Checks a checker: the command must exit with 1.
+    /// Marks a step that checks a checker: the command must find a fault, and exit with 1.
     const fn must_fail(mut self) -> Self {
         self.must_fail = true;
         self
@@ -61,19 +61,21 @@ const THREAD_SANITIZER: &[(&str, &str)] = &[
     ),
 ];
 
-/// Opens the device for reading and writing, as the tests do.
+/// A probe that opens `/dev/kvm` for reading and writing, as the tests do.
 const KVM: &str = "dd if=/dev/kvm of=/dev/kvm conv=nocreat,notrunc count=0 status=none";
 
-/// Downloads the kernels if they are not there yet.
+/// A probe that checks the host's packages, and downloads the kernels if `target/guest` does not
+/// have them.
 const GUESTS: &str = "timeout 240 cargo xtask guest --kernel 6.1 --kernel 6.12 --check";
 
-/// Each sanitizer and the models build into a folder of their own. They build `stress` without the
-/// programs that need event sources, which would double their time.
+/// Each sanitizer and the models build into a folder of their own. The steps with a sanitizer build
+/// `stress` without the programs that need event sources, because the libraries of these programs
+/// would double the time of the build.
 const STEPS: &[Step] = &[
     step("format", "cargo fmt --all --check"),
     step("tidy", "cargo xtask tidy"),
     step("clippy", "cargo clippy --workspace --all-targets -- -D warnings"),
-    // With the condition that `cargo fuzz` sets.
+    // `cargo fuzz` sets the condition `fuzzing`.
     step("fuzz targets compile", "cargo check --manifest-path fuzz/Cargo.toml --target-dir target/fuzz")
         .env(&[("RUSTFLAGS", "--cfg fuzzing")])
         .needs("c++ --version"),
@@ -84,7 +86,7 @@ const STEPS: &[Step] = &[
          --exclude xtask --target-dir target/oldest",
     )
     .needs("cargo +1.85 --version"),
-    // Takes a minute. The first run downloads the standard library for that processor.
+    // This step takes a minute. The first run downloads the standard library for that processor.
     step(
         "another processor",
         "cargo check --target aarch64-unknown-linux-gnu --workspace --all-targets --exclude bench",
@@ -147,10 +149,10 @@ const STEPS: &[Step] = &[
          -- -D warnings",
     )
     .needs(GUESTS),
-    // A machine that is too slow for all of it skips the rest.
+    // After 480 s, the tests that have not ended are skipped.
     step("guests", "cargo xtask guest --kernel 6.1 --kernel 6.12 --limit 480 --within 480").needs(GUESTS),
-    // Ten minutes more the first time, for the packages, which stay in target/guest, and for a
-    // build of everything.
+    // The first run takes ten minutes more: it downloads packages, which stay in `target/guest`,
+    // and builds everything for that processor.
     step("a guest of another kind", "cargo xtask guest --arch aarch64")
         .needs("cargo xtask guest --arch aarch64 --check --if MMUN_GUESTS_AARCH64"),
     step("miri", "cargo +nightly miri test -p srcu")
@@ -197,7 +199,8 @@ pub(crate) fn run(root: &Path) -> ExitCode {
 /// The exit status of `timeout` after it has killed the command.
 const TOO_LONG: i32 = 124;
 
-/// Returns why a probe fails: the last line of its errors, and whether it took too long.
+/// Returns why a probe fails: the last line of its standard error, and whether `timeout` killed it.
+/// Returns `None` if the probe succeeds.
 fn lack(probe: &str) -> Option<String> {
     let said = match command(probe).output() {
         Ok(output) if output.status.success() => return None,

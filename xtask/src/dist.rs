@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// Debian's folder for libraries on this kind of machine.
+/// Debian's folder for libraries on x86-64.
 const LIB: &str = "usr/lib/x86_64-linux-gnu";
 
 pub(crate) fn run(root: &Path) -> ExitCode {
@@ -21,7 +21,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-/// Builds and lays out everything, and returns the archive.
+/// Builds everything, lays the files out, packs them, and returns the path of the archive.
 fn make(root: &Path) -> Result<PathBuf, String> {
     let packages = ["-p", "mmun", "-p", "mmun-capi", "-p", "mmun-dropin"];
     succeed(
@@ -50,7 +50,8 @@ fn make(root: &Path) -> Result<PathBuf, String> {
     )?;
     std::os::unix::fs::symlink("libmmun.so.0", staged.join(LIB).join("libmmun.so"))
         .map_err(|error| format!("libmmun.so: {error}"))?;
-    // `mmun run` looks in this folder. The linker must not find the library.
+    // `mmun run` looks for the library in this folder. The linker does not, because no program may
+    // link to the library.
     install(
         &built.join("libmmun_dropin.so"),
         &staged.join("usr/lib/mmun/libmmun_dropin.so"),
@@ -125,8 +126,9 @@ fn pkg_config() -> String {
     )
 }
 
-/// Unpacks the archive in an empty folder and tries it: runs its programs, compiles a C program
-/// against it, and looks for its man pages at the paths that `man` uses.
+/// Unpacks the archive in an empty folder and tries the files. It runs `mmun`, compiles and runs a
+/// C program that uses `libmmun`, and checks that the man pages and the completions of zsh lie
+/// where `man` and zsh look for them.
 fn attempt(root: &Path, archive: &Path) -> Result<PathBuf, String> {
     let empty = std::env::temp_dir().join(format!("dist-{}", std::process::id()));
     fs::create_dir_all(&empty).map_err(|error| format!("{}: {error}", empty.display()))?;

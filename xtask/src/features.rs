@@ -1,10 +1,11 @@
-//! `cargo xtask features`: tests crates with no feature and with each feature alone. Every other
-//! step builds them with all features.
+//! `cargo xtask features`: tests crates with no feature and with each feature alone. The other
+//! steps of the gate build them with their default features or more.
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
-/// The features of a crate, and the dependencies that it must not have without them.
+/// For each crate: its name, its features (the empty string stands for no feature), and the
+/// dependencies that the crate must not have without features.
 const CRATES: &[(&str, &[&str], &[&str])] = &[
     (
         "mmu-source",

@@ -1,12 +1,14 @@
-//! `cargo xtask guest`: runs tests in a machine with features that hosts lack, under several
-//! kernels.
+//! `cargo xtask guest`: runs tests in a virtual machine with features that hosts often lack, under
+//! several kernels.
 //!
-//! QEMU emulates the machine in software: virtualisation inside it, two nodes of memory, swap
-//! space, merging of equal pages, a network card that does RDMA. Its kernel is one of Debian's. Its
-//! root folder is the host's, read-only, below an overlay in memory: every program, library and
-//! test binary has the same path as on the host, so nothing has to be packed.
+//! QEMU runs the machine: with KVM if the host's KVM supports nesting, otherwise in software. The
+//! machine has KVM, two NUMA nodes, swap space, merging of equal pages, and a network card that
+//! does RDMA. Its kernel is one of Debian's. Its root folder is the host's, read-only, below an
+//! overlay in memory. So every program, library and test binary has the same path as on the host,
+//! and nothing has to be packed. A machine of another kind than the host has a root folder of its
+//! own ([`foreign`]), and no RDMA.
 //!
-//! Cargo decides which commands run: its runner records each command line instead of running it
+//! Cargo decides which commands run: Cargo's runner records each command line instead of running it
 //! ([`record`]). In the guest, [`agent`] runs the recorded commands in one boot. Each test itself
 //! decides whether it can run there (`testkit::require`).
 
@@ -32,15 +34,15 @@ use std::{fs, io, process, thread};
 
 /// The name of this program's copy in the folder of a run.
 const AGENT: &str = "agent";
-/// The same for the machine's kind.
+/// The name of the copy that runs in the machine. It is built for the machine's kind of processor.
 const INSIDE: &str = "agent-inside";
-/// How many machines run at once. Each emulates two processors.
+/// How many machines run at once. Each has two processors.
 const ABREAST: usize = 2;
 
 const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--within SECONDS] [--check [--if VARIABLE]] [--table] \
     [-- ARGUMENTS OF CARGO TEST]";
 
-/// The programs that every kind of machine needs, each with its Debian package.
+/// The programs that the host needs for every kind of machine, each with its Debian package.
 const NEEDED: &[(&str, &str)] = &[
     ("depmod", "kmod"),
     ("xz", "xz-utils"),
@@ -56,9 +58,11 @@ struct Options {
     kernels: Vec<&'static str>,
     shell: bool,
     limit: Duration,
-    /// The time for everything, the builds included. What a slow host does not finish is skipped.
+    /// The time limit of the whole run, builds included. Commands that have not ended by then count
+    /// as skipped, unless one of their tests has failed.
     within: Option<Duration>,
-    /// Only check whether the host has the needed packages.
+    /// Only check that the host has the needed packages, and download the kernels and the packages
+    /// for the machine.
     check: bool,
     table: bool,
     tests: Vec<String>,
@@ -145,7 +149,7 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
                     };
                     let begin = Instant::now();
                     let results = machine.run(steps);
-                    // After an error of another guest the receiver is gone.
+                    // If another guest has failed with an error, the receiver is gone.
                     if sender
                         .send((*series, machine, begin.elapsed(), results))
                         .is_err()
@@ -183,7 +187,7 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     })
 }
 
-/// Makes the folder of this run, and removes those of runs that were killed.
+/// Makes the folder of this run, and removes the folders of runs that were killed.
 fn own_folder(store: &Path) -> io::Result<PathBuf> {
     fs::create_dir_all(store)?;
     for entry in fs::read_dir(store)? {
@@ -198,7 +202,7 @@ fn own_folder(store: &Path) -> io::Result<PathBuf> {
     // An earlier process with the same pid may have left a folder.
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir(&folder)?;
-    // A build may replace this program while the guests run.
+    // Cargo runs this copy as its runner, because a build may replace the program itself.
     fs::copy(std::env::current_exe()?, folder.join(AGENT))?;
     Ok(folder)
 }
@@ -272,7 +276,8 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
     Ok(options)
 }
 
-/// Returns an error of one line that names missing packages and how to install them.
+/// Checks that the host has the needed programs. The error is one line that names the missing
+/// packages and how to install them.
 fn check_host(arch: &Arch) -> Result<(), String> {
     if cfg!(not(target_arch = "x86_64")) {
         return Err(
@@ -347,7 +352,8 @@ fn note_all(
     Ok(steps)
 }
 
-/// The folders with tools and files for a machine of another kind than the host.
+/// Returns the folders with tools and files for a machine of another kind than the host, or `None`
+/// for a machine of the host's kind.
 fn folders(store: &Path, arch: &Arch) -> Result<Option<Folders>, String> {
     arch.foreign
         .map(|foreign| foreign::get(store, arch, foreign))
@@ -372,8 +378,8 @@ impl Build<'_> {
         command
     }
 
-    /// Builds this program for the machine, and copies it to the place where the machine looks for
-    /// it.
+    /// Copies this program to the path at which the machine runs it ([`INSIDE`]). For a machine of
+    /// another kind, builds the program first.
     fn agent(&self) -> Result<(), String> {
         let mut built = self.plan.join(AGENT);
         if self.folders.is_some() {
@@ -427,7 +433,7 @@ fn run_cargo(command: &mut Command) -> Result<(), String> {
     }
 }
 
-/// The folders of programs, those for administrators included.
+/// Returns a `PATH` that includes the folders of programs for administrators.
 fn search_path() -> String {
     format!(
         "{}:/usr/sbin:/sbin",

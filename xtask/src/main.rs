@@ -1,13 +1,13 @@
 //! The project's own chores:
 //! * `cargo xtask tidy` checks rules that rustc does not check.
-//! * `cargo xtask ci` is the whole gate.
+//! * `cargo xtask ci` runs the whole gate: all checks that a change must pass.
 //! * `cargo xtask dist` makes and tries a distribution's package.
 //! * `cargo xtask features` tests crates with no feature and with each feature alone.
 //! * `cargo xtask packages` tests each crate as it will be published.
 //! * `cargo xtask guest` runs tests under other kernels.
 //! * `cargo xtask surroundings` runs tests with another loader cache and allocator, and in a pid
 //!   namespace.
-//! * `cargo xtask mutants` breaks the code and demands that a test fails.
+//! * `cargo xtask mutants` puts known faults into the code and checks that a test finds each.
 
 mod ci;
 mod dist;
@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // Arguments that need not be UTF-8.
+    // These arguments are a recorded command line, which need not be UTF-8.
     if std::env::args_os()
         .nth(1)
         .is_some_and(|word| word == "guest-record")

@@ -1,8 +1,9 @@
-//! `cargo xtask mutants [NAME ..]`: puts faults of the past back into the code, one at a time, and
-//! demands that a test fails. The mutants of orderings are in the models (`MMUN_MUTANT`).
+//! `cargo xtask mutants [NAME ..]`: puts known faults into the code, one at a time, and checks that
+//! a test finds each. The mutants of memory orderings are not here, but in the models, which read
+//! `MMUN_MUTANT`.
 //!
-//! It works in a copy below `target`, so the tree does not change. `cargo xtask tidy` checks that
-//! the text which each mutant replaces still exists.
+//! The command works in a copy of the sources below `target`, so the sources do not change.
+//! `cargo xtask tidy` checks that the text which each mutant replaces still exists.
 
 use std::collections::HashSet;
 use std::fs;
@@ -13,11 +14,11 @@ use std::process::{Command, ExitCode, Stdio};
 struct Mutant {
     name: &'static str,
     file: &'static str,
-    /// The text that it replaces, which must occur exactly once.
+    /// The text that the mutant replaces. It must occur exactly once in the file.
     from: &'static str,
     to: &'static str,
-    /// The arguments of the `cargo test` that must fail with the mutant. Or, if they begin with
-    /// [`HUNT`], those of a hunt that must find a fault.
+    /// The arguments of the `cargo test` that must fail with the mutant. If the text begins with
+    /// [`HUNT`], the rest are the arguments of `stress`, which must find a fault.
     test: &'static str,
 }
 
@@ -136,7 +137,8 @@ const MUTANTS: &[Mutant] = &[
         to: "while let Some(record) = None::<Record> {",
         test: "-p mmu-source --test it a_full_ring_is_a_loss",
     },
-    // The premises of the kernel source's wait (`kernel/wait.rs`), one by one.
+    // Each of the following mutants removes one premise of the kernel source's wait
+    // (`kernel/wait.rs`).
     Mutant {
         name: "the-count-of-the-older-machine",
         file: "crates/mmu-source/src/kernel/machine.rs",
@@ -206,7 +208,7 @@ pub(crate) fn run(root: &Path, names: &[&str]) -> ExitCode {
     }
 }
 
-/// Complains about each mutant whose text does not occur exactly once.
+/// Complains about each mutant whose text does not occur exactly once in its file.
 pub(crate) fn tidy(root: &Path, complaints: &mut Vec<String>) {
     for Mutant {
         name, file, from, ..
@@ -223,7 +225,7 @@ pub(crate) fn tidy(root: &Path, complaints: &mut Vec<String>) {
 }
 
 /// Copies the files that git knows or would add, and removes all others from the copy. An unchanged
-/// file keeps its time, so Cargo rebuilds little.
+/// file keeps its modification time, so Cargo rebuilds little.
 fn copy(root: &Path, tree: &Path) {
     let listed = Command::new("git")
         .args(["ls-files", "-z", "--cached", "--others"])
@@ -236,7 +238,7 @@ fn copy(root: &Path, tree: &Path) {
     let mut copied = HashSet::new();
     for name in listed.split_terminator('\0') {
         let (from, to) = (root.join(name), tree.join(name));
-        // Skips a link, and a file that was removed but that git still lists.
+        // Skips a link to a folder, and a file that was removed but that git still lists.
         let Ok(new) = fs::read(&from) else { continue };
         copied.insert(to.clone());
         if fs::read(&to).is_ok_and(|old| old == new) {
@@ -248,14 +250,14 @@ fn copy(root: &Path, tree: &Path) {
     remove_others(tree, &copied);
 }
 
-/// Removes the files below a folder that are not to be kept, and folders that are empty then.
+/// Removes all files below `folder` except those in `kept`, and then the empty folders.
 fn remove_others(folder: &Path, kept: &HashSet<PathBuf>) {
     for entry in fs::read_dir(folder).expect("the copy can be read") {
         let entry = entry.expect("the copy can be read");
         let path = entry.path();
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             remove_others(&path, kept);
-            // Fails for a folder that is not empty, which stays.
+            // Fails if the folder is not empty. Then the folder stays.
             let _ = fs::remove_dir(&path);
         } else if !kept.contains(&path) {
             fs::remove_file(&path).expect("the copy can be changed");
@@ -269,7 +271,7 @@ enum Outcome {
     Passes,
     Fails,
     DoesNotCompile,
-    /// It was killed after 15 minutes.
+    /// The test was killed after 15 minutes.
     DoesNotEnd,
 }
 
@@ -277,7 +279,8 @@ fn run_test(tree: &Path, test: &str) -> Outcome {
     let run = |words: String| {
         let mut words = words.split_whitespace();
         let mut command = Command::new(words.next().expect("a program"));
-        // A skipped test catches no mutant.
+        // With `MMUN_REQUIRE`, a test that would be skipped fails, because a skipped test catches
+        // no mutant.
         command
             .args(words)
             .current_dir(tree)
@@ -299,7 +302,7 @@ fn run_test(tree: &Path, test: &str) -> Outcome {
     }
     match run(format!("timeout --kill-after=10 900 {test}")).code() {
         Some(0) => Outcome::Passes,
-        // `timeout` exits with 124, or is killed by its own SIGKILL.
+        // `timeout` exits with 124. If it has to send SIGKILL, this signal kills `timeout` as well.
         Some(124 | 137) | None => Outcome::DoesNotEnd,
         Some(_) => Outcome::Fails,
     }

@@ -1,6 +1,6 @@
-//! `cargo xtask packages`: tests each published crate as its user gets it. It packs all crates,
-//! unpacks each outside the workspace, and runs the tests of the package there, against the
-//! packages of the other crates.
+//! `cargo xtask packages`: tests each published crate as its user gets it. The command packs all
+//! crates, unpacks each outside the workspace, and runs the tests of the package there, with the
+//! unpacked packages of the other crates.
 
 use cargo_metadata::MetadataCommand;
 use std::fs;

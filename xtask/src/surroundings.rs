@@ -1,10 +1,10 @@
 //! `cargo xtask surroundings`: runs tests once more in other surroundings.
 //!
 //! * A pid namespace whose session leader is outside, as in many containers: `getsid` returns 0
-//!   there, and the outer `/proc` has other numbers for the same processes.
+//!   there, and the same processes have other pids in the outer `/proc`.
 //! * For the tests of the sources: a loader's cache that fills many pages, another allocator, and a
-//!   large environment. If a test mistakes a call of the loader, of libc or of the allocator for
-//!   its own call, it fails here.
+//!   large environment. If a test takes a system call of the loader, of libc or of the allocator
+//!   for its own, the test fails here.
 
 use std::fs;
 use std::io;
@@ -13,13 +13,15 @@ use std::process::{Command, ExitCode};
 
 /// The size to which the loader's cache is padded: 16 pages. The loader ignores the padding.
 const CACHE_BYTES: usize = 1 << 16;
-/// How many variables are added to the environment, each of a size that `execve` accepts.
+/// How many variables are added to the environment. `execve` accepts each of them, because a
+/// variable may have up to 128 KiB.
 const VARIABLES: usize = 8;
 const VARIABLE_BYTES: usize = 100_000;
 
-/// The tests, their arguments, and whether they get another allocator. The tests of `inside` and
-/// `allocator`, and tests of callbacks in the middle of `free`, need glibc's own allocator. The
-/// tests of `mmun` are those about processes.
+/// The tests, their arguments, and whether they run with the padded cache, the other allocator and
+/// the large environment. The modules `inside` and `allocator`, and the tests of callbacks in the
+/// middle of `free`, are left out, because they need glibc's own allocator. Of `mmun`, only the
+/// tests about processes run.
 const TESTS: &[(&[&str], &[&str], bool)] = &[
     (&["test", "-p", "mmu-source", "--test", "it"], &[], true),
     (
@@ -68,7 +70,7 @@ fn run_all(root: &Path) -> io::Result<bool> {
     bytes.resize(bytes.len().max(CACHE_BYTES), 0);
     fs::write(&cache, bytes)?;
     for (arguments, options, other_allocator) in TESTS {
-        // Build first, so that only the tests run with the other allocator.
+        // Build first, so that no compiler runs with the other allocator.
         if !Command::new("cargo")
             .args(*arguments)
             .arg("--no-run")
@@ -101,7 +103,7 @@ fn run_all(root: &Path) -> io::Result<bool> {
     Ok(true)
 }
 
-/// Checks that this machine has everything that the step needs.
+/// Checks that this machine can make a pid namespace and has the other allocator.
 pub(crate) fn probe() -> ExitCode {
     let mounted = Command::new("unshare")
         .args(["--pid", "--fork", "--mount-proc", "true"])

@@ -1,6 +1,7 @@
-//! Checks rules that the compiler does not check: file sizes, widths of comments, which crate may
-//! use which, circles of modules, syntax that the oldest compiler lacks, pairs of ordering
-//! comments, and that each scenario of the contract has a test.
+//! `cargo xtask tidy`: checks rules that the compiler does not check. They are about file sizes,
+//! widths of comments, which crate may use which, circles of modules, syntax that the oldest
+//! compiler lacks, and pairs of ordering comments. Each scenario of the contract must have a test,
+//! and the text that each mutant replaces must exist.
 
 mod chains;
 mod circles;
@@ -16,10 +17,11 @@ const MAX_LINES: usize = 600;
 /// The maximum width of prose in a comment, in characters: rustfmt does not wrap comments.
 const MAX_COLUMNS: usize = 100;
 
-/// Members of the workspace that are not published and may use anything.
+/// Members of the workspace that are not published and may use every crate.
 const TOOLS: &[&str] = &["bench", "stress", "testkit", "xtask"];
 
-/// The numbers of the contract's scenarios, first and last of each section.
+/// The ids of the contract's scenarios: a letter, and for each section the first and the last
+/// number.
 const SCENARIOS: &[(char, &[(u32, u32)])] = &[
     (
         's',
@@ -94,7 +96,7 @@ fn widths(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
         let mut is_code = false;
         for (number, line) in (1..).zip(text.lines()) {
             let Some(comment) = line.trim_start().strip_prefix("//") else {
-                // A fence that depends on a feature is in an attribute.
+                // If an example depends on a feature, its fence is in an attribute.
                 is_code = line.contains("doc = \"```");
                 continue;
             };
@@ -112,7 +114,8 @@ fn widths(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     }
 }
 
-/// The code map of ARCHITECTURE.md: each crate's folder, with the folders of the crates it uses.
+/// Reads the code map of ARCHITECTURE.md: each crate's folder, with the folders of the crates that
+/// it uses.
 fn code_map(root: &Path) -> Vec<(String, BTreeSet<String>)> {
     let text = fs::read_to_string(root.join("ARCHITECTURE.md")).expect("ARCHITECTURE.md is there");
     let row = |line: &str| {
@@ -124,8 +127,9 @@ fn code_map(root: &Path) -> Vec<(String, BTreeSet<String>)> {
     text.lines().filter_map(row).collect()
 }
 
-/// Checks that each crate uses exactly the crates that the code map lists, and that these stand
-/// above it. Tests may use every crate above.
+/// Checks that each crate uses exactly the crates that its row of the code map lists, and that
+/// these crates have rows above that row. A crate's tests may use `testkit` and every crate that
+/// has a row above.
 fn edges(root: &Path, complaints: &mut Vec<String>) {
     let metadata = MetadataCommand::new()
         .manifest_path(root.join("Cargo.toml"))
@@ -169,7 +173,8 @@ fn edges(root: &Path, complaints: &mut Vec<String>) {
     }
 }
 
-/// Checks that each `ORDER(id)` occurs at two places or more, and in the table.
+/// Checks that each `ORDER(id)` occurs at two places or more and has a row in `docs/ordering.md`,
+/// and that each id with a row there occurs in the sources.
 fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     let table =
         fs::read_to_string(root.join("docs/ordering.md")).expect("docs/ordering.md is there");
@@ -220,8 +225,9 @@ fn first_cell(line: &str) -> Option<&str> {
     line.strip_prefix('|')?.split('|').next().map(str::trim)
 }
 
-/// Checks that each scenario has a test whose name begins with its id (or with several,
-/// `s_48_s_50_`), or a row in the table of scenarios that types make impossible.
+/// Checks that each scenario has a test or a row in `docs/lifecycle.md`, which lists the scenarios
+/// that types make impossible. The name of such a test begins with the scenario's id, or with
+/// several ids, as in `s_48_s_50_`.
 fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     let table =
         fs::read_to_string(root.join("docs/lifecycle.md")).expect("docs/lifecycle.md is there");
@@ -260,7 +266,7 @@ fn scenarios(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<St
     }
 }
 
-/// Reads the scenario that a name begins with.
+/// Returns the scenario whose id is at the beginning of a name.
 fn scenario(name: &str) -> Option<(char, u32)> {
     let letter = name
         .chars()

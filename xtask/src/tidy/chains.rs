@@ -1,5 +1,6 @@
-//! Rejects chains of `let` conditions in libraries and programs: they need Rust 1.88, but the
-//! crates promise 1.85. Clippy's `incompatible_msrv` checks functions only, not syntax.
+//! Rejects chains of `let` conditions in libraries and programs. Such a chain needs Rust 1.88, but
+//! the crates promise to compile with 1.85. Clippy's `incompatible_msrv` does not find chains,
+//! because it checks functions and no syntax.
 
 use super::circles::is_for_tests;
 use std::path::{Path, PathBuf};

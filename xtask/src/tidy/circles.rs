@@ -1,8 +1,8 @@
 //! Rejects circles of modules: neighbours in one folder may use each other in one direction only.
 //!
 //! A module and everything below it form one room: `mm.rs` and `mm/exit.rs` are one room. The check
-//! makes one graph for each folder, whose nodes are the folder's rooms. A child may use its parent,
-//! and a parent its child. Tests are ignored.
+//! makes a graph for each folder. The nodes of the graph are the rooms in that folder. A child may
+//! use its parent, and a parent its child. Tests are ignored.
 
 mod uses;
 
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::Visit;
 use uses::{Uses, exports, resolve};
 
-/// The path of a module in its crate: the root is empty.
+/// The path of a module in its crate. The path of the root is empty.
 type Module = Vec<String>;
 
 pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
@@ -41,7 +41,8 @@ pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>)
     }
 }
 
-/// The crate and the module that a source file of a library or program belongs to.
+/// Returns the crate and the module of a source file. Returns `None` if the file does not belong to
+/// a library or program.
 fn place(path: &Path) -> Option<(String, Module)> {
     let mut parts: Vec<String> = path
         .with_extension("")
@@ -119,8 +120,8 @@ fn prefix(folder: &[String]) -> String {
     folder.iter().map(|part| format!("{part}/")).collect()
 }
 
-/// Returns the circles of one folder. Each circle begins at its room with the first name, and is
-/// the shortest way back to it.
+/// Returns circles of one folder. The rooms are tried in the order of their names. For a room that
+/// is in no circle found before, the circle is the shortest way from the room back to itself.
 fn circles_of(folder: &[String], graph: &Graph) -> Vec<Vec<Step>> {
     let mut found = Vec::new();
     let mut seen: BTreeSet<&str> = BTreeSet::new();
@@ -143,7 +144,7 @@ fn circles_of(folder: &[String], graph: &Graph) -> Vec<Vec<Step>> {
     found
 }
 
-/// The shortest way from `start` to `end`, both included, of at least one step.
+/// Returns the shortest way from `start` to `end`, both included, of at least one step.
 fn way<'a>(graph: &'a Graph, start: &'a str, end: &str) -> Option<Vec<&'a str>> {
     let mut came_from: BTreeMap<&str, &str> = BTreeMap::new();
     let mut queue = VecDeque::from([start]);

@@ -5,15 +5,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use syn::visit::{self, Visit};
 use syn::{Attribute, Item, ItemUse, UseTree};
 
-/// Returns the module that defines the item of `path`: the deepest module of the path, after
-/// re-exports.
+/// Returns the module that defines the item of `path`: the deepest module of the path, after the
+/// re-exports are followed.
 pub(super) fn resolve(
     path: &[String],
     modules: &BTreeSet<Module>,
     exports: &BTreeMap<Module, BTreeMap<String, Module>>,
 ) -> Module {
     let mut path = path.to_vec();
-    // A chain of re-exports ends after a few steps; globs could form a circle.
+    // A chain of re-exports ends after a few steps. The limit is for globs, which could form a
+    // circle.
     for _ in 0..8 {
         let depth = (0..=path.len())
             .rev()
@@ -30,7 +31,7 @@ pub(super) fn resolve(
     path
 }
 
-/// The names that a module imports from other modules of the crate, with their paths.
+/// Returns the names that a module imports, with their paths from the crate's root.
 pub(super) fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Module> {
     let mut found = BTreeMap::new();
     for item in &file.items {
@@ -38,7 +39,9 @@ pub(super) fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Mod
             let mut paths = Vec::new();
             flatten(&item.tree, &mut Vec::new(), &mut paths);
             for (path, name) in paths {
-                // In this edition a path without `crate` names a module beside it or another crate.
+                // A path that does not begin with `crate`, `self` or `super` names an item in this
+                // module, such as a child module, or another crate. Another crate is then taken for
+                // an item of this module, which does no harm: the module does not use itself.
                 let absolute = absolute(module, &path)
                     .unwrap_or_else(|| [module.clone(), path.clone()].concat());
                 if absolute != [&module[..], std::slice::from_ref(&name)].concat() {
@@ -50,7 +53,7 @@ pub(super) fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Mod
     found
 }
 
-/// The paths of a use tree, each with the name that it gets.
+/// Adds the paths of a use tree to `found`, each with the name that the import defines.
 fn flatten(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Vec<(Vec<String>, String)>) {
     match tree {
         UseTree::Path(path) => {
@@ -77,7 +80,8 @@ fn flatten(tree: &UseTree, prefix: &mut Vec<String>, found: &mut Vec<(Vec<String
     }
 }
 
-/// Turns a path that begins with `crate`, `self` or `super` into one from the crate's root.
+/// Turns a path that begins with `crate`, `self` or `super` into a path from the crate's root.
+/// Returns `None` for another path.
 fn absolute(module: &[String], path: &[String]) -> Option<Module> {
     let mut base = match path.first()?.as_str() {
         "crate" => Vec::new(),
@@ -96,7 +100,7 @@ fn absolute(module: &[String], path: &[String]) -> Option<Module> {
     Some([&base[..], rest].concat())
 }
 
-/// Collects every path of one file that names something in its own crate.
+/// Collects every path of one file that begins with `crate`, `self` or `super`.
 pub(super) struct Uses<'a> {
     pub(super) module: &'a Module,
     pub(super) found: Vec<Module>,
@@ -104,7 +108,8 @@ pub(super) struct Uses<'a> {
 
 impl Visit<'_> for Uses<'_> {
     fn visit_item(&mut self, item: &Item) {
-        // An inline module would shift what `super` means; the only ones here are tests.
+        // Skips tests. In another inline module, `super` is the file's module, but is taken for
+        // the parent of the file's module.
         let is_test = matches!(item, Item::Mod(module) if module.attrs.iter().any(is_for_tests));
         if !is_test {
             visit::visit_item(self, item);
