@@ -1,5 +1,5 @@
-//! Reports every change of a translation of this process, whichever process or part of the kernel
-//! makes it. The source uses the kernel's own MMU notifier.
+//! This source reports every change of an armed range of this process, whichever process or part
+//! of the kernel makes the change. The source uses KVM's MMU notifier.
 //!
 //! ```text
 //!   any process, or the kernel itself             this process
@@ -14,8 +14,9 @@
 //!
 //! Creating a KVM virtual machine registers an MMU notifier on the calling process. From then on,
 //! every invalidation of the process's page tables passes the tracepoint `kvm:kvm_unmap_hva_range`,
-//! with its start and end, *before* the page tables change. A small BPF program at the tracepoint
-//! increments a generation in memory that this process has mapped, and writes the range to a ring.
+//! with its start and end, *before* the page tables change. If the invalidation touches an armed
+//! range, a small BPF program at the tracepoint increments a generation in memory that this process
+//! has mapped, and writes the invalidated range to a ring.
 //! The virtual machine is never run. Nothing is patched, and no change bypasses the tracepoint:
 //! changes by other processes, reclaim, truncation, copy on write and `io_uring` all reach it.
 //!
@@ -91,22 +92,23 @@
 //! # Signal handlers
 //! A signal handler may call [`Watch::is_valid`](crate::Watch::is_valid),
 //! [`is_current`](Kernel::is_current) and [`settle`](Kernel::settle), and nothing else of this
-//! module. If the handler has interrupted the source itself, the answer is false or
-//! [`Error::InCallback`].
+//! module. If the handler has interrupted the source itself, `is_valid` may return false although
+//! the range has not changed, and `settle` may return [`Error::InCallback`].
 //!
 //! # Descriptors
-//! The source's descriptors are in a separate descriptor table, which no call of the program
+//! The source's descriptors are in a separate descriptor table, which no system call of the program
 //! reaches: `close_range`, `closefrom` and `dup2` cannot close them, and children do not inherit
 //! them. The limit `RLIMIT_NOFILE` also applies to that table. The start needs some twenty
-//! descriptors; the descriptors that the source opens later are below 8. The source's threads that
-//! run callbacks use the program's table.
+//! descriptors; the descriptors that the source opens later are below 8. The source's own thread
+//! that runs callbacks uses the program's table.
 //!
 //! # Forks
 //! The virtual machine stays attached to the parent's address space. So in the child of a fork an
-//! inherited handle sees no change. The handle detects this
-//! ([`is_inherited`](Kernel::is_inherited)): it is never current, and its calls return
-//! [`Error::AfterFork`]. The child starts a source of its own. When the child drops its last
-//! inherited handle, the parent's source leaves nothing behind in the child.
+//! inherited handle sees no change. The handle detects the fork
+//! ([`is_inherited`](Kernel::is_inherited)): [`is_current`](Kernel::is_current) is always false,
+//! and `settle`, `arm`, `watch` and `read_begin` return [`Error::AfterFork`]. The child starts a
+//! source of its own. When the child drops its last inherited handle, it unmaps the memory that the
+//! parent's source shares with the BPF program.
 
 mod armed;
 mod asm;
@@ -195,12 +197,13 @@ pub struct Settled(u64);
 /// What one call of [`Kernel::drain`] did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drained {
-    /// The number of ranges that the call passed to subscribers.
+    /// The number of ranges that the call passed to subscribers. The whole address space after a
+    /// loss does not count.
     pub ranges: usize,
     /// Whether records had been lost, so that the call invalidated the whole address space.
     pub lost: bool,
-    /// Whether the call did nothing, because its caller was a callback of a drain or the child of a
-    /// fork.
+    /// Whether the call did nothing, because its caller was a callback that the source runs, a
+    /// signal handler that had interrupted the source, or the child of a fork.
     pub refused: bool,
 }
 
@@ -213,18 +216,20 @@ impl Drained {
 }
 
 impl Kernel {
-    /// Returns one more than the number of changes of armed ranges that have begun. For statistics.
+    /// Returns a counter that starts at one and is incremented when a change of an armed range
+    /// begins. For statistics.
     ///
-    /// The generation counts only events that touch an armed range, and a few others because the
-    /// filter is coarse. So most changes of memory that is not armed do not make clients drain.
+    /// A few other events increment it as well: some changes of memory that is not armed, because
+    /// the filter is coarse, and losses that the source finds. But most changes of memory that is
+    /// not armed do not make clients drain.
     #[must_use]
     #[inline]
     pub fn generation(&self) -> u64 {
         self.inner.generation()
     }
 
-    /// Tells whether no change of an armed range has begun since `settle` returned `settled`.
-    /// Always false in the child of a fork.
+    /// Returns true only if no change of an armed range has begun since the call of `settle` that
+    /// returned `settled`. Always false in the child of a fork.
     #[must_use]
     #[inline]
     pub fn is_current(&self, settled: Settled) -> bool {
@@ -248,8 +253,9 @@ impl Kernel {
     /// # Blocking
     /// Waits while callbacks run, on this thread or on another one that drains.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork. [`Error::InCallback`] in a callback that the
-    /// source runs, and in a signal handler that has interrupted the source.
+    /// [`Error::AfterFork`] in the child of a fork. [`Error::InCallback`] if there is a change
+    /// whose callbacks have not run, and the caller is a callback that the source runs, or a signal
+    /// handler that has interrupted the source.
     #[inline]
     pub fn settle(&self) -> Result<Settled, Error> {
         let generation = self.generation();
@@ -303,11 +309,13 @@ impl Kernel {
         drained
     }
 
-    /// Returns how often records were lost, because the ring or the queue was full or because the
-    /// kernel skipped the program (`missed` in the `Debug` output).
+    /// Returns how often records were lost: because the ring or the queue was full, because the
+    /// kernel skipped the program (`missed` in the `Debug` output), or because a broker no longer
+    /// says whether the kernel did so. For statistics.
     ///
-    /// The number counts records, not invalidations: one invalidation of the whole address space
-    /// covers all records that were lost since the last one.
+    /// The count is of records, not of invalidations: one invalidation of the whole address space
+    /// covers all records that were lost since the last one. When the source finds skipped runs, it
+    /// counts one loss more than there were runs.
     #[must_use]
     pub fn lost(&self) -> u64 {
         let overflows = self
@@ -327,7 +335,7 @@ impl Kernel {
     }
 
     /// Returns how often a thread has waited for changes under way, and how many of these waits
-    /// made a virtual machine.
+    /// made a virtual machine. A thread that relied on another thread's wait is not counted.
     #[must_use]
     pub fn waits(&self) -> (u64, u64) {
         self.inner.waits.counts()
@@ -414,8 +422,9 @@ fn kernel_error(call: &'static str, source: io::Error) -> Error {
 }
 
 impl Drop for Kernel {
-    /// Closes all descriptors and waits until they are closed. Waits for no callback: if a thread
-    /// of the source is running a callback, that thread ends when the callback returns.
+    /// Closes all descriptors and waits until they are closed. Waits for no callback: if the
+    /// source's own thread is running callbacks, that thread ends after them. In the child of a
+    /// fork, only unmaps memory.
     fn drop(&mut self) {
         let vault = self.vault.take();
         if self.inner.is_inherited() {

@@ -1,13 +1,16 @@
-//! A watch answers one question: has this range changed since the watch was made?
+//! A watch answers one question: has this range changed since the watch was made or renewed?
 //!
 //! A cache that looks up an entry under its own lock, perhaps inside `free`, needs only this
-//! answer. [`Watch::is_valid`] gives this answer without a callback, a lock or an allocation, and
-//! without waiting for another thread.
+//! answer. [`Watch::is_valid`] gives this answer without a callback or an allocation, and without
+//! waiting for a lock or for another thread.
 //!
 //! | made by | marked by | misses |
 //! | --- | --- | --- |
-//! | [`Kernel::watch`](crate::kernel::Kernel::watch) | the kernel, before the change, whichever process makes it | nothing |
+//! | [`Kernel::watch`] | the source `kernel`, before the change by any process | nothing |
 //! | [`Watch::new`] | each bracket on [`current`](crate::current), from [`hook`](crate::hook) or another source | what those sources miss |
+//!
+//! Since Linux 7.0 the kernel can skip the program of the source `kernel`. Then a watch of that
+//! source is marked up to a second late.
 //!
 //! ```
 //! use mmu_notifier::{Event, Va, VaRange};
@@ -32,7 +35,7 @@ use std::fmt;
 #[cfg(feature = "kernel")]
 use std::sync::Arc;
 
-/// A range of this process, and whether it has changed since the watch was made.
+/// A range of this process, and whether it has changed since the watch was made or renewed.
 pub struct Watch {
     range: VaRange,
     by: By,
@@ -66,14 +69,14 @@ impl Watch {
         })
     }
 
-    /// Tells whether the range has not changed since the watch was made or renewed. If so, the
+    /// Returns true if the range has not changed since the watch was made or renewed. Then the
     /// entry was current while the caller used it before this call.
     ///
     /// An invalid watch stays invalid until it is renewed, with one exception. A watch of the
-    /// kernel source also answers false when it cannot know: while another thread takes in the
-    /// source's records, or in a signal handler that has interrupted this thread while it took
-    /// records in. A later call can then return true. In the child of a fork the answer is always
-    /// false.
+    /// source `kernel` also returns false when it cannot know: while another thread takes in the
+    /// source's records, while another processor writes a record, or in a signal handler that has
+    /// interrupted this thread while it took records in. A later call can then return true. In the
+    /// child of a fork the result is always false.
     ///
     /// Call `is_valid` before using an entry. If another thread can change the memory meanwhile,
     /// call it again afterwards.
@@ -95,16 +98,16 @@ impl Watch {
 
     /// Makes the watch valid again: changes that are over no longer count.
     ///
-    /// For a watch of the kernel source, no change that began before this call is still under way
-    /// when the call returns. Any other watch is marked again by each bracket that is open during
-    /// this call.
+    /// For a watch of the source `kernel`, no change that began before this call is still under way
+    /// when the call returns. Any other watch is marked again at the end of each bracket of its
+    /// range that is open during this call.
     ///
     /// A renewal is cheaper than another watch. Translate the range again afterwards.
     ///
     /// # Blocking
-    /// A watch of the kernel source blocks as its constructor does. Other watches do not block.
+    /// A watch of the source `kernel` blocks as its constructor does. Other watches do not block.
     /// # Errors
-    /// [`Error::AfterFork`] in the child of a fork. For a watch of the kernel source, also the
+    /// [`Error::AfterFork`] in the child of a fork. For a watch of the source `kernel`, also the
     /// errors of its constructor. An invalid watch stays invalid after an error.
     pub fn renew(&mut self) -> Result<(), Error> {
         match &mut self.by {

@@ -152,7 +152,8 @@ impl Table {
         self.nodes[number as usize].watched = Some(watched);
     }
 
-    /// Removes a watch. The caller must drop the returned value outside of the lock.
+    /// Removes a watch. The caller must drop the returned value outside of the lock, because the
+    /// drop may free memory, and the lock may be taken inside `free`.
     pub(crate) fn remove(&mut self, id: &Id) -> Option<Arc<Word>> {
         let number = id.0;
         let watched = self.nodes[number as usize].watched.take()?;

@@ -7,7 +7,8 @@ use mmu_notifier::VaRange;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-/// An armed range. Dropping it disarms the range, and waits for no thread.
+/// An armed range. Dropping this value disarms the range. If the value also holds the last handle
+/// of the source, dropping it stops the source.
 #[derive(Debug)]
 #[must_use = "the range is disarmed when this is dropped"]
 pub struct Armed {
@@ -16,7 +17,8 @@ pub struct Armed {
     level: Option<usize>,
 }
 
-/// The result of [`Armed::read_begin`]: a moment at which no change was under way.
+/// The result of [`Armed::read_begin`]: a generation such that subscribers know of every change of
+/// an armed range up to it, and all these changes are over.
 ///
 /// The result of [`settle`](Kernel::settle) is no `ReadSeq`, because changes may be under way when
 /// `settle` returns.
@@ -45,8 +47,8 @@ impl ReadSeq {
 
 impl Kernel {
     /// Begins to fill a cache with translations of ranges that the caller has armed or watches. For
-    /// callers in other languages: no type here proves that the ranges are armed. Otherwise this is
-    /// [`Armed::read_begin`], which waits for changes of every armed range.
+    /// callers in other languages: no type here proves that the ranges are armed.
+    /// [`Armed::read_begin`] does the same, because it waits for changes of every armed range.
     ///
     /// # Blocking
     /// Blocks as [`Armed::read_begin`] does.
@@ -111,7 +113,7 @@ impl Armed {
     }
 
     /// Begins to fill a cache with translations of this range: settles, then waits until every
-    /// change under way is over.
+    /// change of an armed range that subscribers know of is over.
     ///
     /// # Blocking
     /// Blocks as [`settle`](Kernel::settle) does. If an armed range was changed since the last wait
@@ -120,8 +122,8 @@ impl Armed {
     /// this address space without a pause, it makes a virtual machine, which takes from a hundred
     /// microseconds to some milliseconds.
     /// # Errors
-    /// The errors of [`settle`](Kernel::settle). [`Error::Kernel`] if no virtual machine can be
-    /// made.
+    /// The errors of [`settle`](Kernel::settle). [`Error::InCallback`] also in a signal handler
+    /// that has interrupted such a wait. [`Error::Kernel`] if no virtual machine can be made.
     /// # Source
     /// `mmu_interval_read_begin`.
     pub fn read_begin(&self) -> Result<ReadSeq, Error> {

@@ -39,7 +39,7 @@ pub(super) enum Op {
 /// The bit that selects a register as the operand (`BPF_X`).
 const BY_REGISTER: u8 = 0x08;
 
-/// Unsigned 64-bit conditions, `BPF_JMP`.
+/// The conditions of jumps, on unsigned 64-bit values (`BPF_JMP`).
 #[derive(Debug, Clone, Copy)]
 pub(super) enum If {
     Always = 0x05,
@@ -136,9 +136,10 @@ impl<L: Copy + Eq + Hash + Debug> Assembler<L> {
         self.push(0xdb, dst, src as u8, offset, 0xe1);
     }
 
-    /// Emits a full barrier, if the processor needs one to order a load after earlier accesses. An
-    /// atomic addition that fetches is a full barrier, whatever word it changes. The addition here
-    /// changes the word at [`PEEKED`]. Overwrites register 0.
+    /// Emits a full barrier, except on x86-64. That processor keeps loads in order, and the kernel
+    /// executes a locked instruction between its own stores and the program. An atomic addition
+    /// that fetches is a full barrier, whatever word it changes. The addition here changes the word
+    /// at [`PEEKED`]. Overwrites register 0.
     pub(super) fn fence(&mut self) {
         if cfg!(not(target_arch = "x86_64")) {
             self.store_immediate(Reg::R10, PEEKED, 0);

@@ -2,9 +2,9 @@
 //! types (BTF).
 //!
 //! A BTF file has a header, the types, and their names. Each type has a number, which is its
-//! position in the file. The length of a type depends on its kind. The BTF of a module describes
-//! only the module's own types; its type numbers and name offsets continue those of `vmlinux`. The
-//! parser accepts any bytes, and stops at the first type that it cannot parse.
+//! position in the file, counted from 1. The length of a type depends on its kind. The BTF of a
+//! module describes only the module's own types; its type numbers and name offsets continue those
+//! of `vmlinux`. The parser accepts any bytes, and stops at the first type that it cannot parse.
 //!
 //! # Source
 //! `Documentation/bpf/btf.rst`, Linux 6.12.

@@ -42,7 +42,7 @@ impl Drop for Flag {
 }
 
 /// Tells whether the caller is a callback that the source runs, or a signal handler that has
-/// interrupted the source.
+/// interrupted this thread while it took in records or passed them on.
 pub(super) fn is_inside() -> bool {
     DOING.get() & (Flag::TELLING | Flag::TAKING) != 0
 }

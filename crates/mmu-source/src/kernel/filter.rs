@@ -3,17 +3,17 @@
 //!
 //! The address space is cut into granules of [`LEVELS`] sizes: 4 KiB, 64 KiB, ... 1 TiB. A range
 //! belongs to the finest level at which it touches at most [`SPAN`] granules. Two tables of small
-//! counters are shared with the program. In each table the finer levels have a section of their
-//! own, and the coarser levels, which have few granules, share one. For each granule, `own` counts
+//! counters are shared with the program. In each table the three finest levels have one section
+//! each, and the coarser levels, which have few granules, share one. For each granule, `own` counts
 //! the ranges that belong to the granule's level and touch the granule. `sum` counts the ranges
 //! that belong to this level *or to a finer level* and touch the granule.
 //!
 //! The same rule gives an event its level. To find ranges of that level and of finer levels, the
-//! program reads the counters of the event's granules in `sum`: at most 16 counters, two cache
-//! lines. To find ranges of a coarser level, it reads the counters of the event's one or two
-//! granules of that level in `own`. Ranges wider than 16 TiB are only counted, in one counter.
-//! While that counter is above zero, every event is a hit. An event wider than 16 TiB is always a
-//! hit.
+//! program reads the counters of the event's granules in `sum`: at most 16 counters for each hash,
+//! in two lines of 32 bytes. To find ranges of a coarser level, it reads the counters of the
+//! event's one or two granules of that level in `own`. Ranges that are too wide for the last level
+//! (some 16 TiB) are only counted, in one counter. While that counter is above zero, every event is
+//! a hit. An event that is too wide for the last level is a hit if any range is armed.
 //!
 //! Each granule has two counters, at positions given by two hashes. A granule counts as armed if
 //! both counters are above zero. The program reads the second counter only if the first is above

@@ -1,4 +1,5 @@
-//! Takes records out of the ring. `settle` and the check of a watch do so before they return.
+//! Takes records out of the ring. `settle` does so before it returns if there are new records. The
+//! check of a watch does so if it cannot decide by reading the ring.
 //!
 //! ```text
 //!   the program ── ring ──> take in ──┬── watches are marked ───────── marked
@@ -12,7 +13,7 @@
 //!
 //! The program increments the generation before it writes the record, and another processor may
 //! write its own record in between. So records arrive out of order. `marked` advances to a
-//! generation only when all generations before it have been taken in.
+//! generation only when all generations up to it have been taken in.
 
 use super::ring::{Record, Ring, range};
 use crate::watch_table::Table;
@@ -113,7 +114,7 @@ impl Intake {
         self.queue.pop_front()
     }
 
-    /// Queues a range. Returns false if the queue is full.
+    /// Queues a range, unless the last queued range covers it. Returns false if the queue is full.
     fn push(&mut self, range: VaRange) -> bool {
         let upto = self.next - 1;
         if let Some(last) = self
@@ -180,7 +181,8 @@ impl Intake {
                 if !self.take(&record) {
                     return self.everything(words);
                 }
-                // As in `run`: otherwise the loop would not end while others change memory faster.
+                // As in `run`: otherwise the loop would not end while others write records faster
+                // than it takes them in.
                 break;
             }
         }
@@ -215,8 +217,8 @@ impl Intake {
 
     fn publish(&self, words: Words<'_>) {
         // ORDER(source-marked): Release: the words of the watches are marked before this store.
-        // Partner: the loads in `Glance::is_current` and `Inner::marked`. If weaker, a client could
-        // consider a watch valid whose word is about to be marked.
+        // Partner: the loads in `Glance::is_current`, `glimpse` and `Inner::marked`. If weaker, a
+        // client could consider a watch valid whose word is about to be marked.
         words.marked.store(self.next - 1, Ordering::Release);
     }
 }

@@ -7,11 +7,11 @@ pub(super) const RING: usize = 256 << 10;
 /// lines away from those that are written often, because processors fetch cache lines in pairs.
 pub(super) mod header {
     pub(in super::super) const BYTES: usize = 4096;
-    /// One more than the number of events that hit an armed range.
+    /// Starts at one, and is incremented by each hit and by each loss that user space finds.
     pub(in super::super) const GENERATION: usize = 0;
     /// Whether a range has ever been armed.
     pub(in super::super) const ON: usize = 128;
-    /// Whether an event has happened since the last wait: see `wait.rs`.
+    /// Whether an event has happened since the last wait: 0, 1 or 2, see `wait.rs`.
     pub(in super::super) const DIRTY: usize = 136;
     /// The address of the page whose events are questions to the program: see `wait.rs`.
     pub(in super::super) const SCRATCH: usize = 144;
@@ -28,10 +28,10 @@ pub(super) mod header {
     /// The number of hits that found B's count at zero. An estimate: processors may overwrite each
     /// other's additions.
     pub(in super::super) const IGNORED: usize = 384;
-    /// The number of hits that found the ring full.
+    /// The number of hits that found the ring full, plus the losses that user space finds.
     pub(in super::super) const LOST: usize = 512;
-    /// The number of the last question to the program, and the number of the last question that the
-    /// program has answered with "nothing is under way".
+    /// The number of the last question to the program. `ANSWERED` is the number of the last
+    /// question that the program has answered with "nothing is under way".
     pub(in super::super) const ASKED: usize = 640;
     pub(in super::super) const ANSWERED: usize = 648;
 }
@@ -43,6 +43,6 @@ pub(super) mod private {
     pub(in super::super) const COUNT: usize = 0;
     /// The `f_op` of a virtual machine's file.
     pub(in super::super) const FILE_OPS: usize = 8;
-    /// The address space whose changes are reported: the address of its `struct mm_struct`.
+    /// The source's address space: the address of its `struct mm_struct`.
     pub(in super::super) const SPACE: usize = 16;
 }

@@ -3,12 +3,13 @@
 //!
 //! A wake-up for each record would be expensive, and a client that checks at every use needs no
 //! wake-up. So only the first record after a pause wakes the listener. Then the program sends no
-//! more wake-ups, and the listener checks for new records once a millisecond. After a millisecond
-//! in which all records were passed on, the listener sleeps again.
+//! more wake-ups, and the listener checks for new records once a millisecond, or less often while a
+//! callback takes long. After a check that finds all records passed on, the listener sleeps again.
 //!
 //! The listener also closes machine B after a time without waits, because B costs each change of
 //! this address space some time. If a process fills its cache now and then, B would be made anew
-//! each time. So if B is made again soon after it was closed, it stays four times as long.
+//! each time. So if B is made again soon after it was closed, it stays four times as long, at most
+//! a second.
 
 use super::layout::header;
 use super::machine::Machines;
@@ -26,12 +27,12 @@ use std::time::{Duration, Instant};
 const LEASE: [Duration; 2] = [Duration::from_millis(10), Duration::from_secs(1)];
 /// If B is made again within this time after it was closed, it was closed too soon.
 const SOON: Duration = Duration::from_secs(1);
-/// How often the listener checks whether the kernel skipped runs.
+/// How often an idle listener checks whether the kernel skipped runs.
 const SECOND: Duration = Duration::from_secs(1);
-/// If there are more records than this in a millisecond, the listener makes B without a request:
+/// If there are more hits than this between two checks, the listener makes B without a request:
 /// with B, the program recognises the events of other address spaces.
 const FLOOD: u64 = 64;
-/// If at least this many events are ignored in a millisecond, the listener keeps B.
+/// If on average at least this many hits are ignored in a millisecond, the listener keeps B.
 const NOISE: u64 = 1;
 
 /// Starts the listener. The caller is the vault's thread, so the listener shares the vault's

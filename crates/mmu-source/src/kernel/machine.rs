@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// The virtual machines: see `wait.rs`. Dropping this value closes all of them.
+/// The virtual machines: see `wait.rs`. Dropping this value closes all of them, except those that
+/// [`renew_b`](Self::renew_b) has leaked.
 pub(super) struct Machines {
     listener: Option<Listener>,
     keeper: Keeper,
@@ -125,8 +126,9 @@ impl Machines {
         }
     }
 
-    /// Makes a machine, which proves that no change is under way. The new machine replaces B if its
-    /// count can be found.
+    /// Makes a machine, which proves that no change is under way. If the program can read the new
+    /// machine's count, the machine replaces B. If the program cannot, it is made to forget B's
+    /// count as well. A rehearsal makes no machine.
     pub(super) fn renew_b(&mut self) -> Result<(), Error> {
         let Some(live) = &mut self.live else {
             return Ok(());
@@ -197,8 +199,8 @@ impl Machines {
         self.live.as_ref().is_some_and(|live| live.b.is_some())
     }
 
-    /// Reports a loss if the kernel skipped the program. If the number of skipped runs is unknown,
-    /// reports a loss once in [`UNKNOWN`].
+    /// Reports a loss if the kernel has skipped the program since the last report. If the number of
+    /// skipped runs is unknown, reports a loss at most once in [`UNKNOWN`].
     pub(super) fn look_for_missed_runs(&mut self, inner: &Inner) {
         match self.missed_runs() {
             Some(missed) => inner.note_missed(missed),

@@ -4,7 +4,8 @@ use crate::Error;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
-/// The command that provides everything that an ordinary user lacks. Root must run it.
+/// The command that starts a broker, which gives an ordinary user the source without privileges.
+/// The command needs root.
 pub(super) const BROKER: &str = "sudo mmun broker --group \"$(id -gn)\"";
 
 pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
@@ -80,8 +81,9 @@ fn group_name(groups: &str, number: u32) -> Option<String> {
     })
 }
 
-/// Explains why `/dev/kvm` cannot be opened. If the device's group may open it and is not root's,
-/// joining that group helps. Otherwise only a change of the device's mode helps.
+/// Explains why `/dev/kvm` cannot be opened. After `EPERM`, the container must be given the device.
+/// Otherwise, if the device's group may open it, has a name and is not root's, joining that group
+/// helps. In all other cases the device needs an access control entry for the user.
 fn may_not_open(error: &io::Error, device: &Device) -> Error {
     let Device {
         owner,
@@ -108,7 +110,8 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
     }
 }
 
-/// The first kernel version with everything that the BPF programs need.
+/// The first kernel version with everything that the tracepoint's program needs. The resolver needs
+/// Linux 5.14, but the source also runs without the resolver.
 const ENOUGH: (u32, u32) = (5, 12);
 
 /// Explains that the kernel is too old, if it is. Then neither a privilege nor a module helps,

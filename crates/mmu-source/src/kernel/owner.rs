@@ -13,8 +13,10 @@
 //! ```
 //!
 //! If the client's address space changes, its three words are on the stack, and the search finds
-//! them: the client misses no change. If another address space changes, these words are not on the
-//! stack, and the program ends without recording anything.
+//! them: the client misses no change. If another address space changes, its struct has another
+//! `mm`, so the program does not count or record the event. There are two exceptions: a stale copy
+//! of the client's three words, which an earlier change of the same range has left on that stack,
+//! and a stack that is deeper than [`STACK`].
 //!
 //! The verifier follows every iteration of the loop, and a branch costs the verifier far more than
 //! the instructions between branches. So the program compares a piece of the stack without
@@ -36,7 +38,8 @@ use std::os::fd::BorrowedFd;
 
 /// Where the address of the context is stored, relative to the end of the stack.
 const CONTEXT: isize = PEEKED - 8;
-/// Where the number of bytes to search is stored.
+/// Where the end of the search is stored, in bytes from the context: the last piece must begin
+/// below it.
 const LENGTH: isize = CONTEXT - 8;
 /// The number of stack bytes that are compared as one piece.
 const PIECE: isize = 256;
@@ -52,7 +55,8 @@ const STACK: isize = 16 << 10;
 /// beyond the registers.
 const REGISTERS: isize = 168;
 
-/// Tells whether the three words are consecutive in this kernel, according to its BTF.
+/// Tells whether the three words are consecutive in this kernel, according to its BTF. False if
+/// there is no BTF.
 pub(super) fn can_be_told() -> bool {
     let Ok(vmlinux) = sys::Whole::of("/sys/kernel/btf/vmlinux") else {
         return false;
@@ -65,14 +69,14 @@ pub(super) fn can_be_told() -> bool {
     mm.is_some_and(|mm| start == Some(mm + 8) && end == Some(mm + 16))
 }
 
-/// Stores the context, which is in register 1 when the program starts.
+/// Stores the address of the context, which is in register 1 when the program starts.
 pub(super) fn keep_context<L: Copy + Eq + Hash + Debug>(a: &mut Assembler<L>) {
     a.store(R10, CONTEXT, R1);
 }
 
-/// Falls through if the change belongs to the client's address space, and jumps to `others`
-/// otherwise. The change covers register `start` to register `last`, inclusive. Preserves only
-/// registers 6 and 7.
+/// Falls through if the change belongs to the client's address space, or if the stack is too deep
+/// to find out. Jumps to `others` otherwise. The change covers register `start` to register `last`,
+/// inclusive. Preserves only registers 6 and 7.
 pub(super) fn check<L: Copy + Eq + Hash + Debug>(
     a: &mut Assembler<L>,
     private: BorrowedFd<'_>,
@@ -104,8 +108,9 @@ pub(super) fn check<L: Copy + Eq + Hash + Debug>(
     a.map_value(R1, private);
     a.load(R1, R1, private::SPACE as isize);
     a.jump(If::Equal, R1, 0, others);
-    // If a word differs from `mm`, the XOR is between 1 and 2^32 - 1, and one less has a clear top
-    // bit. If the word is equal, the XOR is zero, and one less has the top bit set.
+    // If the lower half of a word differs from that of `mm`, the XOR is between 1 and 2^32 - 1, and
+    // one less has a clear top bit. If the halves are equal, the XOR is zero, and one less has the
+    // top bit set.
     let (mm, all) = (R1, R4);
     a.op_reg(Op::Mov, R0, mm);
     a.lower_half(R0);

@@ -15,7 +15,8 @@ use std::os::fd::AsFd;
 pub struct Features {
     /// The kernel's release, as `uname -r` prints it.
     pub release: String,
-    /// Where the source gets its events: `raw_tracepoint kvm_unmap_hva_range`.
+    /// Where the source gets its events: `raw_tracepoint kvm_unmap_hva_range`, followed by ` of a
+    /// broker` if a broker loads the program.
     pub through: &'static str,
     /// Whether this kernel may skip the program if the processor is already running it (Linux 7.0).
     /// The kernel counts skipped runs, and within a second after one the source invalidates the
@@ -42,7 +43,7 @@ pub fn probe() -> Result<Features, Error> {
     })
 }
 
-/// Like [`probe`], but reports everything that is missing.
+/// Like [`probe`], but if KVM is missing, also reports what the BPF programs lack.
 ///
 /// # Errors
 /// One [`Error::Unavailable`] for each missing requirement, at least one.
@@ -52,7 +53,7 @@ pub fn probe_all() -> Result<Features, Vec<Error>> {
         Err(error) => error,
     };
     let mut errors = vec![first];
-    // `probe` tries the virtual machine first. If that failed, `probe` did not try the rest.
+    // `probe` opens `/dev/kvm` first. If that failed, `probe` did not try the programs.
     if sys::open_kvm()
         .and_then(|kvm| sys::create_vm(kvm.as_fd()))
         .is_err()

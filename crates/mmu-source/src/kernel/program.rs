@@ -1,7 +1,8 @@
 //! The BPF program, as instructions.
 //!
 //! The program runs at the tracepoint `kvm:kvm_unmap_hva_range`. The tracepoint's arguments are the
-//! start and the end of the range that is about to change. In C the program would be:
+//! start and the end of the range that is about to change. In C, the program of a source without a
+//! broker would be:
 //!
 //! ```c
 //! if (start == scratch) goto question;
@@ -73,8 +74,9 @@ enum Label {
     /// Follows the test of a granule that is not armed. Numbered.
     Passed(usize),
     Coarser(usize),
-    /// For a client: the question or the hit belongs to the client's own address space.
+    /// For a client of a broker: the question belongs to the client's own address space.
     Answer,
+    /// For a client of a broker: the hit belongs to the client's own address space.
     Record,
     Owner(usize),
 }
@@ -173,7 +175,7 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.jump_reg(If::Equal, R2, START, Label::Question);
     a.load(R2, HEADER, word(header::ON));
     a.jump(If::Equal, R2, 0, Label::Out);
-    // ORDER(source-wait): this code runs at A's tracepoint, so the change has already raised B's
+    // ORDER(source-wait): if this code runs at A's tracepoint, the change has already raised B's
     // count, and a full barrier (on x86-64 a locked instruction of the kernel's) comes before this
     // load. Partner: the fence in `Waits::wait`.
     // ORDER(source-forgotten): if the kernel did not find B among the notifiers, `load_count` does
@@ -260,8 +262,8 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.finish()
 }
 
-/// Returns a number that identifies the version of the client's program, and so of its shared
-/// words.
+/// Returns a hash of the client's program, which differs between versions of the program and of the
+/// words that it shares.
 pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
     const WIDE: u64 = 0x18;
     let maps = Maps {
@@ -298,7 +300,8 @@ fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
     a.load_u32(R0, R10, PEEKED);
 }
 
-/// Handles a question of `wait.rs`: answers it if nothing is under way.
+/// Handles a question of `wait.rs`: answers it if the program can read B's count and nothing is
+/// under way.
 fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.label(label);
     if peek {
@@ -313,7 +316,7 @@ fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.goto(Label::Out);
 }
 
-/// The end of the program: counts and records the event.
+/// The end of the program: counts and records the event, unless B's count is zero.
 fn hit(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     const RINGBUF_RESERVE: i32 = 131;
     const RINGBUF_SUBMIT: i32 = 132;

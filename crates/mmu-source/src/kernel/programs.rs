@@ -22,8 +22,8 @@ pub(super) struct SharedMaps {
 pub(super) struct Programs {
     private: OwnedFd,
     tracepoint: OwnedFd,
-    /// The program that finds a machine's count. `None` until it is loaded, and on a processor
-    /// where it is of no use.
+    /// The program that finds a machine's count. `None` until it is loaded, and for ever if this
+    /// processor or this kernel does not support it.
     resolver: Option<OwnedFd>,
 }
 
@@ -121,8 +121,9 @@ impl Programs {
     }
 }
 
-/// Loads the program. If the kernel refuses this process's own program because it reads kernel
-/// memory, loads a variant that does not.
+/// Loads the program. If the kernel refuses this process's own program for another reason than a
+/// missing privilege, the reason may be that the program reads kernel memory. Then loads a variant
+/// that does not.
 fn load(maps: Maps<'_>, audience: Audience) -> io::Result<OwnedFd> {
     let load = |audience| sys::load_program(Kind::RawTracepoint, &program::build(maps, audience));
     load(audience).or_else(|error| match audience {
@@ -138,7 +139,8 @@ pub(super) fn load_resolver(private: &OwnedFd, offsets: Offsets) -> io::Result<O
     sys::load_program(Kind::Syscall, &resolver::build(private.as_fd(), offsets))
 }
 
-/// Returns the offsets that the resolver needs, if the resolver is of use on this processor.
+/// Returns the offsets that the resolver needs, if the resolver is of use on this processor and the
+/// kernel's BTF has these offsets.
 pub(super) fn offsets() -> Option<Offsets> {
     // `docs/ordering.md` has the argument for these two processors. On others it is not proven that
     // the count goes down only after the stores to the page tables are visible.
@@ -151,12 +153,12 @@ pub(super) fn offsets() -> Option<Offsets> {
 
 /// Tells whether a kernel of this release can be preempted while it runs a program at a tracepoint.
 /// If another task then reaches the tracepoint on the same processor, the kernel skips the program.
+/// True also for a release that cannot be parsed.
 pub(super) fn may_skip(release: &str) -> bool {
     let major = release
         .split('.')
         .next()
         .and_then(|major| major.parse::<u32>().ok());
-    // If the release is unknown, assume that the kernel may skip runs.
     major.is_none_or(|major| major >= 7)
 }
 

@@ -20,8 +20,8 @@
 //! return 0;
 //! ```
 //!
-//! The words are in a map whose descriptor the broker keeps, so the client of a broker learns no
-//! kernel address.
+//! `count`, `space` and `file_ops` are in a map whose descriptor a broker does not send, so the
+//! client of a broker learns no kernel address.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::btf::Btf;
@@ -33,12 +33,14 @@ use std::os::fd::BorrowedFd;
 /// The descriptor that means "no machine".
 pub(super) const NONE: u64 = u64::MAX;
 
-/// Why the resolver examines a machine.
+/// What the resolver does with a machine. With [`NONE`] it forgets machines instead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Role {
-    /// The machine becomes B: the tracepoint's program reads its count.
+    /// The machine becomes B: the tracepoint's program reads its count. With [`NONE`], the program
+    /// reads no count any more.
     B = 0,
-    /// The machine defines the source's address space.
+    /// The machine defines the source's address space. With [`NONE`], the program forgets the count
+    /// and the address space.
     Space = 1,
 }
 
@@ -59,8 +61,8 @@ pub(super) struct Offsets {
 }
 
 impl Offsets {
-    /// Reads the offsets from the running kernel's BTF. Returns `None` if the BTF of the kernel or
-    /// of KVM is missing.
+    /// Reads the offsets from the running kernel's BTF and, if KVM is a module, from that of the
+    /// module. Returns `None` if the kernel has no BTF, or if a member is missing.
     pub(super) fn of_this_kernel() -> Option<Self> {
         let vmlinux = sys::Whole::of("/sys/kernel/btf/vmlinux").ok()?;
         let module = sys::Whole::of("/sys/kernel/btf/kvm").ok();

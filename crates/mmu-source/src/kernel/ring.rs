@@ -111,8 +111,8 @@ pub(super) fn range(start: u64, end: u64) -> VaRange {
     VaRange::covering(Va::new(start), end.wrapping_sub(start)).unwrap_or(VaRange::ALL)
 }
 
-/// Tells whether no event that has not been taken in touches `range` after `base`. Returns `None`
-/// if reading the ring cannot decide that.
+/// Examines the events that have not been taken in yet. Returns true if no event after `base`
+/// touches `range`, false if one does, and `None` if reading the ring cannot decide that.
 ///
 /// This function takes no lock, and touches one page more than a load of the generation. (Taking in
 /// one event touches seven pages.) The function decides only if the records in the ring are exactly

@@ -32,14 +32,16 @@ impl Kernel {
     /// Starts the source, or returns it if it is already running.
     ///
     /// The source opens `/dev/kvm`, makes a virtual machine that is never run, loads BPF programs,
-    /// and starts three threads that sleep until there is work. The source uses some 5 MiB of
-    /// kernel memory. None of its descriptors is in the program's table.
+    /// and starts three threads that sleep until there is work. Without the privileges for this, it
+    /// gets the device and the programs from a broker. The source uses some 5 MiB of kernel memory.
+    /// None of its descriptors is in the program's table.
     ///
     /// # Blocking
     /// The first call takes some milliseconds.
     /// # Errors
     /// [`Error::Unavailable`] if the machine, the privileges or the limit of descriptors do not
     /// suffice. The error names the missing requirement, and a command that provides it.
+    /// [`Error::Kernel`] if a thread cannot be started or memory cannot be mapped.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().kernel, |mark| Self::make(mark, RING, true))
     }
@@ -57,7 +59,8 @@ impl Kernel {
     /// Runs the BPF program once, as if the kernel were about to change these addresses.
     ///
     /// # Errors
-    /// [`Error::Kernel`] if the kernel cannot run such programs on request (before 5.10).
+    /// [`Error::Kernel`] if the kernel cannot run such programs on request (before 5.10), or if a
+    /// broker has loaded the program.
     #[doc(hidden)]
     pub fn inject(&self, start: u64, end: u64) -> Result<(), Error> {
         self.rehearsal(move |inject| inject(start, end))
@@ -129,7 +132,7 @@ impl Kernel {
 /// The parts of a source.
 type Outfit = (SharedMaps, Keeper, Option<Live>);
 
-/// Makes the parts of a source. If that fails and `with_kvm` is set, a broker makes them.
+/// Makes the parts of a source. If that fails and `with_kvm` is set, asks a broker for them.
 pub(super) fn outfit(ring: usize, with_kvm: bool) -> Result<Outfit, Error> {
     own_outfit(ring, with_kvm).or_else(|lack| match with_kvm.then(broker::join).flatten() {
         Some(Ok(joined)) => {

@@ -1,10 +1,11 @@
 //! The system calls of the source: KVM, BPF, and the memory that is shared with the BPF program.
 //!
 //! # Safety
-//! Of this source only this module, its submodules and the broker's `sys.rs` have unsafe code. The
-//! calls take integers, and pointers to local variables together with the sizes of those variables.
-//! [`Shared`] owns a mapping until it is dropped. The words of the mapping are available only as
-//! atomics, with a bounds check, because the BPF program may write them at any time.
+//! Of this source only this module, its submodules and the broker's `sys.rs` have unsafe code,
+//! besides tests. The calls take integers, C strings, and pointers to memory of this module
+//! together with the size of that memory. [`Shared`] owns a mapping until it is dropped. The words
+//! of the mapping are available only as atomics, with a bounds check, because the BPF program may
+//! write them at any time.
 
 #![allow(
     unsafe_code,
@@ -55,8 +56,8 @@ pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 }
 
 /// Makes a system call that may fail with `EINTR`. If it does, blocks the thread's signals and
-/// makes the call again. Otherwise a timer with a period shorter than the call would interrupt it
-/// each time.
+/// makes the call again, up to 1,000 times. Otherwise a timer with a period shorter than the call
+/// would interrupt it each time.
 fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let is_interrupted = |result: &io::Result<T>| {
         result
@@ -292,8 +293,9 @@ impl Drop for Shared {
 
 impl super::Inner {
     /// Unmaps the memory shared with the program, in the child of a fork that drops its last
-    /// handle. In the child this value is never dropped: threads that exist only in the parent hold
-    /// references to it.
+    /// handle. The ring stays mapped if a thread of the parent held its lock during the fork. In
+    /// the child this value is never dropped: threads that exist only in the parent hold references
+    /// to it.
     pub(super) fn leave_to_parent(&self) {
         let intake = self.intake.try_lock();
         let ring = intake.iter().flat_map(|intake| intake.ring.mappings());

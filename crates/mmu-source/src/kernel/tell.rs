@@ -14,9 +14,8 @@ use std::thread;
 const TRIES: usize = 200;
 
 impl Kernel {
-    /// Tells whether this thread is passing on the kernel's records. So a callback can find out
-    /// which of two has called it: this source, or a bracket that another source or the program
-    /// opened.
+    /// Tells whether this thread is passing on this source's records. So a callback can find out
+    /// whether this source has called it, or a bracket that another source or the program opened.
     ///
     /// If a callback of this source opens a bracket, the callbacks of that bracket count as called
     /// by this source.
@@ -95,8 +94,8 @@ impl Inner {
         false
     }
 
-    /// Passes records on, up to a generation. Returns `None` if another thread is doing so, or if
-    /// this thread is inside a callback of the source.
+    /// Passes records on, up to a generation. Returns `None` if a thread is already doing so:
+    /// another one, or this one if the caller is a callback or a signal handler.
     pub(super) fn hand_on(&self, target: u64) -> Option<Turn> {
         let telling = Flag::set(Flag::TELLING)?;
         let handing = try_lock(&self.handing)?;
@@ -140,8 +139,9 @@ impl Inner {
         self.handled() >= self.generation()
     }
 
-    /// Runs on the thread that runs callbacks when no client drains. The thread ends after the
-    /// callback during which the source was stopped.
+    /// The body of the source's own thread, which runs callbacks when no client drains. If the
+    /// source is stopped while callbacks run, the thread ends after the last record that it was
+    /// woken for.
     pub(super) fn tell(&self) {
         loop {
             thread::park();
@@ -154,7 +154,8 @@ impl Inner {
         }
     }
 
-    /// Records how often the kernel has skipped the program so far. Each skipped run is a loss.
+    /// Records how often the kernel has skipped the program so far. Reports one loss if that count
+    /// has changed.
     pub(super) fn note_missed(&self, missed: u64) {
         if self.missed.swap(missed, Ordering::Relaxed) != missed {
             self.note_loss();

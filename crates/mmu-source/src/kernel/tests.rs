@@ -60,8 +60,9 @@ fn the_filter_finds_overlapping_ranges_and_few_others() {
     assert!(kernel.is_settled() && kernel.lost() == 0);
 }
 
-/// A change that begins before the first range is armed is seen by no event. It may still be under
-/// way afterwards, so a wait in that time must not be the last one.
+/// Before the first range is armed, the program does not set `dirty`. A change that begins in that
+/// time may still be under way when the first range is armed. So a wait in that time must leave
+/// `dirty` set, and arming must wait again.
 #[test]
 fn a_wait_before_the_first_range_does_not_replace_the_wait_of_that_range() {
     if !require(Cap::Bpf) {
@@ -96,7 +97,7 @@ fn a_wait_that_has_interrupted_one_of_its_own_thread_is_refused() {
     assert!(kernel.arm(at).is_ok());
 }
 
-/// Makes another change of armed memory in each callback, so that changes never end.
+/// Makes another change of armed memory in each callback, up to `left` times.
 struct Feeds {
     kernel: std::sync::Weak<Kernel>,
     at: u64,
@@ -148,7 +149,7 @@ fn changes_that_never_end_hold_no_thread_up() {
     assert!(feeds.unregister().is_ok());
 }
 
-/// A callback that blocks the thread that reports one page.
+/// A subscriber whose callback for the page at `at` waits for `gate`.
 struct Slow {
     at: u64,
     gate: Mutex<()>,

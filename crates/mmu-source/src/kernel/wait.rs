@@ -38,11 +38,11 @@
 //! at B's tracepoint or not at all.
 //!
 //! If the count was not zero in any of [`POLLS`] questions, the vault makes another machine, which
-//! replaces B. To register its notifier, the kernel takes every lock that a change of this address
-//! space needs (`mm_take_all_locks`), so no change is under way then. The vault also makes a
-//! machine if the count cannot be read, and on every processor except x86-64 and aarch64: on the
-//! other processors it is not proven that the count goes down only after the stores to the page
-//! tables are visible.
+//! replaces B. To register the machine's notifier, the kernel takes every lock that a change of
+//! this address space needs (`mm_take_all_locks`), so no change is under way then. The vault also
+//! makes a machine if the count cannot be read, and on every processor except x86-64 and aarch64:
+//! on the other processors it is not proven that the count goes down only after the stores to the
+//! page tables are visible.
 //!
 //! B costs each change some 0.35 us, so it is closed after a time without waits. Before the close,
 //! the word with the address of B's count is cleared. Unregistering B waits for every call of its
@@ -134,7 +134,8 @@ impl Waits {
         })
     }
 
-    /// Takes the lock. Returns `None` in a signal handler that has interrupted the holder.
+    /// Takes the lock. Returns `None` in a signal handler that has interrupted this thread while it
+    /// held the lock or waited for it.
     pub(super) fn lock(&self) -> Option<Locked<'_>> {
         let waiting = Flag::set(Flag::WAITING)?;
         Some(Locked {
@@ -207,8 +208,8 @@ impl Waits {
         Ok(())
     }
 
-    /// Asks the program until nothing is under way. Returns false if there is no machine B, or if
-    /// that does not happen in [`POLLS`] questions.
+    /// Asks the program until it answers that nothing is under way. Returns false if there is no
+    /// machine B, or if none of [`POLLS`] questions is answered.
     fn is_over(&self, state: &mut State, header: &Shared) -> bool {
         if !self.has_b.load(Ordering::Relaxed) {
             return false;

@@ -15,7 +15,7 @@ use std::sync::atomic::{Ordering, fence};
 pub(crate) struct Watching {
     glance: Glance,
     word: Arc<Word>,
-    /// Events up to this generation began before the watch was made.
+    /// Events up to this generation began before the watch was made or renewed.
     base: u64,
     id: Id,
     armed: Armed,
@@ -23,8 +23,8 @@ pub(crate) struct Watching {
 
 impl Kernel {
     fn enter(&self, range: VaRange, base: u64, word: &Arc<Word>) -> Option<Id> {
-        // `with_intake` gives no table to a child, or to a signal handler that has interrupted the
-        // source.
+        // `with_intake` gives no table to the child of a fork, or to a signal handler that has
+        // interrupted the source.
         enter(
             |f| self.inner.with_intake(|intake, _| f(&mut intake.watches)),
             range,

@@ -1,8 +1,9 @@
 //! Watches that brackets mark.
 //!
 //! One subscriber marks all of these watches, at the start of each bracket and again at its end.
-//! The second mark is for a watch made in between: that watch may stand for a translation from
-//! before the change. So the subscriber must mark it before the changing call returns.
+//! The second mark is for a watch that was made or renewed in between: that watch may stand for a
+//! translation from before the change. So the subscriber must mark it before the system call that
+//! makes the change returns.
 
 use crate::Error;
 use crate::current_mm::current_ref;
@@ -15,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Brackets have no numbers, so every bracket counts as later than every watch.
 const ANY: u64 = 1;
 
-/// The subscriber. Each address space has one, for as long as the address space lasts.
+/// The subscriber. Each address space has one, from its first watch until its end.
 pub(crate) struct Brackets {
     id: u64,
     registration: Registration<Marks>,
@@ -108,7 +109,8 @@ impl Bracketed {
 
 impl Drop for Bracketed {
     fn drop(&mut self) {
-        // In the child of a fork the lock may be held for ever, by a thread of the parent.
+        // In the child of a fork the lock may be held for ever, by a thread that exists only in the
+        // parent.
         if !self.is_inherited() {
             let word = self.brackets.registration.table().remove(&self.id);
             drop(word);
