@@ -16,9 +16,9 @@ use std::time::Duration;
 pub(crate) const MARK: char = '\u{1e}';
 /// The variable that says how many seconds a command may take.
 pub(crate) const LIMIT: &str = "MMUN_GUEST_LIMIT";
-/// The variable that says what the machine's kernel lacks.
+/// The variable that lists the capabilities which the machine's kernel lacks.
 pub(crate) const LACKS: &str = "MMUN_GUEST_LACKS";
-/// The variable with the number of the first command to run.
+/// The variable with the index of the first command to run.
 pub(crate) const FIRST: &str = "MMUN_GUEST_FIRST";
 
 pub(crate) fn run(plan: &Path) -> ExitCode {
@@ -30,8 +30,8 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
         tell(&format!("begin {number}"));
         let end = match record::read(plan, number) {
             Some(mut command) => {
-                // The machine has everything else, so a test that skips for another reason is a
-                // fault.
+                // A test may skip only for lack of a capability in `lacks`. The machine has all
+                // others, so if a test finds that another is missing, the test fails.
                 command
                     .env("MMUN_REQUIRE", "all")
                     .env("MMUN_WITHOUT", &lacks);
@@ -46,11 +46,11 @@ pub(crate) fn run(plan: &Path) -> ExitCode {
 }
 
 fn tell(what: &str) {
-    // A failure cannot be reported: this line is the only way to the host.
+    // A failure cannot be reported, because standard output is the only way to the host.
     let _ = io::stdout().write_all(format!("\n{MARK}{what}\n").as_bytes());
 }
 
-/// Runs a command in a process group of its own. Returns how it ended.
+/// Runs a command in a process group of its own. Returns how the command ended.
 fn one(mut command: Command, limit: Duration) -> io::Result<String> {
     let (mut output, writer) = io::pipe()?;
     command
@@ -59,7 +59,8 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
         .stderr(writer)
         .process_group(0);
     let child = command.spawn();
-    // `command` holds the write ends of the pipe.
+    // `command` holds write ends of the pipe. While they are open, the output has no end for the
+    // thread that reads it.
     drop(command);
     let child = child?;
     let group = child.id();
@@ -68,7 +69,8 @@ fn one(mut command: Command, limit: Duration) -> io::Result<String> {
         let mut child: Child = child;
         let _ = ended.send(child.wait());
     });
-    // Not joined: processes that the command leaves behind may hold the pipe open.
+    // This thread is not joined, because processes that the command leaves behind may hold the pipe
+    // open.
     thread::spawn(move || {
         let mut bytes = [0; 4096];
         while let Ok(count @ 1..) = output.read(&mut bytes) {

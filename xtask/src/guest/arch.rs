@@ -15,23 +15,25 @@ pub(crate) struct Arch {
     pub(crate) debian: &'static str,
     pub(crate) triple: &'static str,
     pub(crate) emulator: &'static str,
-    /// From the oldest to the newest.
+    /// The kernels, from the oldest to the newest.
     pub(crate) series: &'static [Series],
     /// The default kernel.
     pub(crate) default: &'static str,
-    /// The commands that run by default, for each change: a label, which is a column of the table,
-    /// and the arguments of Cargo. `docs/kernels.md` says which tests are left out, and why.
+    /// The commands that run by default, and so for each change. Each has a label, which is a
+    /// column of the table, and the arguments of Cargo. `docs/kernels.md` says which tests are left
+    /// out, and why.
     pub(crate) standard: &'static [(&'static str, &'static str)],
-    /// Further commands for the table, which take too long to run for each change.
+    /// Further commands for the table. They take too long to run for each change.
     pub(crate) more: &'static [(&'static str, &'static str)],
-    /// A program, or a file if it has a folder, and the package of Debian that it comes in.
+    /// The programs and files that the host needs, each with its Debian package. A name with a
+    /// folder is a file.
     pub(crate) needed: &'static [(&'static str, &'static str)],
-    /// The arguments for the board and the processors.
+    /// Returns the emulator's arguments for the board and the processors.
     pub(crate) board: fn(Accelerator) -> Vec<String>,
     /// The kernel's parameters that only this kind has.
     pub(crate) parameters: &'static str,
-    /// The arguments for the serial line to the host without its destination, and its device name
-    /// in the guest.
+    /// The emulator's arguments for the serial line to the host, without the line's destination.
+    /// And the name of the line's device in the guest.
     pub(crate) line: (&'static [&'static str], &'static str),
     /// The packages of the build tools and of the root folder, for a machine of another kind than
     /// the host.
@@ -51,7 +53,7 @@ impl Arch {
         self.series.iter().find(|series| series.name == name)
     }
 
-    /// The first column of the table.
+    /// Returns the name of a kernel in the first column of the table.
     pub(crate) fn row(&self, series: &str) -> String {
         if self.foreign.is_some() {
             format!("{}, {series}", self.name)

@@ -1,5 +1,5 @@
-//! The initial file system: an archive in the format "newc" of cpio, and the modules that mount the
-//! host's root folder.
+//! Makes the initial file system: an archive in cpio's format "newc". It has `init`, busybox, and
+//! the kernel modules that are needed to mount the host's root folder.
 
 use super::arch::Folders;
 use super::kernel::Kernel;
@@ -27,8 +27,9 @@ struct Archive {
 impl Archive {
     fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.entries += 1;
-        // Inode number, mode, owner, group, links, time, length, device (twice two fields), length
-        // of the name with its zero byte, checksum.
+        // The fields are: inode, mode, owner, group, count of links, time, length, device of the
+        // file (two fields), device that the file stands for (two fields), length of the name with
+        // its zero byte, checksum.
         let length = u32::try_from(content.len()).expect("no file of 4 GiB belongs in here");
         let named = u32::try_from(name.len() + 1).expect("names are short");
         let fields = [self.entries, mode, 0, 0, 1, 0, length, 0, 0, 0, 0, named, 0];
@@ -94,8 +95,8 @@ pub(crate) fn make(
     Ok(archive.end())
 }
 
-/// The files of the modules, each after its dependencies. A name without a module is built into
-/// this kernel.
+/// Returns the files of [`MODULES`], each after the files that it depends on. A module without a
+/// file is built into this kernel.
 fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>, String> {
     let folder = kernel.modules.join(&kernel.version);
     let path = folder.join("modules.dep");
@@ -154,7 +155,8 @@ mod tests {
         archive.program("folder/file", b"abc");
         let bytes = archive.end();
         assert_eq!(&bytes[..6], b"070701");
-        // The mode of the folder, and names and contents at multiples of four.
+        // Checks the mode of the folder, and that each header and each content begins at a multiple
+        // of four.
         assert_eq!(&bytes[14..22], b"000041ed");
         assert_eq!((&bytes[110..117], bytes.len() % 4), (&b"folder\0"[..], 0));
         let second = (110 + 7_usize).next_multiple_of(4);

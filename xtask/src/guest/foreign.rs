@@ -9,7 +9,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Runs in a mount namespace of its own, so that nothing stays mounted.
+/// A script that mounts folders of the host below `$TOOLS`, and runs a command with `$TOOLS` as the
+/// root folder. The script runs in a mount namespace of its own, so that nothing stays mounted.
 const ENTER: &str = r#"set -e
 for folder in /proc /dev /tmp "$WORKSPACE" "$CARGO_HOME"; do
     mkdir -p "$TOOLS$folder"
@@ -17,7 +18,7 @@ for folder in /proc /dev /tmp "$WORKSPACE" "$CARGO_HOME"; do
 done
 exec chroot "$TOOLS" sh -c 'cd "$WORKSPACE" && exec "$@"' sh "$@""#;
 
-/// Returns the folders, and fills them from the mirror if they do not exist yet.
+/// Returns the folders. If they do not exist yet, fills them with packages from the mirror.
 pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folders, String> {
     let folder = store.join(arch.name);
     let failed = |error| format!("{}: {error}", folder.display());
@@ -45,8 +46,7 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
         Ok::<PathBuf, String>(path)
     };
     let own = output(Command::new("dpkg").arg("--print-architecture"))?;
-    // The suite's own compiler is too old for this workspace, or has no standard library for
-    // another kind.
+    // The backports are added, because the suite's own compiler is too old for this program.
     let tools = made(
         "tools",
         &["trixie", "trixie-backports"],
@@ -57,7 +57,7 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
     Ok(Folders { tools, root })
 }
 
-/// A command line of Cargo that builds for the kind.
+/// Returns a Cargo command that builds for the machine's kind of processor.
 pub(crate) fn cargo(root: &Path, folders: &Folders, arch: &Arch) -> Command {
     let home = std::env::var_os("HOME").unwrap_or_else(|| "/root".into());
     let cargo_home = std::env::var_os("CARGO_HOME")
@@ -103,7 +103,7 @@ pub(crate) fn cargo(root: &Path, folders: &Folders, arch: &Arch) -> Command {
     command
 }
 
-/// Downloads the sources of all packages, because the build has no network.
+/// Downloads the sources of all crates, because the build runs Cargo offline.
 pub(crate) fn fetch(root: &Path) -> Result<(), String> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     output(

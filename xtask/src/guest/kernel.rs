@@ -1,7 +1,7 @@
 //! Finds and downloads Debian's kernels.
 //!
-//! A kernel is downloaded and unpacked, not installed. `target/guest` keeps it; delete it there to
-//! get a newer one.
+//! A kernel is downloaded and unpacked, not installed. It stays in `target/guest/kernels`. To get a
+//! newer kernel of the same series, delete its folder there.
 
 use super::arch::Arch;
 use super::packages::{Apt, output, unpack_all};
@@ -25,12 +25,13 @@ pub(crate) struct Kernel {
     pub(crate) series: &'static Series,
     pub(crate) version: String,
     pub(crate) image: PathBuf,
-    /// The folder of `/lib/modules`.
+    /// The folder that is `/lib/modules` in the guest.
     pub(crate) modules: PathBuf,
 }
 
 impl Kernel {
-    /// Returns the newest kernel of a series, from the store or else from the mirror.
+    /// Returns the kernel of a series from the store. If the store has none, downloads the newest
+    /// kernel of the series from the mirror.
     pub(crate) fn get(store: &Path, arch: &Arch, name: &str) -> Result<Self, String> {
         let series = arch.series(name).expect("the command line was checked");
         let folder = store
@@ -39,7 +40,7 @@ impl Kernel {
         let parent = folder.parent().expect("it was just joined");
         let failed = |error| format!("{}: {error}", parent.display());
         fs::create_dir_all(parent).map_err(failed)?;
-        // Two guests may start at once.
+        // Two runs may download at once.
         let lock = File::create(parent.join("lock")).map_err(failed)?;
         lock.lock().map_err(failed)?;
         if !folder.exists() {
@@ -129,7 +130,7 @@ fn download(
     .map(drop)
 }
 
-/// The numbers in the version of a kernel package, for comparing versions.
+/// Returns the numbers in the version of a kernel package, for comparing versions.
 fn numbers(version: &str) -> Vec<u32> {
     version
         .split(|letter: char| !letter.is_ascii_digit())
@@ -137,7 +138,7 @@ fn numbers(version: &str) -> Vec<u32> {
         .collect()
 }
 
-/// The newest version of a series among the names of packages.
+/// Returns the newest version of a series among the names of packages.
 fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
     let plain = |version: &&&str| !version.contains("rt-") && !version.contains("cloud-");
     let versions = names
@@ -157,8 +158,8 @@ fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
         .copied()
 }
 
-/// Returns the packages of a version. From 7.1 on the image is an empty package, and its parts are
-/// separate packages.
+/// Returns the packages of a version. From 7.1 on, the package of the image is empty, and the
+/// kernel's parts are separate packages.
 fn packages<'a>(names: &[&'a str], version: &str) -> Vec<&'a str> {
     let of_version = |name: &&&'a str| {
         name.strip_suffix(version)

@@ -13,8 +13,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The time limit of a boot, and the grace after the limit of a command. On an idle host a boot
-/// takes four seconds.
+/// The time limit of a boot. Also the time that a command gets beyond its own limit before the
+/// machine counts as hung. On an idle host a boot takes four seconds.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How many of the console's last lines are printed when the machine dies or hangs.
 const LAST_LINES: usize = 40;
@@ -40,7 +40,8 @@ impl Outcome {
         self.end == "passed" || self.is_skipped()
     }
 
-    /// A slow host is not a failure. A test that failed before is.
+    /// Whether the step counts as skipped: time ran out before its end, and until then none of its
+    /// tests failed.
     fn is_skipped(&self) -> bool {
         self.late && self.failed == 0
     }
@@ -53,12 +54,13 @@ impl Outcome {
         }
     }
 
-    /// The cell of the table: counts of tests, or how the command ended.
+    /// Returns the cell of the table: the counts of tests, and whether time ran out. If a command
+    /// failed and no test did, the cell also says how that command ended.
     pub(crate) fn cell(outcomes: &[&Self]) -> String {
         let sum =
             |count: fn(&Self) -> u32| outcomes.iter().map(|outcome| count(outcome)).sum::<u32>();
         let (failed, skipped) = (sum(|o| o.failed), sum(|o| o.skipped));
-        // libtest counts skipped tests as passed; other commands skip without counts.
+        // libtest counts skipped tests as passed. Other commands print no counts.
         let passed = sum(|o| o.passed).saturating_sub(skipped);
         let mut words = Vec::new();
         if passed + failed != 0 {
@@ -85,7 +87,7 @@ impl Outcome {
         words.join(", ")
     }
 
-    /// Reads the counts of libtest.
+    /// Updates the counts from a line of a command's output.
     fn read(&mut self, line: &str) {
         if line.starts_with("SKIP ") {
             self.skipped += 1;
@@ -127,7 +129,8 @@ pub(crate) enum Accelerator {
 }
 
 impl Accelerator {
-    /// Uses KVM only if it supports nesting, because the guest needs `/dev/kvm` as well.
+    /// Returns KVM only if the host's KVM supports nesting, because the guest needs `/dev/kvm` as
+    /// well.
     fn for_machine(arch: &Arch) -> Self {
         if arch.foreign.is_some() {
             return Self::Emulation;
@@ -164,7 +167,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) scratch: PathBuf,
     pub(crate) kernel: Kernel,
     pub(crate) limit: Duration,
-    /// When the machine is ended, even if tests are left.
+    /// The time at which the machine is ended, even if commands are left.
     pub(crate) until: Option<Instant>,
 }
 
@@ -231,12 +234,13 @@ impl Machine<'_> {
         self.until.is_some_and(|until| until <= Instant::now())
     }
 
-    /// Prints a line in one call.
+    /// Prints a line with one `println!`, so that the lines of two machines do not mix.
     fn say(&self, line: &str) {
         println!("{}{line}", self.prefix);
     }
 
-    /// Boots once. Returns the reason if the machine does not reach the end of the plan.
+    /// Boots once, and runs the commands from index `first` on. Returns the reason if the machine
+    /// does not reach the end of the plan.
     fn boot(
         &self,
         first: usize,
@@ -304,7 +308,7 @@ impl Machine<'_> {
         self.scratch.join("console.log")
     }
 
-    /// The command for the machine, without the line to the host.
+    /// Returns the command that runs the machine, without the arguments for the line to the host.
     fn command(
         &self,
         first: usize,
@@ -323,7 +327,8 @@ impl Machine<'_> {
         )?;
         let disks = disks(self.store)?;
         let half = MEGABYTES / 2;
-        // `setpriv` ends the machine when this program ends, even if it is killed.
+        // With this option of `setpriv`, the machine ends when this program ends, even if this
+        // program is killed.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", self.arch.emulator]);
         command.args((self.arch.board)(accelerator)).args([
@@ -365,7 +370,7 @@ impl Machine<'_> {
         Ok(command)
     }
 
-    /// Adds the line to the host.
+    /// Adds the arguments for the line to the host.
     fn line(&self, command: &mut Command, to: &str) {
         let (line, _) = self.arch.line;
         command
@@ -373,7 +378,7 @@ impl Machine<'_> {
             .args(line);
     }
 
-    /// The variables for the scripts in the guest.
+    /// Returns a script that sets the variables for the scripts in the guest.
     fn environment(&self, first: usize, shell: bool) -> String {
         let limit = self.limit.as_secs().to_string();
         let variables = [
@@ -408,18 +413,20 @@ impl Machine<'_> {
     }
 }
 
-/// The CPU time that a process has used, in seconds: 0 if that cannot be read.
+/// Returns the CPU time that a process has used, in seconds, or 0 if the time cannot be read.
 fn processor_time(child: &Child) -> f64 {
     let status = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap_or_default();
-    // The name may contain any character. The state is the first field after it; times are in
-    // hundredths of a second.
+    // The process's name, in parentheses, may contain any character. So the fields are counted from
+    // the last parenthesis: the 12th and 13th are the user and the system time, in hundredths of a
+    // second.
     let fields = status.rsplit(')').next().unwrap_or_default();
     let times = fields.split_whitespace().skip(11).take(2);
     let ticks: f64 = times.filter_map(|ticks| ticks.parse::<f64>().ok()).sum();
     ticks / 100.0
 }
 
-/// The machine's lines. A thread reads them, so that waiting for a line can time out.
+/// Returns the lines of the machine's output. A thread reads them, so that the receiver can wait
+/// with a time limit.
 fn lines(child: &mut Child) -> Receiver<String> {
     let output = BufReader::new(child.stdout.take().expect("it is piped"));
     let (sender, lines) = channel();
@@ -436,8 +443,8 @@ fn lines(child: &mut Child) -> Receiver<String> {
     lines
 }
 
-/// A disk with a file system and one with swap space. The machine's writes go to temporary files,
-/// not to the disks.
+/// Returns the paths of two disk images: one with a file system and one with swap space. Makes them
+/// if they do not exist. The machine's writes go to temporary files, not to the images.
 fn disks(store: &Path) -> Result<[PathBuf; 2], String> {
     let failed = |error| format!("{}: {error}", store.display());
     let lock = File::create(store.join("disks.lock")).map_err(failed)?;

@@ -12,8 +12,8 @@ pub(crate) struct Apt {
 }
 
 impl Apt {
-    /// Makes the package lists of these suites, for the first of these architectures, and updates
-    /// them.
+    /// Makes and updates the package lists of these suites and architectures. The first
+    /// architecture is the one that apt installs by default.
     pub(crate) fn new(
         store: &Path,
         suites: &[&str],
@@ -33,7 +33,7 @@ impl Apt {
             .map(|suite| format!("deb [signed-by={key}] {mirror} {suite} main\n"))
             .collect();
         fs::write(folder.join("sources.list"), sources).map_err(failed)?;
-        // An empty status file: no package counts as installed.
+        // The status file is empty, so no package counts as installed.
         fs::write(folder.join("status"), "").map_err(failed)?;
         let place = folder.display();
         let listed: String = architectures
@@ -79,7 +79,7 @@ impl Apt {
             &[&["install", "-qq", "-y", "--download-only"], packages].concat(),
             folder,
         )?;
-        // The packages expect these links, which were folders in older releases.
+        // The packages expect these names to be links. In older releases they were folders.
         for (name, target) in [
             ("bin", "usr/bin"),
             ("sbin", "usr/sbin"),
@@ -94,14 +94,14 @@ impl Apt {
     }
 }
 
-/// Unpacks the packages in a folder, and removes their files to save space.
+/// Unpacks the packages of the folder `from`, and removes the package files to save space.
 pub(crate) fn unpack_all(from: &Path, into: &Path) -> Result<(), String> {
     for entry in fs::read_dir(from).map_err(|error| format!("{}: {error}", from.display()))? {
         let path = entry
             .map_err(|error| format!("{}: {error}", from.display()))?
             .path();
         if path.extension().is_some_and(|extension| extension == "deb") {
-            // Through `tar`, because it keeps the links of the root folder.
+            // `tar` unpacks, because it has an option that keeps the links of the root folder.
             let script =
                 r#"dpkg-deb --fsys-tarfile "$1" | tar -x --keep-directory-symlink -C "$2""#;
             output(
@@ -116,7 +116,7 @@ pub(crate) fn unpack_all(from: &Path, into: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// The mirror of the host's own packages, if the host is a Debian.
+/// Returns the mirror of the host's own packages if the host is a Debian, or else Debian's default.
 fn mirror() -> String {
     let arguments = [
         "indextargets",
@@ -131,7 +131,7 @@ fn mirror() -> String {
     own.unwrap_or("http://deb.debian.org/debian/").to_owned()
 }
 
-/// Runs a command for its output.
+/// Runs a command and returns its standard output.
 pub(crate) fn output(command: &mut Command) -> Result<String, String> {
     let shown = format!("{command:?}");
     let output = command

@@ -1,7 +1,8 @@
 //! Cargo's runner: records each command line, so that the guest can run it.
 //!
-//! A note is a file whose name is its number. It has the working folder, the number of variables,
-//! the variables, and the command line; a zero byte ends each field.
+//! A note is a file whose name is the command's index. Its fields are the working folder, the count
+//! of environment variables, the variables, and the words of the command line. A zero byte ends
+//! each field.
 
 use std::ffi::OsString;
 use std::fs;
@@ -55,14 +56,14 @@ fn note(command: &[OsString]) -> io::Result<Vec<u8>> {
     Ok(note)
 }
 
-/// The number of notes.
+/// Returns how many notes there are.
 pub(crate) fn count(plan: &Path) -> usize {
     (0..)
         .find(|number| !plan.join(number.to_string()).exists())
         .expect("a folder is finite")
 }
 
-/// Reads a note.
+/// Returns the command of a note, or `None` if the note cannot be read.
 pub(crate) fn read(plan: &Path, number: usize) -> Option<Command> {
     let note = fs::read(plan.join(number.to_string())).ok()?;
     let mut fields = note

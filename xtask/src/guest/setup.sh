@@ -1,12 +1,12 @@
 #!/bin/sh
-# Runs inside the guest, with the host's programs or its own: sets up everything that a test can
-# require, then runs the agent. A feature that an old kernel lacks fails here silently; the test that
-# needs it reports the lack.
+# Runs inside the guest, with the host's programs or the guest's own. Sets up everything that a test
+# can require, then runs the agent. If an old kernel lacks a feature, the command here fails and the
+# script continues. The test that needs the feature reports the lack.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
 exec 2>/dev/console
 
 mkdir -p /dev/shm /dev/pts /run /tmp /lib/modules /root
-# Makes the files that an installation makes, because the packages were only unpacked.
+# Make the files that an installation makes, because the packages were only unpacked.
 for file in passwd group; do
     [ -e /etc/$file ] || cp /usr/share/base-passwd/$file.master /etc/$file
 done
@@ -22,17 +22,18 @@ grep -qw vmx /proc/cpuinfo && kvm=kvm-intel || kvm=kvm-amd
 for module in virtio_blk ext4 $kvm rdma_rxe ib_uverbs rdma_ucm dummy vfio_iommu_type1 vfio-pci; do
     modprobe -q "$module"
 done
-# The emulator's teaching device, for a test to drive through VFIO.
+# Bind the emulator's teaching device to VFIO, so that a test can drive it.
 echo 1234 11e8 >/sys/bus/pci/drivers/vfio-pci/new_id
 
-# Keeps a virtual machine open. The first and the last virtual machine patch the scheduler's code (a
-# static key). With two threads the emulator can execute the breakpoint that the kernel uses
-# for patching, after the kernel has removed it.
+# Keep a virtual machine open. When the first one opens and when the last one closes, the kernel
+# patches the scheduler's code (a static key). With two threads the emulator can execute the
+# breakpoint that the kernel uses for patching, after the kernel has removed it.
 python3 -c 'import fcntl, signal
 kvm = open("/dev/kvm")
 machine = fcntl.ioctl(kvm, 0xAE01, 0)
 signal.pause()' &
-# The same for the tracepoint: while two listeners stay attached, a further one patches no code.
+# The same holds for the tracepoint: while two listeners stay attached, a further one patches no
+# code.
 for trace in /sys/kernel/tracing /sys/kernel/tracing/instances/still; do
     mkdir -p $trace
     echo 0 >$trace/tracing_on
@@ -53,10 +54,12 @@ echo 1000 >/sys/kernel/mm/ksm/pages_to_scan
 echo 1 >/sys/kernel/mm/ksm/run
 echo always >/sys/kernel/mm/transparent_hugepage/enabled
 echo 50 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs
-# khugepaged collapses only regions without a hole. A region that a test will collapse by a call has a hole until then.
+# Let khugepaged collapse only regions without a hole. A region that a test will collapse with
+# madvise() has a hole until then, so khugepaged leaves it alone.
 echo 0 >/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none
 echo 1 >/proc/sys/kernel/numa_balancing
-# ksmd and khugepaged have a low priority, but here tests wait for them and keep both processors busy.
+# ksmd and khugepaged have a low priority. Raise it, because tests wait for them and keep both
+# processors busy.
 renice -n -15 -p $(pgrep -x 'ksmd|khugepaged') >/dev/null
 echo 1 >/proc/sys/vm/unprivileged_userfaultfd
 

@@ -5,7 +5,7 @@ use super::machine::Outcome;
 use std::fs;
 use std::path::Path;
 
-/// The line before the table; the text around the table is written by hand.
+/// The line before the table. The text around the table is written by hand.
 const BEGIN: &str = "<!-- written by cargo xtask guest --table -->\n";
 const END: &str = "<!-- end -->\n";
 
@@ -79,7 +79,7 @@ fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
     ))
 }
 
-/// The columns: the steps of all kinds of machines, each once.
+/// Returns the columns: the labels of the commands of all kinds of machines, each once.
 fn labels_of_all() -> Vec<&'static str> {
     let mut labels = Vec::new();
     let columns = |arch: &&'static Arch| arch.standard.iter().chain(arch.more);

@@ -1,13 +1,13 @@
 //! aarch64 on a host that is x86-64: tools and root folder are unpacked from Debian's packages.
 //!
-//! The emulation orders memory accesses as its host does: it tests code and system calls, but not
-//! weak ordering. The models test that.
+//! The emulation orders memory accesses as the x86-64 host does. So it tests code and system calls,
+//! but not weak memory ordering, which the models test.
 
 use super::super::kernel::Series;
 use super::{Arch, Foreign};
 
-/// The capabilities that the root folder lacks. Java, MPI, a browser and systemd would double its
-/// size.
+/// The capabilities that the machine lacks. Java, MPI, a browser and systemd are left out, because
+/// they would double the size of the root folder.
 const LACKS: &str = "rdma vfio i386calls program(\"javac\") program(\"chromium\") \
                      program(\"mpirun.openmpi\") program(\"mpicc.openmpi\") program(\"mpirun.mpich\") \
                      program(\"mpicc.mpich\") pythonmodule(\"mpi4py\") pythonmodule(\"numpy\") \
@@ -47,7 +47,7 @@ pub(super) const ARCH: Arch = Arch {
     default: "6.12",
     standard: &[
         ("core", "test -p srcu -p mmu-notifier --test it"),
-        // The library that the tests preload; the machine has no Cargo to build it.
+        // Builds the library that the tests preload, because the machine has no Cargo.
         ("hook", "build -p mmu-source --example preload"),
         ("hook", "build -p mmu-source --example preload --release"),
         ("hook", "test -p mmu-source --test hook"),
@@ -89,7 +89,7 @@ pub(super) const ARCH: Arch = Arch {
         ("chroot", "coreutils"),
     ],
     board: |_| {
-        // At EL2, so that it has KVM.
+        // The guest's kernel starts at EL2, so that the guest has KVM.
         let board = [
             "-M",
             "virt,virtualization=on,gic-version=3",

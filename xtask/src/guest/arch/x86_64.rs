@@ -44,7 +44,7 @@ pub(super) const ARCH: Arch = Arch {
     default: "6.12",
     standard: &[
         // The broker's tests load BPF programs in several processes, and the emulated kernel takes
-        // long to verify them. So they run only for the table.
+        // long to verify these programs. So these tests run only for the table.
         (
             "kernel source",
             "test -p mmu-source --lib --test it -- kernel --skip broker",
@@ -88,7 +88,7 @@ pub(super) const ARCH: Arch = Arch {
     ],
     board: |accelerator| {
         // An IOMMU that guards interrupts needs the interrupt controller in the emulator, even if
-        // the rest of the machine is the host's KVM.
+        // KVM runs the rest of the machine.
         let processor = match accelerator {
             Accelerator::Kvm => ["-accel", "kvm,kernel-irqchip=split", "-cpu", "host"],
             Accelerator::Emulation => ["-accel", "tcg,thread=multi", "-cpu", "max"],
@@ -96,13 +96,14 @@ pub(super) const ARCH: Arch = Arch {
         ["-M", "q35"]
             .into_iter()
             .chain(processor)
-            // Adds a device that copies memory, for VFIO.
+            // Adds an IOMMU and a device that copies memory, for the tests of VFIO.
             .chain(["-device", "intel-iommu", "-device", "edu"])
             .map(str::to_owned)
             .collect()
     },
-    // While it boots, the kernel tests the timer's interrupt against a clock that keeps running
-    // when the host is busy. Under load it sees no interrupt, and hangs.
+    // While the kernel boots, it tests the timer's interrupt against a clock that keeps running
+    // when the host is busy. Without `no_timer_check`, on a busy host the kernel sees no interrupt
+    // in time, and hangs.
     parameters: "console=ttyS0 no_timer_check intel_iommu=on",
     line: (&["-serial", "chardev:line"], "ttyS1"),
     foreign: None,

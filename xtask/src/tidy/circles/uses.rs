@@ -40,8 +40,9 @@ pub(super) fn exports(module: &Module, file: &syn::File) -> BTreeMap<String, Mod
             flatten(&item.tree, &mut Vec::new(), &mut paths);
             for (path, name) in paths {
                 // A path that does not begin with `crate`, `self` or `super` names an item in this
-                // module, such as a child module, or another crate. Another crate is then taken for
-                // an item of this module, which does no harm: the module does not use itself.
+                // module, such as a child module, or another crate. Another crate is taken for an
+                // item of this module. Then a path through that name leads to this module, as it
+                // should.
                 let absolute = absolute(module, &path)
                     .unwrap_or_else(|| [module.clone(), path.clone()].concat());
                 if absolute != [&module[..], std::slice::from_ref(&name)].concat() {
