@@ -1,8 +1,8 @@
 //! A registrar for io_uring's fixed buffers.
 //!
 //! # Safety
-//! The system calls get pointers to locals that outlive the call, with the right lengths. The
-//! kernel checks the user's addresses itself, and pins the pages.
+//! The system calls get pointers to local variables that outlive the call, with their sizes. The
+//! kernel checks the addresses of the buffers itself, and pins the pages.
 
 use crate::{Cause, Lease, OwnedLease, Registrar};
 use mmu_notifier::VaRange;
@@ -20,8 +20,8 @@ use std::sync::{Mutex, PoisonError};
 ///
 /// A `Uring` works with any ring, for example one of the `io-uring` crate (with its feature
 /// `io_safety`, or by `BorrowedFd::borrow_raw`). A `Uring` keeps a descriptor of its own, and does
-/// not touch submission and completion. It takes over the ring's table of buffers: no other code
-/// may register buffers with the ring.
+/// not touch the submission and completion queues. A `Uring` takes over the ring's table of
+/// buffers: no other code may register buffers with the ring.
 ///
 /// A lease must last until its requests have completed, because its slot in the table is reused for
 /// another region afterwards. (The kernel itself keeps the pages of a request in progress.) A
@@ -37,8 +37,9 @@ use std::sync::{Mutex, PoisonError};
 /// * A `Uring` needs Linux 5.19.
 ///
 /// If the program closes descriptors that it did not open (`close_range`, `dup2`), it also closes
-/// the registrar's descriptor. From then on registering fails with an error that says so. The
-/// registrar does not touch the number's new file, and regions stay registered until the ring ends.
+/// the registrar's descriptor. From then on, registering fails with an error that names this cause.
+/// If the descriptor's number now refers to another file, the registrar does not touch that file.
+/// Regions stay registered until the ring ends.
 ///
 /// # Examples
 /// ```
@@ -76,7 +77,8 @@ pub struct Uring {
 #[derive(Debug)]
 struct Ring {
     file: ManuallyDrop<File>,
-    /// The device and inode. No other file has the same, because each ring has an inode of its own.
+    /// The device and the inode. Each ring has an inode of its own, so no other file has the same
+    /// pair.
     identity: [u64; 2],
 }
 
@@ -105,7 +107,8 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         if self.get().is_some() {
-            // SAFETY: the value must not be used after `drop`. This is the drop of its owner.
+            // SAFETY: the file must not be used afterwards. `self` owns the file and is being
+            // dropped.
             unsafe { ManuallyDrop::drop(&mut self.file) }
         }
     }
@@ -237,13 +240,13 @@ impl Uring {
             size_of::<Update>() as u32,
         );
         // SAFETY: the call reads a `struct io_uring_rsrc_update2` of this size and one `struct
-        // iovec`. Both live until it returns.
+        // iovec`. Both are local variables that live until the call returns.
         unsafe { io_uring_register(ring, IoringRegisterOp::RegisterBuffersUpdate, arg, size) }?;
         Ok(())
     }
 
-    /// Takes a slot off the list or puts one back. This function does nothing else under the lock,
-    /// because `deregister` runs in callbacks.
+    /// Calls `f` with the list of free slots, under its lock. `f` only takes a slot or returns one:
+    /// `deregister` runs in callbacks, which must not wait long for this lock.
     fn slots<T>(&self, f: impl FnOnce(&mut Vec<u16>) -> T) -> T {
         f(&mut self.free.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -277,8 +280,8 @@ impl Registrar for Uring {
     }
 
     fn deregister(&self, buffer: FixedBuffer) {
-        // If the slot cannot be emptied, it is not used again. The pages of the slot are released
-        // with the ring.
+        // If the kernel does not empty the slot, the slot is not used again, and its pages stay
+        // pinned until the ring ends.
         if self
             .update(buffer.index, &Iovec { base: 0, len: 0 })
             .is_ok()
