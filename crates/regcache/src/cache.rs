@@ -26,7 +26,8 @@ pub(crate) struct Cache<R: Registrar> {
     pub(crate) index: Index,
     pub(crate) handles: Handles<Registered<R>>,
     pub(crate) state: Mutex<State>,
-    /// Waiters are notified when a registration is complete or undone.
+    /// Waiters are notified when a registration is complete or undone, and when a place becomes
+    /// free.
     pub(crate) ended: Condvar,
     pub(crate) registrar: Arc<R>,
     pub(crate) options: Options,
@@ -130,7 +131,7 @@ impl<R: Registrar> Cache<R> {
         }
         if is_locking() {
             // The caller is a signal handler, and the interrupted code may hold the lock. A later
-            // scan decides, perhaps one by the interrupted code.
+            // scan, perhaps one by the interrupted code, finds out whether this was the last lease.
             return self.index.leave_unasked();
         }
         let _at_work = AtWork::mark(self);

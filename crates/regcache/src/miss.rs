@@ -274,7 +274,8 @@ impl<R: Registrar> Cache<R> {
         })))
     }
 
-    /// Sleeps until a registration has been completed or undone. Then the request tries again.
+    /// Sleeps until a registration has been completed or undone, or a place has become free. Then
+    /// the request tries again.
     fn sleep<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,

@@ -88,8 +88,8 @@ fn pages(range: VaRange) -> Range<u64> {
     range.start().get() / size..range.last().get() / size + 1
 }
 
-/// Returns the length in bytes. The length is at most one page less than the whole address space,
-/// because the kernel's rounding of a greater length would overflow to zero.
+/// Returns the length of `pages` in bytes. The length is at most one page less than the whole
+/// address space, because the kernel's rounding of a greater length would overflow to zero.
 fn bytes(pages: &Range<u64>) -> usize {
     let all = u64::MAX / page_size() as u64;
     ((pages.end - pages.start).min(all) as usize) * page_size()

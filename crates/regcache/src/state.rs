@@ -1,5 +1,8 @@
 //! The data that the lock of a cache guards: the regions, and the status of each (see [`Status`]).
 //!
+//! A region has a *place*: a number that selects the region's entry here, its data in the index,
+//! and its handle. After the region was deregistered, another region may get the place.
+//!
 //! The lock is taken in callbacks that may run in the middle of `free`. So nothing here allocates,
 //! frees, waits or calls the registrar. Memory is allocated before the lock is taken. Lists are
 //! links between the regions' entries.
@@ -77,7 +80,7 @@ pub(crate) struct State {
     pub(crate) reaping: u32,
     /// Whether the address space has exited.
     pub(crate) closed: bool,
-    /// The number of threads that sleep until a registration ends.
+    /// The number of threads that sleep until a registration ends or a place becomes free.
     pub(crate) waiters: u32,
     pub(crate) counts: Counts,
 }
@@ -331,7 +334,8 @@ impl State {
         }
     }
 
-    /// Stores which levels are in use, and which one has the most regions, where look-ups read it.
+    /// Stores the levels in use, and the level with the most regions, in the header page, where
+    /// look-ups read them.
     fn tell_levels(&mut self, index: &Index) {
         index.page.set_lead(lead(self.summary.find_largest()));
         index

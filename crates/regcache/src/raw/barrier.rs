@@ -107,7 +107,7 @@ pub(crate) fn heavy() -> bool {
 
 #[cfg(mmun_loom)]
 pub(crate) fn heavy() -> bool {
-    // ORDER(cache-lease, cache-unlease): as above.
+    // ORDER(cache-lease, cache-unlease): in models this fence pairs with `light` and `full`.
     fence(Ordering::SeqCst);
     true
 }

@@ -37,7 +37,7 @@ where
     for<'a> &'a Region: Send,
 {
 }
-// SAFETY: as above.
+// SAFETY: a `Held` is a shared reference to either type, and both types may be shared.
 unsafe impl Sync for Held<'_>
 where
     for<'a> &'a Slot: Sync,

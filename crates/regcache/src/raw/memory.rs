@@ -34,7 +34,7 @@ pub(crate) struct Array<T> {
 
 // SAFETY: the array owns its elements.
 unsafe impl<T: Send> Send for Array<T> {}
-// SAFETY: as above.
+// SAFETY: the array owns its elements, and a shared array gives only shared references to them.
 unsafe impl<T: Sync> Sync for Array<T> {}
 
 #[cfg(not(mmun_loom))]

@@ -45,7 +45,7 @@ struct Mapped(NonNull<Fields>);
 
 // SAFETY: the page contains only atomics.
 unsafe impl Send for Mapped {}
-// SAFETY: as above.
+// SAFETY: the page contains only atomics.
 unsafe impl Sync for Mapped {}
 
 #[cfg(not(mmun_loom))]

@@ -186,7 +186,7 @@ pub(crate) struct Entry {
     /// The number of the last scan that found a lease of the region.
     pub(crate) scan: u32,
     pub(crate) status: Status,
-    /// Whether its range was invalidated while it was being registered.
+    /// Whether the region's range was invalidated while the region was being registered.
     pub(crate) hit: bool,
 }
 

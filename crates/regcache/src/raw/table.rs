@@ -103,7 +103,8 @@ impl<'a> View<'a> {
         // SAFETY: the result must be inside the allocation. The invariant and the caller's promise
         // guarantee that.
         let entry = unsafe { self.first.add(at) };
-        // SAFETY: a reference needs a live integer that is only shared, as above.
+        // SAFETY: a reference needs a live integer. By the invariant the entries live for `'a`, and
+        // they are atomics, so other threads may change them meanwhile.
         unsafe { entry.as_ref() }
     }
 
