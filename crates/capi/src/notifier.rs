@@ -89,7 +89,8 @@ impl Driver {
 impl Notifier for Driver {
     fn release(&self, mm: &Mm) {
         if let Some(release) = self.ops().release {
-            // SAFETY: As for `start`.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks), and `me` is live,
+            // because the core calls only registered notifiers.
             guarded!("mmu_notifier_ops.release", unsafe {
                 release(self.me.as_ptr(), mm::bits(mm))
             });
@@ -118,7 +119,8 @@ impl Notifier for Driver {
     #[inline]
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         if let Some(end) = self.ops().invalidate_range_end {
-            // SAFETY: As for `start`.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks), and `me` is live,
+            // because the core calls only registered notifiers.
             let call = |told| unsafe { end(self.me.as_ptr(), told) };
             guarded!(
                 "mmu_notifier_ops.invalidate_range_end",
@@ -129,7 +131,8 @@ impl Notifier for Driver {
 
     fn clear_flush_young(&self, mm: &Mm, range: VaRange) -> bool {
         let (start, end) = range::bounds(range);
-        // SAFETY: As for `start`.
+        // SAFETY: The function follows its prototype (crate docs, Callbacks), and `me` is live,
+        // because the core calls only registered notifiers.
         let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
         self.ops()
             .clear_flush_young
@@ -138,7 +141,8 @@ impl Notifier for Driver {
 
     fn clear_young(&self, mm: &Mm, range: VaRange) -> bool {
         let (start, end) = range::bounds(range);
-        // SAFETY: As for `start`.
+        // SAFETY: The function follows its prototype (crate docs, Callbacks), and `me` is live,
+        // because the core calls only registered notifiers.
         let call = |f: Young| unsafe { f(self.me.as_ptr(), mm::bits(mm), start, end) } != 0;
         self.ops()
             .clear_young
@@ -146,7 +150,8 @@ impl Notifier for Driver {
     }
 
     fn test_young(&self, mm: &Mm, address: Va) -> bool {
-        // SAFETY: As for `start`.
+        // SAFETY: The function follows its prototype (crate docs, Callbacks), and `me` is live,
+        // because the core calls only registered notifiers.
         let call = |f: TestYoung| unsafe { f(self.me.as_ptr(), mm::bits(mm), address.get()) } != 0;
         self.ops()
             .test_young
@@ -165,7 +170,8 @@ impl SecondaryTlb for Driver {
     fn invalidate_secondary_tlbs(&self, mm: &Mm, range: VaRange) {
         if let Some(flush) = self.ops().arch_invalidate_secondary_tlbs {
             let (start, end) = range::bounds(range);
-            // SAFETY: As for `start`.
+            // SAFETY: The function follows its prototype (crate docs, Callbacks), and `me` is live,
+            // because the core calls only registered notifiers.
             let call = || unsafe { flush(self.me.as_ptr(), mm::bits(mm), start, end) };
             guarded!("mmu_notifier_ops.arch_invalidate_secondary_tlbs", call());
         }
