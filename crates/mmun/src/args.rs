@@ -80,8 +80,8 @@ pub(crate) enum Command {
     },
     /// Prints the manual pages: of mmun, and of each command.
     ///
-    /// As roff, one after another: mmun man | man -l - Into a folder, one page a file: mmun man
-    /// ~/.local/share/man/man1
+    /// As roff, one after another:       mmun man | man -l -
+    /// To a folder, each in its own file: mmun man ~/.local/share/man/man1
     #[command(verbatim_doc_comment)]
     Man {
         /// Writes mmun.1, mmun-trace.1 and the others to this folder, and makes it if necessary
@@ -210,9 +210,10 @@ pub(crate) struct TraceArgs {
 /// overrides them. If MMUN_REPORT is set and -o is not given, the processes write their reports
 /// there, and mmun executes the program in its own place.
 ///
-/// A signal that is sent to mmun is handed on to the program. One that is sent to their process
-/// group (kill %1, kill -- -PGID) therefore reaches the program twice: once by itself, once through
-/// mmun, which cannot tell it from one for mmun alone. The keys of a terminal reach it once.
+/// mmun passes a signal that another process sends to it on to the program. A signal to the process
+/// group of both (kill %1, kill -- -PGID) therefore reaches the program twice: directly and through
+/// mmun, which cannot know that the program has it already. A key of the terminal such as ^C
+/// reaches the program once.
 ///
 /// If the program stops in the foreground of a terminal, mmun stops as well, because a shell waits
 /// for that; elsewhere it does not stop. SIGCONT to either of them continues the program. Exits as
@@ -279,18 +280,19 @@ pub(crate) struct DoctorArgs {
     pub(crate) json: bool,
 }
 
-/// A text to print instead of running, and the status to exit with.
+/// A text to print instead of running a command.
 #[derive(Debug)]
 pub(crate) enum Instead {
+    /// The requested help or version, on standard output.
     Help(Box<clap::Error>),
-    /// Help for a wrong command line, on standard error, and the status to exit with.
+    /// Help for a command line without arguments, on standard error, and the status to exit with.
     Usage(Box<clap::Error>, Outcome),
-    /// One line, with a hint, and the status to exit with.
+    /// Why the command line is wrong, in one line with a hint, and the status to exit with.
     Refuse(String, Outcome),
 }
 
 /// # Errors
-/// The user asked for help, or the arguments are wrong.
+/// The user asked for help or the version, or the arguments are wrong or missing.
 pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Instead> {
     let mut args: Vec<OsString> = args.into_iter().collect();
     // `mmun help trace` is `mmun trace --help`.
@@ -321,7 +323,7 @@ pub(crate) fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, Ins
     })
 }
 
-/// The first paragraph of clap's message, without its label.
+/// The first paragraph of clap's message, as one line without its label, and a hint at `--help`.
 fn one_line(message: &str, command: Option<&str>) -> String {
     let paragraph = message
         .strip_prefix("error: ")

@@ -39,8 +39,8 @@ pub(crate) fn main(args: BrokerArgs) -> Outcome {
     }
 }
 
-/// Makes the folder of the default socket, which does not survive a reboot. If that fails, making
-/// the socket reports the error.
+/// Makes the folder of the socket if `socket` is the default path, because a reboot empties `/run`.
+/// If that fails, binding the socket reports the error.
 fn make_folder(socket: &Path) {
     let folder = Path::new(SOCKET).parent().expect("it is in a folder");
     if socket == Path::new(SOCKET) && fs::create_dir(folder).is_ok() {

@@ -17,7 +17,7 @@ use crate::sys;
 
 /// The count of measured calls.
 const CALLS: usize = 201;
-/// Smaller differences count as none, in nanoseconds.
+/// In nanoseconds: a smaller difference between one processor and two is an error of measurement.
 const ERROR: u64 = 500;
 
 /// Measures the time of calls that do nothing; `None` if the measurement fails.
@@ -63,9 +63,10 @@ fn measure(options: Options) -> Option<Overhead> {
     })
 }
 
-/// Traces a process that makes calls which do nothing, on this processor or on another one. Returns
-/// the lower quartile of the calls' times, because other work on the machine only makes times
-/// longer.
+/// Traces a process that makes calls which do nothing. The process runs on the processor `there`;
+/// if `there` is `None`, it inherits this thread's affinity. Returns the lower quartile of the
+/// calls' times, because other work on the machine only makes times longer; `None` if the process
+/// could not make all calls.
 fn quartile(options: Options, there: Option<usize>) -> Option<u64> {
     let settings = Settings {
         details: true,

@@ -1,5 +1,5 @@
-//! Examines a call while its task is stopped before it: the mappings in its range, how much of the
-//! range is in memory, and the stack.
+//! Examines a call while its task is stopped: before the call, the mappings in its range and how
+//! much of the range is in memory; after the call, how long the task ran in it.
 
 pub(crate) mod ioctl;
 pub(crate) mod place;
@@ -22,13 +22,13 @@ pub(crate) struct Capture {
     places: HashMap<u64, Place>,
     /// The address space that each task is in.
     mms: HashMap<Pid, u64>,
-    /// Ranges whose address space could not be examined.
+    /// The count of ranges whose address space could not be examined.
     pub(crate) unseen: u64,
     pub(crate) names: Names,
     pub(crate) runtime: Runtime,
 }
 
-/// How many address spaces are kept open, with two files each.
+/// The maximum count of address spaces whose files are kept open: two files each.
 const MOST_OPEN: usize = 128;
 
 impl Capture {
@@ -39,7 +39,7 @@ impl Capture {
         }
     }
 
-    /// A task has ended, or its trace has.
+    /// A task has ended, or is not traced any more.
     pub(crate) fn left(&mut self, task: Task) {
         if self.mms.remove(&task.tid).is_some() {
             self.runtime.left(task);
@@ -71,7 +71,8 @@ impl Capture {
         }
     }
 
-    /// The name of the first mapping of a range.
+    /// The name of the first mapping in a range, or [`NOTHING`] if the range has none; `None` if
+    /// the address space cannot be examined.
     pub(crate) fn what(&mut self, tid: Pid, mm: u64, start: u64, end: u64) -> Option<Name> {
         let vma = self.place(tid, mm)?.mapping(start, Which::HoldingOrNext);
         let name = match &vma {

@@ -18,10 +18,10 @@ pub(crate) struct Change {
     /// `None`: the call did not return, because the task died or the trace ended.
     pub(crate) result: Option<i64>,
     pub(crate) seen: Seen,
-    /// The time that the task ran in the call. If a call has several ranges, only the range that
-    /// ends last has the time.
+    /// The time that the task ran in the call, if it was measured. If a call has several ranges,
+    /// only the range that ends last has the time.
     pub(crate) own: Option<u64>,
-    /// Whether this range represents its call; only one range of a call does.
+    /// Whether this range represents its call: of the ranges of a call, the last one to end does.
     pub(crate) is_call: bool,
 }
 

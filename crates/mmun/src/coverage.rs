@@ -1,8 +1,8 @@
 //! `mmun coverage`: measures which source sees which change.
 //!
-//! Every operation runs once under every source, each time in a new child. The child makes memory
-//! and touches it, arms the source, subscribes, and changes the translation. The subscriber reads
-//! the state of the page in its callback.
+//! Every operation runs under every source that works here, each time in a new child. The child
+//! makes memory and touches it, arms the source, subscribes, and changes the translation. The
+//! subscriber reads the state of the page in its callback.
 
 mod armed;
 mod cell;
@@ -32,9 +32,9 @@ use matrix::Matrix;
 use operation::Operation;
 use report::Report;
 
-/// A source missed a change that it claims to see.
+/// A source missed a change that it claims to see, or reported the change too late.
 const FOUND: Outcome = Outcome::Exit(1);
-/// An operation did not complete, or nothing could be measured.
+/// A child died or hung, nothing could be measured, or the output could not be written.
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: CoverageArgs) -> Outcome {
@@ -114,7 +114,7 @@ pub(crate) fn cell(args: &CellArgs) -> Outcome {
         (Some(operation), source) => cell::run(operation, source),
     };
     let written = rustix::io::write(io::stdout(), report.to_line().as_bytes());
-    // Exit without destructors, because the operation may have left any state.
+    // Exit without destructors, because the operation may have broken the state that they use.
     sys::exit_now(i32::from(written.is_err()))
 }
 

@@ -79,7 +79,7 @@ struct Pair {
 const ERROR: u64 = 500;
 
 impl Pair {
-    /// The change of the total by which rows are sorted. A change within the error of the
+    /// The change of the total by which rows are sorted. A change of time within the error of the
     /// measurement counts as 0.
     fn change(&self, sort: Sort) -> i128 {
         let key = |row: &Option<Row>| row.as_ref().map_or(0, |row| i128::from(sort.key(row)));
@@ -91,8 +91,8 @@ impl Pair {
         }
     }
 
-    /// The error of the difference of the times: the errors of all calls added up, as all may have
-    /// the same sign.
+    /// The error of the difference of the times: the errors of the calls of the run that has more
+    /// calls, added up, because all may have the same sign.
     fn error(&self) -> u128 {
         let calls = |row: &Option<Row>| row.map_or(0, |row| row.calls);
         u128::from(calls(&self.before).max(calls(&self.after))) * u128::from(ERROR)

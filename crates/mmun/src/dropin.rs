@@ -8,7 +8,7 @@ const NAME: &str = "libmmun_dropin.so";
 /// this program, in `../lib`, or in `../lib/mmun`.
 ///
 /// # Errors
-/// One line with the folders that were searched.
+/// One line: the folders that were searched, or why the found file cannot be used.
 pub(crate) fn library() -> Result<PathBuf, String> {
     if let Some(named) = std::env::var_os("MMUN_DROPIN").filter(|named| !named.is_empty()) {
         let named = PathBuf::from(named);
@@ -33,7 +33,8 @@ pub(crate) fn library() -> Result<PathBuf, String> {
         })
 }
 
-/// The absolute path of an existing file, if `LD_PRELOAD` can contain it.
+/// The absolute path of a file, or why `LD_PRELOAD` cannot contain that path; `None` if there is no
+/// such file.
 fn usable(place: &Path) -> Option<Result<PathBuf, String>> {
     let place = place.canonicalize().ok()?;
     let name = place.to_string_lossy();

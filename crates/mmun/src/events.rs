@@ -51,8 +51,8 @@ impl Default for EventSet {
 impl EventSet {
     pub(crate) const ALL: EventSet = EventSet(!0);
 
-    /// The events of all options together: those that some option names, or all events, without
-    /// those that an option excludes.
+    /// The events of all options together: those that some option names (all events if no option
+    /// names any), without those that an option excludes.
     pub(crate) fn of(options: &[Events]) -> EventSet {
         let mut only = None;
         let mut excluded = 0;
@@ -114,7 +114,7 @@ fn unknown(name: &str) -> String {
 }
 
 /// The event that a user may mean by a word. The word may be a system call that causes the event,
-/// or a part of the event's name.
+/// a part of the event's name, or a longer word that contains the name.
 fn meant(word: &str) -> Option<&'static str> {
     let word = word.to_lowercase();
     let of_call = match word.as_str() {

@@ -1,4 +1,5 @@
-//! A recorded trace in the formats of trace viewers: the parts that both formats share.
+//! A recorded trace in the formats of trace viewers: the parts that Chrome's and Perfetto's format
+//! share.
 
 #[cfg(test)]
 mod alike;
@@ -99,7 +100,8 @@ fn number(value: u64) -> Value {
     Value::Number(i64::try_from(value).unwrap_or(i64::MAX))
 }
 
-/// Every task, with the latest name that is known.
+/// Every task, with its name. If a task has changed its name, the name is from its last birth of a
+/// mapping; without one, from its last change; without that, from its last step of life.
 fn tasks(recording: &Recording) -> BTreeMap<(i32, i32), &str> {
     let mut tasks = BTreeMap::new();
     let mut add = |pid, tid, comm: Name| {
@@ -143,7 +145,8 @@ fn given_back(recording: &Recording) -> Vec<(u64, u64, u64)> {
     steps
 }
 
-/// The name of an address space: that of its first program.
+/// The name of an address space: its id, and the name of its first program, or of its first task if
+/// the program is not known.
 fn space_name(recording: &Recording, mm: u64) -> String {
     let Some(space) = recording.spaces.get(&mm) else {
         return format!("mm{mm}");
@@ -160,7 +163,7 @@ fn space_name(recording: &Recording, mm: u64) -> String {
 mod tests {
     use super::*;
 
-    /// A trace of two tasks, with a call of two ranges, a birth and a stack.
+    /// A trace of two tasks, with a call of one range, a birth of a mapping and a stack.
     pub(super) const TRACE: &str = concat!(
         r#"{"v":1,"t":5,"kind":"mm_new","pid":7,"tid":7,"mm":1,"comm":"prog","program":"/bin/prog"}"#,
         "\n",

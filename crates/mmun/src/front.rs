@@ -24,8 +24,8 @@ pub(crate) struct Front {
 
 impl Front {
     /// Sends the outcome to the front, which then ends. Without `stays`, the tracer ends as well,
-    /// and the front reaps it first. Otherwise process 1 would have to reap the tracer, and a
-    /// zombie would stay if it does not.
+    /// and the front reaps the tracer before it ends. If the front did not, process 1 would have to
+    /// reap the tracer; not every process 1 does, and then a zombie would stay.
     pub(crate) fn tell(mut self, outcome: Outcome, stays: bool) {
         let mut message = [u8::from(stays); 6];
         message[..5].copy_from_slice(&outcome.to_bytes());
@@ -33,13 +33,14 @@ impl Front {
         let _ = self.pipe.write_all(&message);
     }
 
-    /// The pid of the front, which is this process's parent while it lives.
+    /// The pid of the front, which is this process's parent as long as the front lives.
     pub(crate) fn pid(&self) -> Option<Pid> {
         self.pid
     }
 }
 
-/// Runs `tracer` in a process of its own and returns the outcome that it sent.
+/// Runs `tracer` in a process of its own and returns the outcome that the tracer sent, or `FAILED`
+/// if it sent none.
 pub(crate) fn run(tracer: impl FnOnce(Front)) -> Outcome {
     let pid = Some(rustix::process::getpid());
     let forked = sys::pipe().and_then(|pipe| Ok((pipe, sys::fork()?)));

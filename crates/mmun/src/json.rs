@@ -7,7 +7,8 @@ use crate::digits::Put;
 use crate::kind::LineKind;
 use crate::record::{Extra, Kind, Mapping, Record, Span};
 
-/// Appends `record`, made at `t` nanoseconds, to `out`. Allocates nothing if `out` has room.
+/// Appends `record`, made `t` nanoseconds after the trace began, to `out`. Allocates nothing if
+/// `out` has room.
 pub(crate) fn write(out: &mut Vec<u8>, t: u64, record: &Record, extra: &Extra<'_>) {
     head(out, t, record.kind.of_line());
     out.put(",\"pid\":");
@@ -127,7 +128,7 @@ fn write_extra(out: &mut Vec<u8>, extra: &Extra<'_>) {
     }
 }
 
-/// A string with its quotes.
+/// Appends a string with its quotes.
 pub(crate) fn put_str(out: &mut Vec<u8>, text: &str) {
     out.put("\"");
     let mut plain = 0;

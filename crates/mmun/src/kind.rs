@@ -1,6 +1,6 @@
 //! The kinds of lines in a trace: the one list of them.
 
-/// Makes the enum, its names, and the way back.
+/// Makes the enum, its names, and the look-up of a kind by its name.
 macro_rules! kinds {
     ($($kind:ident $name:literal,)*) => {
         /// The kind of a line.
@@ -54,7 +54,7 @@ mod tests {
 
     #[test]
     fn the_document_lists_the_kinds_and_the_help_explains_them() {
-        // The package has no `docs`.
+        // The published package has no `docs`.
         let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/trace-json.md");
         if let Ok(page) = std::fs::read_to_string(page) {
             let row = page.lines().find(|line| line.starts_with("| `kind` |"));

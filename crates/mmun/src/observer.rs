@@ -70,7 +70,7 @@ impl Drop for TraceNotifier {
     }
 }
 
-/// The maximum count of last subscriptions that wait to be put, and the time after which the next
+/// The maximum count of subscriptions in [`TraceObserver::last`], and the time after which the next
 /// event puts them.
 const MOST_LAST: usize = 128;
 const LONGEST_LAST: Duration = Duration::from_millis(20);
@@ -83,14 +83,14 @@ pub(crate) struct TraceObserver {
     /// chance to end. The kernel has the same order: an exiting task first drops its `mm`, which
     /// runs `release`, and then closes its files, which put.
     leaving: Vec<(Task, Subscription<TraceNotifier>)>,
-    /// The last subscriptions of address spaces that have ended. They are put several at a time,
-    /// because each put wakes the thread that waits for a grace period, and the barriers of that
-    /// thread interrupt this thread. Separate puts cost a program that forks all the time a tenth
-    /// of its speed.
+    /// The last subscription of each address space whose tasks have all left. These subscriptions
+    /// are put several at a time, because each put wakes the thread that waits for a grace period,
+    /// and the barriers of that thread interrupt this thread. Separate puts cost a program that
+    /// forks all the time a tenth of its speed.
     last: Vec<Subscription<TraceNotifier>>,
     /// When the first of `last` came.
     since: Instant,
-    /// System calls that could not be read.
+    /// The count of system calls that could not be read.
     missed: u64,
 }
 
@@ -126,7 +126,7 @@ impl TraceObserver {
         }
     }
 
-    /// System calls that could not be read; their changes are missing in the trace.
+    /// The count of system calls that could not be read; their changes are missing in the trace.
     pub(crate) fn missed(&self) -> u64 {
         self.missed
     }
@@ -182,8 +182,8 @@ impl Observer for TraceObserver {
 
     fn enter(&mut self, task: Task, mm: &MmWithUser) -> Self::Held {
         self.put_left();
-        // A further task may enter such an address space. Put the last subscription first, so that
-        // the count is that of the tasks.
+        // A task may enter an address space whose last subscription still waits in `last`. Put that
+        // subscription first, so that the users count the tasks only.
         if self.last.iter().any(|last| last.mm().id() == mm.id()) {
             self.put_last();
         }

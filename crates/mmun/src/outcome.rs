@@ -1,4 +1,4 @@
-//! How the program ends: as the traced program did.
+//! How `mmun` ends: with an exit status, or by a signal, as the program that it ran did.
 
 use mmu_source::process::ExitStatus;
 

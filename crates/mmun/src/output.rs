@@ -1,4 +1,4 @@
-//! The destination of records: buffered, and silent once a pipe is closed.
+//! The destination of records: buffered; after a write has failed, the rest is discarded.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -23,7 +23,7 @@ pub(crate) struct Output {
     /// The file's path, if the file did not exist before.
     made: Option<PathBuf>,
     terminal: bool,
-    /// Whether the file still has its old content.
+    /// Whether this is a regular file that nothing was written to yet, so it has its old content.
     stale: bool,
     /// The first write that failed; nothing is written after it.
     failed: Option<io::Error>,
@@ -31,7 +31,8 @@ pub(crate) struct Output {
 }
 
 const FULL: usize = 1 << 16;
-/// A record is shorter than this.
+/// Room for one record beyond [`FULL`]. The buffer grows for a longer record, such as one with a
+/// long path.
 const ROOM: usize = 4096;
 /// After a request to end the trace: how long the reader may read nothing before the rest is
 /// discarded.
@@ -153,7 +154,8 @@ pub(crate) fn open_or_make(path: &Path) -> io::Result<(File, bool)> {
 }
 
 /// Replaces the content of a file by `text`. If the disk is full or a quota is reached, the file
-/// keeps its old content. For a pipe or a device, just writes.
+/// keeps its old content, provided that its file system can reserve room. For a pipe or a device,
+/// just writes.
 ///
 /// # Errors
 /// The errors of the kernel.

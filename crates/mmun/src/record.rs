@@ -16,21 +16,21 @@ Records (--json writes one object a line; docs/trace-json.md has the schema):
   comm         the name of the task
 
   mm_new       an address space is created: the program starts, forks or executes another one; program
-  get          a task subscribes to its address space; users: references after it
+  get          a task subscribes to its address space; users: the references there are then
   start, end   around one invalidated range of one system call
                  event, cause    what kind of change, and the system call behind it
                  start, end      addresses, half-open; blockable: whether subscribers may sleep
                  address, bytes  the same as numbers
                  result          (end only) what the call returned, -errno if it failed;
-                                 absent if the task died in the call
+                                 absent if the task died or the trace ended in the call
                  what, resident, file, huge, swapped, site (start only) and self (end only): --details, -k
-  map          (with --births) a mapping is made or has grown; cause, start, end; of the heap, all of it
+  map          (with --births) a mapping is made or has grown; cause, start, end (of a heap that has grown: all of it)
   fork         a task or process is created; child_pid, child_tid, child_mm
   exec         the process enters a new address space; old_mm: the one it left; program
   exit         a task ends; code, or signal if it was killed
   detach       the trace of a task ends before the task does: it lives on, and so does its address
                space, which has no mm_release then
-  put          a task gives its subscription back; users: references after it
+  put          a task gives its subscription back; users: the references there are then
   mm_release   an address space ends: its last task is gone
   free         the notifier of an address space is freed, after its last put and a grace period;
                pid and tid are those of the last put, users is 0
@@ -38,7 +38,7 @@ Records (--json writes one object a line; docs/trace-json.md has the schema):
   summary      (with --summary) totals; the last line
 
 Text output joins start and end into one line, as strace does: time in seconds, task, address space,
-event, range, size, call and result, and the time: that in the call itself with --details, else that between start and end.
+event, range, size, call, result and duration: with --details the time in the call itself, else that from start to end.
 
 How long (self): the time the kernel counted for the task between its stop before the call and its stop after it, less
 what a call that does nothing takes, which is measured when the trace begins. Wrong by up to 0.5 us for a small call
@@ -114,7 +114,7 @@ impl Record {
     }
 }
 
-/// What `--details` and `-k` add to a record.
+/// The optional keys of a record: names, and what `--details` and `-k` add.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Extra<'a> {
     /// The name of the task; empty if it is not known.
@@ -126,18 +126,18 @@ pub(crate) struct Extra<'a> {
     pub(crate) pages: Option<Pages>,
     /// The index of the stack.
     pub(crate) site: Option<u32>,
-    /// The time the task ran in the call, in the last end of the call.
+    /// The time the task ran in the call; only the last end of a call has it.
     pub(crate) own: Option<u64>,
 }
 
 /// The bytes of a range, by the kind of their pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Pages {
-    /// In memory, in total.
+    /// In memory, in total, without the zero page.
     pub(crate) resident: u64,
-    /// Of these, those of a file or of shared memory.
+    /// Of `resident`, the bytes of files or of shared memory.
     pub(crate) file: u64,
-    /// Of these, in huge pages.
+    /// Of `resident`, the bytes in huge pages.
     pub(crate) huge: u64,
     pub(crate) swapped: u64,
 }

@@ -28,18 +28,18 @@ pub(crate) struct Settings {
     pub(crate) form: Option<Form>,
     pub(crate) events: EventSet,
     pub(crate) summary: Option<Wanted>,
-    /// The summary is JSON, too.
+    /// Write the summary as JSON.
     pub(crate) json: bool,
     pub(crate) lifecycle: bool,
     /// Record the mapping and memory of each range, and the time of each call.
     pub(crate) details: bool,
     /// The time of a call that does nothing.
     pub(crate) overhead: Overhead,
-    /// Every task of a traced process is traced.
+    /// Whether every task of a traced process is traced.
     pub(crate) follow: bool,
     /// Take stacks; the functions in the list are never the place of a call.
     pub(crate) stacks: Option<Vec<String>>,
-    /// Write the stacks, not only the table of places.
+    /// Write the stacks; otherwise they serve the table of places only.
     pub(crate) list_stacks: bool,
     /// Keep the time of each munmap, to measure calls that do nothing.
     pub(crate) samples: bool,
@@ -55,7 +55,7 @@ pub(crate) enum Form {
 #[derive(Debug)]
 pub(crate) struct Recorder {
     inner: Mutex<Inner>,
-    /// Called when the output cannot be written any more.
+    /// Called when an output cannot be written any more.
     give_up: fn(),
 }
 
@@ -88,8 +88,8 @@ enum Writer {
 }
 
 impl Recorder {
-    /// Starts the clock of the trace. `give_up` is called once, when the output cannot be written
-    /// any more.
+    /// Starts the clock of the trace. During the trace `give_up` is called when an output cannot be
+    /// written any more, once for each output.
     pub(crate) fn new(settings: Settings, output: Output, give_up: fn()) -> Recorder {
         let writer = settings.form.map(|form| match form {
             Form::Json => Writer::Json,
@@ -153,7 +153,8 @@ impl Recorder {
         }
     }
 
-    /// Writes the buffered records and the summary. Later records are lost.
+    /// Writes the buffered records, the stacks, the summary and the table of the lifecycle. Later
+    /// records are lost.
     ///
     /// # Errors
     /// The first write that failed, now or earlier, with the output's name.
@@ -369,7 +370,8 @@ impl Inner {
     }
 }
 
-/// Copies an error, because `io::Error` is not `Clone`. An error of a write has an error code.
+/// Copies an error, because `io::Error` is not `Clone`: its error code, or its kind if it has no
+/// code.
 fn copy(error: &io::Error) -> io::Error {
     error
         .raw_os_error()

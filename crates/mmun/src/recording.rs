@@ -28,7 +28,7 @@ pub(crate) struct Recording {
     pub(crate) end: u64,
     /// The address spaces by their ids (`mm`).
     pub(crate) spaces: BTreeMap<u64, Space>,
-    /// Every range that a call changed, in the order of the ends.
+    /// Every range whose start and end are in the trace, in the order of the ends.
     pub(crate) changes: Vec<Changed>,
     /// Every mapping that was made, if births were recorded.
     pub(crate) births: Vec<Born>,
@@ -47,12 +47,12 @@ pub(crate) struct Recording {
 pub(crate) struct Space {
     /// The first process in it.
     pub(crate) pid: i32,
-    /// The latest known name of its task, in the names of the [`Recording`].
+    /// The latest known name of a task of that process, in the names of the [`Recording`].
     pub(crate) comm: Name,
     /// The path of its program, empty if it is not known.
     pub(crate) program: Name,
     pub(crate) began: u64,
-    /// When its last task left it; the end of the trace if none did.
+    /// When its last task left it; the end of the trace if that is not recorded.
     pub(crate) ended: u64,
 }
 
@@ -93,8 +93,8 @@ pub(crate) enum ReadError {
     /// The line, counted from 1, and what is wrong with it.
     Line(usize, String),
     Empty,
-    /// The file has lines of a trace, but no record of an event. `--summary-only` writes such a
-    /// file.
+    /// The file has lines of a trace, such as a summary, but none of them is a record.
+    /// `--summary-only` writes such a file.
     NoRecords,
 }
 
@@ -124,18 +124,18 @@ pub(crate) fn input_name(path: &Path) -> String {
     }
 }
 
-/// No trace takes 292 years.
+/// The latest time of a line that is accepted: no trace takes 292 years.
 const LAST: u64 = i64::MAX as u64;
 
 /// The maximum length of a line: a longer line cannot be a record, and would fill the memory.
 const LONGEST_LINE: u64 = 64 << 20;
 
 impl Recording {
-    /// Reads a file, or standard input if it is `-`.
+    /// Reads a file, or standard input if `path` is `-`.
     ///
     /// # Errors
     /// The file cannot be read, or it is not a trace of version 1. An incomplete last line is no
-    /// error.
+    /// error, unless it is the only line.
     pub(crate) fn open(path: &Path) -> Result<Recording, ReadError> {
         if is_standard(path) {
             return Recording::read(io::stdin().lock());

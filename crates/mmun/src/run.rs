@@ -190,7 +190,7 @@ fn preload(library: &Path) -> OsString {
     all
 }
 
-/// Makes a new directory, with one report for each process.
+/// Makes a new directory for the reports, one file for each process.
 fn folder() -> io::Result<PathBuf> {
     let base = std::env::temp_dir();
     for attempt in 0..100_u32 {

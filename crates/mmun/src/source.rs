@@ -1,4 +1,4 @@
-//! The event sources by name, and whether they work here.
+//! The event sources by name.
 
 use clap::ValueEnum;
 use mmu_source::{SOURCES, SourceInfo};

@@ -42,7 +42,7 @@ impl Style {
     }
 }
 
-/// Whether the environment allows colours: `NO_COLOR` is not set, and `TERM` is not `dumb`.
+/// Whether the environment allows colours: `NO_COLOR` is unset or empty, and `TERM` is not `dumb`.
 pub(crate) fn is_wanted() -> bool {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty());
     set("NO_COLOR").is_none() && set("TERM").is_none_or(|terminal| terminal != "dumb")

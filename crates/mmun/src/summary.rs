@@ -25,7 +25,7 @@ pub(crate) use self::table::{By, Sort, Tables, printable, size, time};
 pub(crate) struct Wanted {
     pub(crate) tables: Tables,
     pub(crate) sort: Sort,
-    /// How many rows each table shows.
+    /// The maximum count of rows of each table, except that of the events.
     pub(crate) top: usize,
     /// Show elapsed time instead of the time in the call.
     pub(crate) wall: bool,
@@ -51,7 +51,8 @@ pub(crate) struct Summary {
     tasks: HashMap<(Task, String), Row>,
     causes: HashMap<&'static str, Row>,
     total: Row,
-    /// The count of unmaps and clears, and of those that removed nothing. `None` without details.
+    /// The count of unmaps and clears whose size in memory is known, and of those that failed or
+    /// found nothing in memory. `None` if there is none.
     removals: Option<(u64, u64)>,
 }
 
@@ -61,6 +62,7 @@ pub(crate) struct Row {
     pub(crate) calls: u64,
     /// Ranges of these calls: a call can have several.
     pub(crate) ranges: u64,
+    /// Ranges of calls that failed.
     pub(crate) errors: u64,
     /// Ranges of calls that did not return.
     pub(crate) cut: u64,
@@ -96,8 +98,8 @@ impl Row {
         self.longest = self.longest.max(time);
     }
 
-    /// Like [`Row::add`], for one of several ranges of a call: each range counts as a call, and its
-    /// share of the call's time is added later.
+    /// Like [`Row::add`], for the table by mapping: each range counts as a call, and its share of
+    /// the call's time is added later.
     fn add_range(&mut self, change: &Change) {
         let time_apart = Change {
             own: None,
@@ -122,7 +124,7 @@ impl Row {
         self.longest = self.longest.max(other.longest);
     }
 
-    /// `None` if the resident size is known of no range.
+    /// `None` if there are ranges, and the resident size is known of none.
     pub(crate) fn known_resident(&self) -> Option<u64> {
         (self.sized > 0 || self.ranges == 0).then_some(self.resident)
     }

@@ -102,8 +102,8 @@ pub(crate) fn survive_full_files() {
     }
 }
 
-/// For the tracer, before it spawns a program: from now on a signal that would end this process
-/// sets [`STOP`]. Ignored signals stay ignored.
+/// For the tracer, before it spawns a program: from now on each signal in [`ENDING`] sets [`STOP`]
+/// instead of ending this process. Ignored signals stay ignored.
 pub(crate) fn stop_on_ending_signals() {
     for signal in ENDING {
         if !is_ignored(signal) {
@@ -139,7 +139,7 @@ pub(crate) fn heed_alarms() {
 pub(crate) fn stop_with(front: Option<Pid>) {
     set_handler(ORPHANED, on_orphaned as *const () as usize);
     let signal = Signal::from_named_raw(ORPHANED);
-    // It cannot fail with a valid signal.
+    // The call cannot fail with a valid signal.
     let _ = rustix::process::set_parent_process_death_signal(signal);
     if rustix::process::getppid() != front {
         request_stop();
@@ -181,7 +181,8 @@ pub(crate) fn forward_to(tracer: Pid) {
     }
 }
 
-/// Ignores all signals that can be ignored, for a process that must outlive its tracees.
+/// Ignores the standard signals, except SIGCHLD, those of faults, and those that cannot be ignored.
+/// For a process that must outlive its tracees.
 pub(crate) fn ignore_everything() {
     for signal in 1..32 {
         let fault = [
@@ -236,7 +237,7 @@ pub(crate) fn exit_now(status: i32) -> ! {
 
 /// From now on this process is killed when `parent`, which started it, ends.
 pub(crate) fn die_with(parent: Option<Pid>) {
-    // It cannot fail with a valid signal.
+    // The call cannot fail with a valid signal.
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     // The parent may have ended before the call.
     if rustix::process::getppid() != parent {

@@ -1,7 +1,8 @@
 //! Records as text: aligned columns, one line per system call, in strace's manner.
 //!
-//! A start is held back until its end arrives, and both become one line. If any other record comes
-//! first, the start is written with `<unfinished ...>`, and the end gets a line of its own later.
+//! A start is held back until its end arrives, and both become one line. If a line of another call,
+//! or of the life of a task, has to be written first, the start is written with `<unfinished ...>`,
+//! and the end gets a line of its own later.
 //! Ranges of one call with the same event in the same address space share a line.
 
 mod units;
@@ -200,7 +201,7 @@ impl Text {
         }
     }
 
-    /// Writes one line for consecutive `opens` with the same event in the same address space.
+    /// Writes one line for each run of `opens` with the same event in the same address space.
     fn lines(&self, out: &mut Vec<u8>, opens: &[Open], part: Part) {
         for group in opens.chunk_by(|a, b| (a.mm, a.span.event) == (b.mm, b.span.event)) {
             self.line(out, group, part);

@@ -39,7 +39,7 @@ struct Plan {
     report: Option<Report>,
 }
 
-/// A page that will be made, and the output for its records.
+/// A page or a viewer's file that will be made, and the output for its records.
 type Report = (Pending, Output);
 
 #[derive(Debug)]

@@ -8,9 +8,10 @@ use mmu_source::kernel::broker::SOCKET;
 /// Lends the kernel source to processes that may not load BPF programs.
 ///
 /// Run it as root, or with CAP_BPF, CAP_PERFMON and the right to open /dev/kvm. Processes of the
-/// group then start the source without any capability: if the library lacks the rights, it connects
-/// to the socket. Each client sees changes of its own address space only. It gets a descriptor of
-/// /dev/kvm, so members of the group can make virtual machines: serve only users who may do that.
+/// group (--group) then start the source without any capability: if the library lacks the rights,
+/// it connects to the socket. Each client sees changes of its own address space only. It gets a
+/// descriptor of /dev/kvm, so members of the group can make virtual machines: serve only users who
+/// may do that.
 /// Each client makes changes of memory a little slower for every process with a virtual machine
 /// (see SECURITY.md).
 ///
@@ -30,7 +31,8 @@ pub(crate) struct BrokerArgs {
     #[arg(long, value_name = "NAME")]
     pub(crate) group: Option<String>,
 
-    /// Serves at most N processes; one user can have half of the places that other users leave
+    /// Serves at most N processes; one user gets at most half of the places that the others leave
+    /// free
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) max_clients: u16,
 

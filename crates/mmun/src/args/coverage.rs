@@ -5,18 +5,18 @@ use clap::Args;
 use crate::library::Library;
 use crate::source::Source;
 
-/// Runs every operation that changes an address translation under every event source, and says
-/// which source saw it.
+/// Runs many operations, each of which changes an address translation, under every event source,
+/// and says which source saw which change.
 ///
 /// Each operation runs in a new process: the process makes memory, arms the source, and makes the
-/// change. 'before' means that the subscriber was called before the translation changed, 'after'
-/// that it was called later, 'missed' that it was not called, 'n/a' that the operation or the
-/// source does not work here; standard error says why. /proc/self/pagemap shows whether a
-/// translation changed; for mprotect, a write shows it, and for MADV_FREE, /proc/kpageflags. Some
-/// operations can be checked as root only.
+/// change. 'before' means that the source reported the change before the translation changed
+/// (kernel: that its counter moved before), 'after' that it reported the change later, 'missed'
+/// that it did not, 'n/a' that the operation or the source does not work here; standard error says
+/// why. /proc/self/pagemap shows whether a translation changed; for mprotect, a write shows it, and
+/// for MADV_FREE, /proc/kpageflags. Some operations can be checked as root only.
 ///
-/// Exits 0 if every source saw all changes that it claims to see, 1 if one missed a change, 2 if
-/// mmun could not find out.
+/// Exits 0 if every source saw all changes that it claims to see, 1 if one missed a change or (uffd
+/// excepted) reported a change too late, 2 if mmun could not find out.
 #[derive(Args, Debug)]
 #[command(verbatim_doc_comment)]
 pub(crate) struct CoverageArgs {
@@ -32,11 +32,13 @@ pub(crate) struct CoverageArgs {
     ///
     /// Each operation changes a page that the library's own cache has registered. Then mmun looks
     /// the registration up again and sends data through it. 'right' means that the data arrived in
-    /// the page, 'stale' that it went elsewhere. 'shipped' is the library alone; 'hook' and 'both'
-    /// are with libmmun_dropin.so and these sources. The device is an io_uring. UCX's cache is the
-    /// one that libucs exports. libfabric's is the cache of its verbs provider (1.13 or later),
-    /// over a verbs device that this program plays: no network card is needed. Exits 1 if a
-    /// registration was stale with both.
+    /// the page, or that the library refused to register the page again; 'stale' means that the
+    /// data went elsewhere. 'shipped' is the library alone, 'hook' the library with
+    /// libmmun_dropin.so and the source hook, 'both' with the source kernel as well. The device is
+    /// an io_uring. UCX's cache is the one that libucs exports. libfabric's is the cache of its
+    /// verbs provider (1.13 or later), over a verbs device that this program plays: no network card
+    /// is needed. Exits 1 if a registration was stale in the column 'both', 2 if mmun could not
+    /// find out.
     #[arg(
         long,
         value_name = "NAME",
@@ -47,8 +49,8 @@ pub(crate) struct CoverageArgs {
 
     /// Waits so long between the change and the look-up
     ///
-    /// To a UCX with an inlined look-up (from 1.14 on) a thread reports the change, some
-    /// microseconds after it.
+    /// If UCX's look-up is inlined (from 1.14 on), a thread of the drop-in reports each change to
+    /// UCX, some microseconds after the change.
     #[arg(
         long,
         value_name = "MICROSECONDS",

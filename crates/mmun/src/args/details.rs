@@ -25,11 +25,11 @@ pub(crate) struct SummaryArgs {
     #[arg(long, value_name = "TABLES", groups = ["totals", "places"], num_args = 0..=1, require_equals = true, default_missing_value = Tables::DEFAULT)]
     pub(crate) summary: Option<Tables>,
 
-    /// Sorts the tables by this
+    /// Sorts the tables by this total, the largest first
     #[arg(long, value_name = "KEY", default_value = "time", requires = "totals")]
     pub(crate) sort: Sort,
 
-    /// Shows at most N rows of each table
+    /// Shows at most N rows of each table, except that of the events
     #[arg(long, value_name = "N", default_value_t = 10, requires = "totals")]
     pub(crate) top: usize,
 
@@ -39,7 +39,7 @@ pub(crate) struct SummaryArgs {
 }
 
 impl SummaryArgs {
-    /// The requested tables. If none is requested, `always` returns the default tables.
+    /// The requested tables. If none is requested: with `always` the default tables, else `None`.
     pub(crate) fn wanted(&self, always: bool) -> Option<Wanted> {
         let usual = || {
             always.then(|| {
@@ -61,16 +61,16 @@ impl SummaryArgs {
 /// The details to record of each call.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct DetailArgs {
-    /// Adds to each record the mapping in the range, how much of it was in memory, and the time in
-    /// the call itself
+    /// Adds to each record the first mapping in the range, how much of the range was in memory, and
+    /// the time in the call itself
     #[arg(long)]
     pub(crate) details: bool,
 
-    /// Adds call stacks, which are named at the end; implies --details
+    /// Adds call stacks, whose functions are named at the end; implies --details
     #[arg(short = 'k', long, group = "places")]
     pub(crate) stacks: bool,
 
-    /// Records new mappings as well, not only their removals and changes
+    /// Records new mappings as well as removed and changed ones
     ///
     /// Every mmap then stops the program, not only one that replaces a mapping: some 10 us a call,
     /// and 20 us with --details.

@@ -55,7 +55,7 @@ pub(crate) enum ReportFormat {
     Perfetto,
     /// JSON for chrome://tracing and other viewers
     Chrome,
-    /// A page for a browser, which needs nothing else
+    /// A page for a browser, in one file that needs no other
     Html,
 }
 

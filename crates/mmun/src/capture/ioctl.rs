@@ -18,18 +18,20 @@ pub(crate) struct Vma {
     pub(crate) offset: u64,
     pub(crate) device: (u32, u32),
     pub(crate) inode: u64,
-    /// A path, or a name such as `[heap]`; empty if the mapping has no name.
+    /// A path, or a name such as `[heap]`; empty if the mapping has no name, or one of 512 bytes or
+    /// more.
     pub(crate) name: String,
 }
 
-/// Which mapping a query returns.
+/// Which mapping a query returns: only one that holds the address, or else the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Which {
     Holding,
     HoldingOrNext,
 }
 
-/// Asks `/proc/PID/maps` for the mapping at `address`; `None` if there is none.
+/// Asks `/proc/PID/maps` for the mapping that holds `address`, or also for the next one (see
+/// [`Which`]); `None` if there is none.
 ///
 /// # Errors
 /// `ENOTTY` on a kernel before 6.11. `ESRCH` if the process is gone.
@@ -76,7 +78,7 @@ pub(crate) fn query(maps: &File, address: u64, which: Which) -> io::Result<Optio
     }))
 }
 
-/// Consecutive pages of one kind.
+/// Consecutive pages with the same categories.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Region {
@@ -92,7 +94,7 @@ pub(crate) const IS_ZERO: u64 = 1 << 5;
 pub(crate) const IS_HUGE: u64 = 1 << 6;
 
 /// Asks `/proc/PID/pagemap` which pages of a range are present or swapped, and calls `tell` for
-/// consecutive pages of one kind.
+/// each run of such pages with the same categories.
 ///
 /// # Errors
 /// `ENOTTY` on a kernel before 6.7, and other errors of the kernel.

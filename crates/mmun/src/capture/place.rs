@@ -18,8 +18,9 @@ use crate::who::shown;
 pub(crate) struct Place {
     maps: File,
     pagemap: File,
-    /// The kernel has no `PROCMAP_QUERY`, or (`old_pagemap`) no `PAGEMAP_SCAN`.
+    /// The kernel has refused `PROCMAP_QUERY`, which it does not know.
     old_maps: bool,
+    /// The kernel has refused `PAGEMAP_SCAN`, which it does not know.
     old_pagemap: bool,
 }
 
@@ -30,7 +31,7 @@ const TOP: u64 = if cfg!(target_arch = "aarch64") {
 } else {
     0x7fff_ffff_f000
 };
-/// Without `PAGEMAP_SCAN` a larger range is not read, because it costs 8 bytes a page.
+/// Without `PAGEMAP_SCAN` a range of more bytes is not read: the file has 8 bytes for each page.
 const MOST_READ: u64 = 16 << 30;
 
 impl Place {
@@ -44,7 +45,8 @@ impl Place {
         })
     }
 
-    /// The mapping at `address`, or the next one.
+    /// The mapping that holds `address`, or also the next one (see [`Which`]); `None` if there is
+    /// none, or if the files cannot be read.
     pub(crate) fn mapping(&mut self, address: u64, which: Which) -> Option<Vma> {
         if !self.old_maps {
             match ioctl::query(&self.maps, address, which) {
@@ -57,7 +59,7 @@ impl Place {
         (which == Which::HoldingOrNext || vma.start <= address).then_some(vma)
     }
 
-    /// All mappings, in order.
+    /// All mappings, in order; none if `maps` cannot be read.
     pub(crate) fn all(&mut self) -> Vec<Vma> {
         let mut text = Vec::with_capacity(1 << 16);
         let read = self
@@ -72,7 +74,8 @@ impl Place {
             .collect()
     }
 
-    /// How much of a range is in memory; `None` if the kernel does not say.
+    /// How much of a range is in memory; `None` if the kernel does not say, or if it has no
+    /// `PAGEMAP_SCAN` and the range is longer than [`MOST_READ`].
     pub(crate) fn pages(&mut self, start: u64, end: u64) -> Option<Pages> {
         let (start, end) = (start.min(TOP), end.min(TOP));
         let mut pages = Pages::default();
@@ -92,7 +95,8 @@ impl Place {
         self.read_pagemap(start, end).ok()
     }
 
-    /// The file has one word a page. Bit 63: present; bit 62: swapped; bit 61: of a file or shared.
+    /// Reads `pagemap`, which has one 8-byte word a page. Bit 63: present; bit 62: swapped; bit 61:
+    /// of a file or shared.
     fn read_pagemap(&self, start: u64, end: u64) -> io::Result<Pages> {
         let mut pages = Pages::default();
         let mut words = [0; 1 << 13];

@@ -80,7 +80,7 @@ impl Runtime {
         }
     }
 
-    /// A task has ended.
+    /// A task has ended, or is not traced any more.
     pub(crate) fn left(&mut self, task: Task) {
         self.forget(task.tid);
         let Some(tasks) = &mut self.tasks else { return };
@@ -92,7 +92,7 @@ impl Runtime {
         }
     }
 
-    /// Called while the task is stopped before its call.
+    /// Called while the task is stopped before its call: reads its counter.
     pub(crate) fn begin(&mut self, task: Task) {
         let is_alone = self
             .tasks

@@ -1,4 +1,4 @@
-//! The sources of this process, each armed for one range.
+//! The sources of this process, each armed for one range if the source needs a range.
 
 use std::sync::Arc;
 
@@ -59,7 +59,8 @@ impl Armed {
         settled.map_err(|error| Unavailable(crate::explain(&error)))
     }
 
-    /// Waits until no change of an armed range is under way, if the source knows that.
+    /// Waits until no change of an armed range is under way. Only the source `kernel` knows that;
+    /// for the other sources this returns at once.
     ///
     /// # Errors
     /// The error of the source.

@@ -92,7 +92,7 @@ fn at_rest(
 }
 
 /// Runs `change`, and returns whether a reader ever saw the changed translation together with the
-/// old value of the source's counter.
+/// old value of the source's counter; `false` if the source has no counter.
 ///
 /// During the change, a thread repeatedly reads the state of the page and then the counter. If the
 /// counter moves first, as it must, the thread never sees a changed page with the old count. This
@@ -139,8 +139,8 @@ mod tests {
     use super::super::region::Region;
     use super::*;
 
-    /// Whether `watch_beside` finds the counter late. With `moves_first` the counter moves before a
-    /// page is discarded, otherwise after.
+    /// Whether `watch_beside` finds the counter late. With `moves_first` the counter moves before
+    /// the page is discarded, otherwise after that.
     fn looks_late(moves_first: bool) -> bool {
         let region = Region::anonymous(1).unwrap();
         let pid = rustix::process::getpid().as_raw_nonzero().get();

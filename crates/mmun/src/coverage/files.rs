@@ -17,7 +17,8 @@ pub(crate) fn memory_file(pages: usize) -> io::Result<File> {
 /// A file on a disk, clean, without a name.
 ///
 /// # Errors
-/// No folder for scratch files is on a disk. A file system in memory has no writeback.
+/// The folders for scratch files are all in memory, where a file has no writeback; or the error of
+/// the kernel.
 pub(crate) fn scratch_file(pages: usize) -> io::Result<File> {
     let folders = [std::env::temp_dir(), "/var/tmp".into(), ".".into()];
     let on_disk = |folder: &std::path::PathBuf| {

@@ -3,9 +3,9 @@
 //!
 //! Each operation runs once in each column, in a separate process. The process registers the page
 //! through the library's real cache and changes the translation. If no memory is mapped at the
-//! address any more, it maps a new page. Then it looks the registration up again and lets the
-//! kernel write through it. If the bytes do not arrive in the page, the registration was stale: a
-//! device would have corrupted data without an error.
+//! address any more, the process maps a new page there. Then the process looks the registration up
+//! again and lets the kernel write through that registration. If the bytes do not arrive in the
+//! page, the registration was stale: a device would have corrupted data without an error.
 
 mod cache;
 mod cell;
@@ -301,7 +301,7 @@ impl Table<'_> {
         nothing || all.any(|report| report.broken)
     }
 
-    /// Whether a registration was stale with both sources.
+    /// Whether a registration was stale in the column `both`.
     fn is_stale_with_dropin(&self) -> bool {
         self.reports
             .iter()

@@ -105,7 +105,8 @@ impl Matrix {
         Ok(())
     }
 
-    /// Writes the remaining rows, and totals of the operations that changed a translation.
+    /// Writes the remaining rows. As text, also writes for each source how many operations changed
+    /// a translation, when it saw them, and how many operations were unavailable.
     pub(crate) fn end(&mut self, out: &mut impl Write) -> io::Result<()> {
         self.write(out)?;
         let Form::Text(style) = self.form else {
@@ -131,8 +132,8 @@ impl Matrix {
         Ok(())
     }
 
-    /// One line for each change that a source missed or reported too late, although it claims to
-    /// see it.
+    /// One line for each change that a source claims to see, and missed or reported too late.
+    /// `uffd` may report a change late.
     pub(crate) fn faults(&self) -> Vec<String> {
         let fault = |(operation, source, report): (&Operation, Source, &Report)| {
             let late = report.seen == Seen::After && source != Source::Uffd;
@@ -198,7 +199,7 @@ impl Matrix {
         (self.reports.len() > 1 && reasons.all(|reason| reason == Some(first))).then_some(first)
     }
 
-    /// Whether a child died or hung.
+    /// Whether a child hung, died, or could not run its cell.
     pub(crate) fn is_broken(&self) -> bool {
         self.cells().any(|(_, _, report)| report.broken)
     }

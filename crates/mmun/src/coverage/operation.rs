@@ -80,7 +80,7 @@ pub(crate) fn covering(start: usize, len: usize) -> VaRange {
         .expect("memory that is mapped has a start and a length")
 }
 
-/// Why an operation does not work here, in one line.
+/// Why an operation or a source does not work here, in one line.
 #[derive(Debug)]
 pub(crate) struct Unavailable(pub(crate) String);
 

@@ -16,6 +16,8 @@ use super::operation::Operation;
 use super::page::Page;
 use crate::source::Source::{self, Hook, Process, Uffd};
 
+// Here are the claims of the sources besides `kernel`, which claims to see every operation.
+
 /// The sources that see a call through libc.
 const LIBC: &[Source] = &[Hook, Process];
 /// The sources that see a memory call that bypasses libc.
@@ -23,9 +25,11 @@ const CALL: &[Source] = &[Process];
 /// The sources that see a call through libc that unmaps or discards memory which userfaultfd can
 /// watch.
 const LIBC_AND_UFFD: &[Source] = &[Hook, Uffd, Process];
-/// The sources that see such a call if it bypasses libc.
+/// The sources that see a call, even one that bypasses libc, which unmaps or discards memory that
+/// userfaultfd can watch.
 const CALL_AND_UFFD: &[Source] = &[Uffd, Process];
-/// The sources that see a change by the kernel itself, without a call of any process: none.
+/// The sources that see a change without a memory call, such as a change by the kernel itself, a
+/// write, or a change of a mapped file: none but `kernel`.
 const NONE: &[Source] = &[];
 
 /// Every operation, in the order of the matrix.
@@ -55,7 +59,7 @@ fn patience() -> Duration {
     Duration::from_secs(if is_guest().unwrap_or(false) { 50 } else { 10 })
 }
 
-/// Repeats `step` until the page's state changes.
+/// Repeats `step` until the page's state changes; fails if it does not change within [`patience`].
 fn until_changed(page: &Page, mut step: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let (before, begin, patience) = (page.state()?, Instant::now(), patience());
     while page.state()? == before {

@@ -43,7 +43,7 @@ impl Other {
     /// Sends the two integers, and waits until the child has acted.
     ///
     /// # Errors
-    /// The error of the child.
+    /// The error of `act` in the child, or of the pipe if the child has died.
     pub(crate) fn act(mut self, a: usize, b: usize) -> io::Result<()> {
         let mut numbers = [0; 16];
         numbers[..8].copy_from_slice(&a.to_ne_bytes());

@@ -97,7 +97,8 @@ impl Page {
         Ok(State([entry & shown, more]))
     }
 
-    /// Whether this process may read frame numbers; unprivileged processes read zeros.
+    /// Whether this process may read frame numbers; unprivileged processes read zeros. Also `true`
+    /// if the page is not present, because its entry has no frame number then.
     pub(crate) fn shows_frames(&self) -> bool {
         self.state()
             .is_ok_and(|State([entry, _])| entry & PRESENT == 0 || entry & FRAME != 0)
@@ -156,8 +157,7 @@ mod tests {
     #[test]
     fn a_page_given_up_by_advice_is_seen_by_root() {
         let region = Region::anonymous(64).unwrap();
-        // Only root can read this state. For other users the operation is not available, which
-        // another test checks.
+        // Only root can read this state.
         let Ok(page) = page(&region, Judge::Lazy) else {
             assert!(!rustix::process::geteuid().is_root());
             return;

@@ -5,7 +5,8 @@
 //! A [`Region`] is mapped here, and no Rust reference to its bytes ever exists: they are read and
 //! written only by volatile accesses and system calls of this module. A change of the region's
 //! translations therefore touches no Rust object, and the functions that change them are safe. A
-//! function that takes memory away takes the `Region` by value, or leaves pages that read as zeros.
+//! function that takes memory away takes the `Region` by value. `advise` takes a reference, because
+//! most advice leaves pages that read as zeros; after any other advice no code reads the region.
 #![expect(
     unsafe_code,
     reason = "maps, changes and unmaps raw memory; see the Safety section"
@@ -24,7 +25,7 @@ pub(crate) use rustix::param::page_size;
 /// The content of touched pages, which tells them from discarded pages.
 const MARK: u8 = 0xa5;
 
-/// Pages that only this value owns.
+/// Pages of a mapping. A clone or a part names the same pages; no drop unmaps them.
 ///
 /// # Invariants
 /// `start..start + len` was mapped by this module; no reference into it exists.
@@ -212,7 +213,8 @@ impl Region {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// `mremap` to an unused address, or to `target`, whose pages are replaced.
+    /// `mremap` with these flags: in place, to an unused address, or to `target`, whose pages are
+    /// replaced.
     pub(crate) fn remap(self, len: usize, flags: c_int, target: Option<Region>) -> io::Result<()> {
         let target = target.map_or(0, |target| target.start);
         // SAFETY: no Rust object lies in the old pages, which are given up with `self`; with
@@ -296,7 +298,7 @@ impl Region {
         attached
     }
 
-    /// `move_pages` of the first page of this process to `node`.
+    /// Moves the region's first page to `node`, by `move_pages`.
     pub(crate) fn move_to(&self, node: c_int) -> io::Result<()> {
         const MPOL_MF_MOVE: c_int = 2;
         let (page, mut status) = (pointer(self.start), 0);
@@ -324,8 +326,7 @@ impl Region {
 /// `process_madvise` on memory of the process behind `pidfd`: libc's function, or the bare system
 /// call if libc has no such function.
 ///
-/// Only for regions, in this process or the other one, because the content of the pages may be
-/// lost.
+/// The pages must be a region's, because their content may be lost.
 pub(crate) fn advise_in(pidfd: RawFd, start: usize, len: usize, advice: c_int) -> io::Result<()> {
     type ProcessMadvise =
         unsafe extern "C" fn(c_int, *const libc::iovec, usize, c_int, u32) -> isize;
@@ -414,8 +415,8 @@ pub(crate) fn map_if_free(address: usize) -> io::Result<()> {
     }
 }
 
-/// Writes to memory of this process, if the memory is writable. For the page that an operation has
-/// changed.
+/// Writes to memory of this process, if the memory is writable; `false` if not. For the page that
+/// an operation has changed.
 pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     let local = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
@@ -430,7 +431,7 @@ pub(crate) fn put(address: usize, bytes: &[u8]) -> bool {
     unsafe { libc::process_vm_writev(pid, &local, 1, &remote, 1, 0) == bytes.len() as isize }
 }
 
-/// Reads memory of this process, if the memory is readable.
+/// Reads memory of this process, if the memory is readable; `false` if not.
 pub(crate) fn get(address: usize, bytes: &mut [u8]) -> bool {
     let local = libc::iovec {
         iov_base: bytes.as_mut_ptr().cast(),

@@ -1,6 +1,7 @@
 //! The report of one child, and its form as a line.
 
-/// When a source reported a change.
+/// When a source reported a change. In the report of a library's cache, `Missed` means that the
+/// registration was stale, and `Before` that it was not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     Before,
@@ -31,7 +32,7 @@ pub(crate) struct Report {
     pub(crate) changed: bool,
     /// Why the cell is not available, in one line; empty otherwise.
     pub(crate) reason: String,
-    /// Whether the child hung or died.
+    /// Whether the child hung, died, or could not run the cell.
     pub(crate) broken: bool,
 }
 
@@ -61,7 +62,8 @@ impl Report {
         }
     }
 
-    /// One line: when the change was seen, whether the translation changed, and the reason.
+    /// One line: when the change was seen, whether the translation changed, whether the child is
+    /// broken, and the reason.
     pub(crate) fn to_line(&self) -> String {
         format!(
             "{} {} {} {}\n",
@@ -72,7 +74,7 @@ impl Report {
         )
     }
 
-    /// `None` if it is not such a line.
+    /// `None` if `line` is not a line of [`Report::to_line`].
     pub(crate) fn from_line(line: &str) -> Option<Report> {
         let mut words = line.strip_suffix('\n')?.splitn(4, ' ');
         let seen = words.next()?;

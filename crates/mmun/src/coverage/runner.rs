@@ -25,7 +25,7 @@ const ABREAST: usize = 2;
 /// longer.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How often to run an operation that the source `kernel` seems to report too late.
+/// How many times at most to run an operation that the source `kernel` seems to report too late.
 const TRIES: usize = 3;
 
 /// One cell of the matrix.
@@ -59,7 +59,7 @@ pub(crate) fn run(places: &[Place], done: impl FnMut(usize, Report) -> ControlFl
     run_each(places.len(), report, done);
 }
 
-/// Like [`run`], for any `count` commands that write a report.
+/// Runs `count` commands that write a report, like [`run`], but each command only once.
 pub(crate) fn run_commands(
     count: usize,
     command: impl Fn(usize) -> io::Result<Command> + Sync,

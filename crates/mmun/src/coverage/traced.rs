@@ -20,7 +20,7 @@ const PLAN: u64 = 0;
 /// The offset at which the tracee writes its report.
 const REPORT: u64 = 4096;
 
-/// How often to repeat an operation that seems to be reported too late.
+/// How many times at most to run an operation that seems to be reported too late.
 const TRIES: usize = 3;
 
 /// Traces a child that runs `operation`.
@@ -138,7 +138,7 @@ impl Observer for Looker {
     }
 }
 
-/// Reads the state of the tracee's page, once the tracee has written its address.
+/// Reads the state of the tracee's page, once the tracee has written the page's address.
 struct Witness {
     board: OwnedFd,
     judge: Judge,

@@ -13,7 +13,8 @@ const ASKED: [(&str, &[&str]); 4] = [
     ("MPICH", &["mpichversion", "-v"]),
 ];
 
-/// One line for each installed library.
+/// One line for each library: its version and what the drop-in does for it, or that its program is
+/// not installed.
 pub(super) fn lines() -> Vec<String> {
     ASKED
         .iter()

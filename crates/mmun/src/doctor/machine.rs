@@ -42,7 +42,7 @@ pub(super) fn features() -> Vec<String> {
     features
 }
 
-/// Whether this user may read page frame numbers.
+/// Says whether this user may read page frame numbers.
 fn pagemap() -> String {
     use std::os::unix::fs::FileExt;
     // The page of a local variable is present.

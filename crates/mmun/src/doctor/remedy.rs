@@ -2,8 +2,8 @@
 //!
 //! A source's error suggests to set capabilities on the program that uses it. Capabilities on
 //! `mmun` itself would be lent to every user of the machine. So this module suggests to set them on
-//! a copy, which only one group may execute. It suggests the broker first, because the broker lends
-//! only what the source needs.
+//! a copy, which only one group may execute. For the source `kernel` it suggests the broker first,
+//! because the broker lends only what the source needs.
 
 use std::fs;
 
@@ -33,7 +33,7 @@ const IS_FOR_BROKERS: bool = cfg!(any(target_arch = "x86_64", target_arch = "aar
 /// The kernel's BTF, which the broker reads.
 const BTF: &str = "/sys/kernel/btf/vmlinux";
 
-/// The capabilities that a command would set on this program.
+/// The capabilities that a command would set on this program; `None` if it is no such command.
 fn capabilities(remedy: &str) -> Option<&str> {
     let (names, _) = remedy.strip_prefix("sudo setcap ")?.split_once("+ep ")?;
     Some(names)

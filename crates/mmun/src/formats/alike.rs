@@ -1,4 +1,4 @@
-//! Both formats side by side: one trace, the same events.
+//! Chrome's format beside Perfetto's: both must show the same events of one trace.
 
 use std::collections::BTreeMap;
 

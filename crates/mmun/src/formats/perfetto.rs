@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Detail, Value, change, given_back, life, number, site, space_name, tasks};
 use crate::recording::Recording;
 
-/// The number of a field.
+/// The numbers of the fields, a module for each message.
 mod field {
     pub(super) mod trace {
         pub(in super::super) const PACKET: u32 = 1;
@@ -162,8 +162,8 @@ impl Writer {
     }
 }
 
-/// Makes one track for each task, and two for each address space: its life, and the memory that it
-/// has returned.
+/// Makes one track for each process and each task, and two for each address space: its life, and
+/// the memory that it has returned.
 pub(crate) fn make(recording: &Recording) -> Vec<u8> {
     let mut writer = Writer {
         trace: Message::default(),
@@ -394,8 +394,8 @@ mod tests {
         assert_eq!(message.0.len(), 10);
     }
 
-    /// Compares the bytes with a golden file. Another test checks that Perfetto reads the bytes, if
-    /// its package is installed.
+    /// Compares the bytes with a golden file. `tests/it/viewers.rs` checks that Perfetto can read
+    /// such bytes, if its package is installed.
     #[test]
     fn the_bytes_do_not_change_unseen() {
         let golden: &[u8] = include_bytes!("golden.pftrace");

@@ -16,7 +16,7 @@ use crate::stacks;
 /// The content of a line.
 #[derive(Debug)]
 pub(super) enum Said {
-    /// A kind that this version ignores.
+    /// A line of a kind, or with an event, that this version ignores.
     Other,
     /// A stack with its index.
     Stack(u32, stacks::Stack),
@@ -39,7 +39,7 @@ struct Head<'a> {
     kind: Cow<'a, str>,
 }
 
-/// The keys of records. An empty text means that the value is not known.
+/// The keys of records and of stacks. An empty text means that the value is not known.
 #[derive(Deserialize)]
 struct Line<'a> {
     v: u64,
@@ -141,7 +141,7 @@ fn other_version(v: u64) -> String {
 }
 
 impl Line<'_> {
-    /// `None` for a kind or an event that is not known.
+    /// `None` for a summary, and for a kind or an event that is not known.
     fn said(self, names: &mut Names, causes: &mut Causes) -> Result<Option<Said>, String> {
         let Some(kind) = LineKind::named(&self.kind) else {
             return Ok(None);

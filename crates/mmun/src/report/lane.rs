@@ -28,9 +28,9 @@ pub(super) struct Lane {
     marks: Vec<Mark>,
     /// Rows over all changes: part of the time, event, calls, time, resident bytes.
     strip: Vec<(usize, usize, u64, u64, u64)>,
-    /// For each band, a digit for each part of the time: how full the band was of lives that are
-    /// not shown one by one. `haze` has such digits for the count of changes that are not shown one
-    /// by one.
+    /// For each band, a digit for each part of the time, without the zeros at the end: how full the
+    /// band was of lives that are not shown one by one. `haze` has such digits for the count of
+    /// changes that are not shown one by one.
     shade: Vec<String>,
     haze: Vec<String>,
 }
@@ -66,7 +66,7 @@ pub(super) struct Material<'a> {
     pub(super) space: Space,
     pub(super) lives: Vec<Life>,
     pub(super) changes: Vec<&'a Changed>,
-    /// Whether each change is shown one by one, in the same order.
+    /// For each of `changes`, in the same order: whether it is shown one by one.
     pub(super) shown: Vec<bool>,
 }
 

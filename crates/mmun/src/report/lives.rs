@@ -27,7 +27,7 @@ pub(super) struct Life {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Birth {
-    /// Already mapped when the trace first saw the address space.
+    /// Its birth is not in the trace: assumed to be mapped since the address space began.
     Unseen,
     Mapped,
     /// Copied by a fork.
@@ -41,8 +41,8 @@ pub(super) enum Fate {
     Kept,
 }
 
-/// The end of addresses that a program can map. A range beyond is a whole address space, and is not
-/// drawn.
+/// The end of addresses that a program can map. A range that ends beyond is that of a whole address
+/// space, and is not drawn.
 pub(super) const TOP: u64 = 1 << 57;
 
 /// Every life of every address space.
@@ -95,6 +95,7 @@ pub(super) fn of(recording: &Recording) -> HashMap<u64, Vec<Life>> {
 
 fn follow(worlds: &mut HashMap<u64, World>, lived: &Lived) {
     match lived.record.kind {
+        // The child of a vfork is in its parent's address space.
         Kind::Fork { child_mm, .. } if child_mm != lived.record.mm => {
             let Some(parent) = worlds.get(&lived.record.mm) else {
                 return;
@@ -114,7 +115,7 @@ fn follow(worlds: &mut HashMap<u64, World>, lived: &Lived) {
                 live,
                 ..World::new(lived.t)
             };
-            // The child of a vfork is in its parent's address space, which exists already.
+            // If the trace has a change of the child before the fork, the child's world exists.
             worlds.entry(child_mm).or_insert(world);
         }
         _ => {}
@@ -128,7 +129,7 @@ struct World {
     /// The live mappings by their first address; they do not overlap.
     live: BTreeMap<u64, Live>,
     lives: Vec<Life>,
-    /// Whether the trace has births.
+    /// Whether a birth was seen in this address space.
     has_births: bool,
 }
 
@@ -296,7 +297,8 @@ fn life(start: u64, end: u64, live: &Live, t: u64, fate: Fate) -> Life {
 mod tests {
     use super::*;
 
-    /// A trace of one process: `(kind, first page, pages)`, a nanosecond apart.
+    /// The lives in a trace of one process. Its steps, a nanosecond apart, are `(kind, first page,
+    /// pages)`.
     fn lives(steps: &[(&str, u64, u64)]) -> Vec<(u64, u64, u64, u64, Birth, Fate)> {
         let mut text = String::from(r#"{"v":1,"t":1,"kind":"mm_new","pid":1,"tid":1,"mm":1}"#);
         for (at, (kind, page, pages)) in steps.iter().enumerate() {

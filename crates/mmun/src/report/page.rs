@@ -26,8 +26,8 @@ const SCRIPT: &str = concat!(
 );
 /// SHA-256 of [`STYLE`] and [`SCRIPT`] in base64: a browser runs no other script. A test compares
 /// the hashes with the files.
-const STYLE_HASH: &str = "/STgijkjwNPcYsl1SVtUX93jHYjP1CUOoMMRn9NA1fY=";
-const SCRIPT_HASH: &str = "RfbOqtfgTB/q8L2JGbLN2/hdAXGQEulpP02pav+jL2U=";
+const STYLE_HASH: &str = "g8P5twbHbM9i2eCKP0QgC+7dqd6ut/9d9buQc1Zx8/0=";
+const SCRIPT_HASH: &str = "5Q9PEIm4FJA6t/GuKoK6LRR7/LLC0NWhfpfTVkxaXD8=";
 
 /// The maximum number of changes that are shown one by one. The heaviest changes are shown; the
 /// totals include all changes.
@@ -204,7 +204,7 @@ pub(super) fn make(recording: &Recording) -> Vec<u8> {
     assemble(&data)
 }
 
-/// The address spaces with most changes first.
+/// The address spaces that get a picture, those with most changes first.
 fn lanes(
     recording: &Recording,
     all: &Sum,
@@ -266,8 +266,8 @@ fn lanes(
     spaces.into_iter().map(lane).collect()
 }
 
-/// Selects the heaviest of many weights. Among weights equal to the lightest selected one it
-/// selects evenly, because a loop makes thousands of calls of equal weight.
+/// Selects the heaviest of many weights. If only a part of several equal weights can be selected,
+/// the selected ones are spread evenly, because a loop makes thousands of calls of equal weight.
 struct Chosen {
     least: f64,
     /// How many weights equal `least`, how many of these are selected, and how many were queried.
@@ -307,13 +307,14 @@ fn is_drawn(changed: &Changed) -> bool {
     changed.change.span.range.last().get() < lives::TOP
 }
 
-/// The stacks of all shown changes and lives.
+/// The stacks of all shown changes, lives and leaves.
 fn wanted_stacks(lanes: &[Lane], leaves: &[(i64, u32, u32, Sum)]) -> HashSet<i64> {
     let in_lanes = lanes.iter().flat_map(Lane::sites);
     in_lanes.chain(leaves.iter().map(|leaf| leaf.0)).collect()
 }
 
-/// The title: the program with most changes, or else the last program.
+/// The title: the program of the address space with most changes. If no address space has a
+/// picture, the program of the last address space.
 fn title(recording: &Recording, lanes: &[Lane]) -> String {
     let most = lanes
         .first()

@@ -105,7 +105,7 @@ impl Pending {
         ))
     }
 
-    /// Removes both files, because there was no trace.
+    /// Removes the temporary file, and the product's file if it is new, because there was no trace.
     pub(crate) fn discard(self) {
         let _ = fs::remove_file(&self.spool);
         if self.is_new {
@@ -114,7 +114,7 @@ impl Pending {
     }
 
     /// Makes the product from the records. If that fails, prints the reason and the path of the
-    /// records.
+    /// records, and returns `false`.
     pub(crate) fn finish(mut self) -> bool {
         let written = Recording::open(&self.spool)
             .map_err(|error| format!("read on {}: {error}", self.spool.display()));
@@ -145,7 +145,8 @@ impl Pending {
     }
 }
 
-/// Makes a new file that only its owner may read, because a trace shows what programs do.
+/// Makes a new file and returns its path. Only its owner may read it, because a trace shows what
+/// programs do.
 fn spool() -> io::Result<PathBuf> {
     let folder = std::env::temp_dir();
     for attempt in 0..100_u32 {

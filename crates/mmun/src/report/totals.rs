@@ -1,4 +1,4 @@
-//! Totals over every change of a trace, shown or not.
+//! Totals over every change of a trace, shown or not, except the ends of address spaces.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -66,7 +66,8 @@ impl Sum {
     }
 }
 
-/// Whether the change removed memory, except the end of an address space.
+/// Whether the change is an unmap or a clear that succeeded. The end of an address space is
+/// neither.
 pub(super) fn is_removal(changed: &Changed) -> bool {
     matches!(changed.change.span.event, events::UNMAP | events::CLEAR) && changed.change.is_done()
 }
@@ -95,7 +96,8 @@ pub(super) struct Totals {
     /// Removals by event and by the half powers of two of their range and resident bytes.
     pub(super) sizes: BTreeMap<(usize, u32, u32), Sum>,
     pub(super) tasks: usize,
-    /// Unmaps and clears whose size in memory is known, and those of them that removed nothing.
+    /// Unmaps and clears whose size in memory is known, and those of them that failed or found
+    /// nothing in memory.
     pub(super) removals: (u64, u64),
     /// Whether the times are those in the calls themselves.
     pub(super) is_own: bool,

@@ -15,7 +15,7 @@ use crate::reason;
 #[derive(Debug)]
 pub(super) struct Destination<'a> {
     path: Option<&'a Path>,
-    /// Open since before the program started.
+    /// Open since before the program started; `None` for standard error and for a FIFO.
     file: Option<File>,
     /// Whether the file did not exist before.
     is_new: bool,

@@ -22,7 +22,7 @@ struct Report {
     program: String,
     lines: Vec<(String, String)>,
     text: String,
-    /// Whether the process did not write its report.
+    /// Whether the process wrote no report, or only a part of it.
     is_silent: bool,
 }
 
@@ -120,7 +120,7 @@ impl Report {
             .map(|(_, value)| value.as_str())
     }
 
-    /// `yes`, `no`, or `-` for a library that was not used.
+    /// `yes`, `no`, or `-` if the report has no line for this library or source.
     fn whether(&self, name: &str) -> &'static str {
         match self.value(name) {
             None => "-",
@@ -129,7 +129,8 @@ impl Report {
         }
     }
 
-    /// The value before `word`; without `word`, the first value.
+    /// The word before `word` in a line; the first word if `word` is `None` or missing; `-` if the
+    /// report has no such line.
     fn count(&self, name: &str, word: Option<&str>) -> String {
         let Some(value) = self.value(name) else {
             return "-".to_owned();

@@ -1,4 +1,5 @@
-//! Opens files without side effects, and reads them within limits. The traced program chose them.
+//! Opens files without side effects, and reads them within limits. The traced program chose these
+//! files.
 //!
 //! Such a file can be a named pipe whose open blocks for ever, a device whose open has an effect, a
 //! link to another file, or a sparse file of a terabyte.
@@ -21,7 +22,7 @@ pub(super) enum Links {
 
 /// Opens a regular file for reading; `None` for anything else.
 ///
-/// It checks the kind of the file with an `O_PATH` descriptor. Then it opens that descriptor
+/// The kind of the file is checked with an `O_PATH` descriptor. Then that descriptor is opened
 /// instead of the path, because the path may name another file by then.
 ///
 /// # Blocking

@@ -158,7 +158,7 @@ fn unwind(_: &Image, _: &mut Random) {}
 /// one.
 fn nested(depth: usize) -> Vec<u8> {
     const ABBREV: &[u8] = &[
-        // A unit and a function, of an address and a size; an inlined function, of nothing.
+        // A unit and a function, each with an address and a size; an inlined function without both.
         1, 0x11, 1, 0x11, 1, 0x12, 7, 0, 0, 2, 0x2e, 1, 0x11, 1, 0x12, 7, 0, 0, 3, 0x1d, 1, 0, 0, 0,
     ];
     let mut info = vec![4, 0, 0, 0, 0, 0, 8];

@@ -63,6 +63,7 @@ pub(super) struct Sections {
 pub(super) enum Content {
     /// A file that is mapped here.
     Mapped(Mapped),
+    /// A copy of the vdso.
     Memory(Arc<[u8]>),
     /// Memory without a file, from `begin` on, with code that the process has generated.
     Anonymous {
@@ -73,8 +74,8 @@ pub(super) enum Content {
     },
 }
 
-/// The limit of a section, because the traced programs chose the files. The largest tables of the
-/// largest programs have 30 MiB.
+/// The limits of one section and of the sections of all files together, because the traced programs
+/// chose the files. The largest tables of the largest programs have 30 MiB.
 const MAX_SECTION: u64 = 64 << 20;
 const MAX_TOTAL: u64 = 512 << 20;
 /// The limit of tables without an index, because each look-up would search them from their
@@ -102,7 +103,7 @@ impl Budget {
 
 impl Images {
     /// The image behind a mapping of the stopped task, and the process's address of the image's
-    /// address 0.
+    /// address 0; `None` if the mapping is neither of an ELF file's code nor the vdso.
     pub(super) fn of(&mut self, vma: &Vma, current: &Current) -> Option<(u32, u64)> {
         let key = (vma.device, vma.inode);
         let number = match self.by_file.get(&key).filter(|_| vma.inode != 0) {
@@ -221,7 +222,7 @@ impl Image {
     }
 }
 
-/// The vdso.
+/// A copy of the vdso; `None` for any other memory.
 fn from_memory(vma: &Vma, current: &Current) -> Option<Content> {
     if vma.name != "[vdso]" {
         return None;

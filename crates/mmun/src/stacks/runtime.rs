@@ -26,7 +26,7 @@ pub(super) struct PerfMap {
 const MAX_BYTES: u64 = 64 << 20;
 
 impl PerfMaps {
-    /// The map of a process of `user`.
+    /// The map of a process of `user`; an empty one if there is no map or it is not trusted.
     pub(super) fn of(&mut self, pid: Pid, user: Option<u32>) -> &PerfMap {
         let read = || {
             let mut text = Vec::new();
@@ -46,8 +46,8 @@ impl PerfMaps {
     }
 }
 
-/// A map is trusted if the user of the process owns it, or root. (`perf` has the same rule for its
-/// own user.)
+/// A map is trusted if root or the user of the process owns it. If that user is not known, the user
+/// of this program counts instead, as for `perf`.
 fn is_trusted(owner: u32, user: Option<u32>) -> bool {
     let user = user.unwrap_or_else(|| rustix::process::geteuid().as_raw());
     owner == 0 || owner == user

@@ -22,8 +22,8 @@ pub(crate) struct Frame {
 const LOADERS: [&str; 2] = ["ld-linux", "ld-musl"];
 
 impl Frame {
-    /// Whether the frame is in the dynamic loader, whose functions are never places. Only if the
-    /// whole stack is in the loader, before the program begins, is such a frame the place.
+    /// Whether the frame is in the dynamic loader. Such a frame is the place only if the whole
+    /// stack is in the loader, libc or allocators, as before the program begins.
     pub(crate) fn is_loader(&self) -> bool {
         LOADERS.iter().any(|name| self.module.starts_with(name))
     }
@@ -54,7 +54,7 @@ impl Frame {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stack {
     pub(crate) frames: Vec<Frame>,
-    /// The frame that is the place of the call.
+    /// The index of the frame that is the place of the call.
     pub(crate) place: usize,
     /// Unwind tables were too large to be read: frames may be missing.
     pub(crate) is_partial: bool,
@@ -176,7 +176,7 @@ impl Resolved {
     ) -> Resolved {
         let with_place = |frames: Vec<Frame>, is_partial| {
             let at = frames.iter().position(|frame| !is_allocator(frame, skip));
-            // All frames are in the loader or libc: use the outermost frame with a name.
+            // No frame can be the place: use the outermost frame with a name, else the innermost.
             let at = at
                 .or_else(|| frames.iter().rposition(|frame| frame.has_name))
                 .unwrap_or(0);

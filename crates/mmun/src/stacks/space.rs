@@ -21,7 +21,7 @@ pub(super) struct Space {
     cache: Cache,
     /// In order of address, not overlapping.
     parts: Vec<Part>,
-    /// The stacks since code was last removed.
+    /// The indices of the stacks that were taken since code was last forgotten.
     pub(super) known: HashMap<Box<[u64]>, u32>,
 }
 
@@ -183,7 +183,8 @@ impl Space {
         self.known.clear();
     }
 
-    /// The file and offset of a frame's address.
+    /// The image of a frame's address, and the address in the image. The image is `u32::MAX` if no
+    /// known part holds the address.
     pub(super) fn address(&self, at: u64) -> Address {
         match part_of(&self.parts, at) {
             Some(part) => Address {

@@ -94,7 +94,8 @@ impl Sort {
         }
     }
 
-    /// Sorts rows, the largest first; equal rows by their labels.
+    /// Sorts rows by this key, then by time and calls, the largest first; equal rows by their
+    /// labels.
     pub(crate) fn apply(self, mut rows: Vec<(String, Row)>) -> Vec<(String, Row)> {
         rows.sort_by(|(a, a_row), (b, b_row)| {
             let key = |row: &Row| {

@@ -1,4 +1,4 @@
-//! The capabilities that `mmun`'s file may have (`setcap`), and which the user lacks.
+//! Limits the capabilities that `setcap` may have given to `mmun`'s file.
 //!
 //! A program with file capabilities starts with rights that its user lacks. It also starts *not
 //! dumpable*: root owns its `/proc/self/mem` and `pagemap`, and no process of the same user may

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::Relaxed};
 static PROGRAM: AtomicI32 = AtomicI32::new(0);
 /// Whether this process leads its session: then only this process gets the terminal's hang-up.
 static LEADS_SESSION: AtomicBool = AtomicBool::new(false);
-/// SIGCONT was ignored when this process was started.
+/// Whether SIGCONT was ignored when this process was started.
 static IGNORES_CONT: AtomicBool = AtomicBool::new(false);
 
 /// Signals that are never forwarded: those that cannot be caught, those that concern only this

@@ -9,7 +9,7 @@ pub(super) fn put_size(out: &mut Vec<u8>, pages: u64) {
     right_align(out, begin, 8);
 }
 
-/// `44 KiB`, `1.5 GiB`; nothing is `0`.
+/// `44 KiB`, `1.5 GiB`; zero bytes are `0`.
 pub(crate) fn put_bytes(out: &mut Vec<u8>, bytes: u64) {
     match bytes {
         0 => out.put("0"),
@@ -30,8 +30,7 @@ struct Units {
     first: u128,
     /// The factor between a unit and the next.
     step: u128,
-    /// From this value on, no tenths are shown (except for the smallest unit, which never has
-    /// any).
+    /// From this value on, no tenths are shown. The smallest unit never has tenths.
     whole_from: u128,
 }
 

@@ -16,10 +16,10 @@ fn inside() -> usize {
     region::page_size() / 2
 }
 
-/// How often a registration is repeated before the cache must find it.
+/// How many look-ups may miss before the cache must return the same registration twice in a row.
 const TRIES: usize = 8;
 
-/// Registers, changes, looks up again, transfers, and reports where the bytes arrived.
+/// Registers, changes, looks up again, transfers, and reports whether the bytes reached the page.
 pub(crate) fn run(operation: &Operation, library: Library, wait: Duration) -> Report {
     try_run(operation, library, wait)
         .unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))

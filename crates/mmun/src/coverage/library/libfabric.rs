@@ -3,8 +3,9 @@
 //! ([`verbs`]).
 //!
 //! # Safety
-//! Objects begin as the public headers `rdma/fabric.h` and `rdma/fi_domain.h` define, the same in
-//! all versions that import a monitor (from 1.13 on). Only registrations are ever closed.
+//! Objects begin with the fields that the public headers `rdma/fabric.h` and `rdma/fi_domain.h`
+//! define. These fields are the same in all versions from 1.13 on, the first that can import a
+//! monitor. Only registrations are ever closed.
 #![expect(unsafe_code, reason = "calls libfabric; see the Safety section")]
 
 use std::ffi::{CStr, c_char, c_int, c_void};

@@ -103,7 +103,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
         name: "io_uring (MADVISE, DONTNEED)",
         judge: Judge::Frame,
-        // No memory call makes the change: `io_uring_enter` does.
+        // `io_uring_enter` makes the change, and the hook and the tracer see memory calls only.
         claimed: &[Source::Uffd],
         prepare: || {
             let region = Region::anonymous(PAGES)?;
@@ -190,8 +190,8 @@ fn untouched_huge() -> Result<Region, Unavailable> {
     Ok(region)
 }
 
-/// Collapsing fails with `EAGAIN` if another user has a reference to one of the pages at that
-/// moment.
+/// Repeats `call` while it fails with `EAGAIN`, for at most [`patience`]. Collapsing fails with
+/// `EAGAIN` if another user has a reference to one of the pages at that moment.
 fn patiently(mut call: impl FnMut() -> io::Result<()>) -> io::Result<()> {
     let (begin, patience) = (Instant::now(), patience());
     loop {

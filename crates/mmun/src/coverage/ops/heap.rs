@@ -128,7 +128,7 @@ fn settle_the_allocator() {
 }
 
 /// Fills the heap and frees the blocks without returning memory. Then `malloc_trim` returns memory
-/// at the end of the heap, or below a block that stays.
+/// at the end of the heap, or, if `below`, below a block that stays.
 fn trimmed(below: bool) -> Result<Prepared, Unavailable> {
     settle_the_allocator();
     let mut blocks = (0..64)
@@ -167,7 +167,7 @@ impl Block {
             return Err(io::Error::last_os_error());
         }
         let block = Block { start, len };
-        // In a large block, the start and the middle page are enough.
+        // In a large block, the first MiB and the middle page are enough.
         for offset in (0..len.min(1 << 20)).step_by(page_size()).chain([len / 2]) {
             let byte = start.cast::<u8>().wrapping_add(offset);
             // SAFETY: the byte is within the block, into which no reference exists.

@@ -1,5 +1,5 @@
-//! Operations that need special machines: swap space and memory cgroups, two NUMA nodes, or
-//! reserved huge pages.
+//! Operations that need special machines: swap space and memory cgroups, two NUMA nodes, a
+//! `khugepaged` that scans often, a page that may be lost, or reserved huge pages.
 
 use std::fs;
 use std::io;

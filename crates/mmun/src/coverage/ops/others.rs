@@ -48,7 +48,7 @@ pub(super) const OPERATIONS: &[Operation] = &[
             }
             let region = Region::anonymous(1)?;
             Ok(Prepared::new(&region.clone(), 0, move || {
-                // The page is on one of the two nodes already; for that node the kernel does
+                // The page may be on one of the two nodes already; for that node the kernel does
                 // nothing.
                 region.move_to(nodes[0])?;
                 region.move_to(nodes[1])

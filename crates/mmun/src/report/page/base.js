@@ -21,7 +21,7 @@ const count = n => n.toLocaleString("en");
 const percent = (part, whole) => whole ? (100 * part / whole).toFixed(part / whole < .1 ? 1 : 0) + " %" : "0 %";
 const many = (n, one, more) => count(n) + " " + (n === 1 ? one : more || one + "s");
 const hex = page => "0x" + (BigInt(page) * 4096n).toString(16);
-// How much was in memory is known of at least one removal, or there was none.
+// Whether the trace says of at least one removal how much was in memory, or has no removal.
 const isSized = D.removals[0] > 0 || !D.all[RANGE];
 const short = path => path.replace(/ \(deleted\)$/, "").split("/").pop() || path;
 
@@ -78,7 +78,7 @@ const explain = (node, text) => {
   node.addEventListener("blur", () => showTip(0, 0, ""));
 };
 
-// What has to be drawn again when colours or the width change.
+// Functions that draw a picture again, for a change of the colours or of the width.
 const redraws = [];
 const redraw = () => redraws.forEach(f => f());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
@@ -89,7 +89,7 @@ addEventListener("afterprint", () => { delete document.documentElement.dataset.p
 addEventListener("keydown", e => { if (e.key === "Escape") showTip(0, 0, ""); });
 
 $("title").textContent = "mmun trace: " + D.title;
-// Of the events asked for (-e) there was none: pictures of nothing would raise questions only.
+// No event that -e selects was recorded: hide the pictures, because they would be empty.
 const isEmpty = !D.all[CALLS];
 $("about").textContent = [time(D.end) + " traced", isEmpty ? "no change was recorded of the events that were asked for" : many(D.tasks, "task") + " changed " + many(D.spaces, "address space")].join(" · ");
 if (isEmpty) document.querySelectorAll("main > *").forEach(part => { part.hidden = true; });

@@ -1,4 +1,4 @@
-// Stacks, by what is asked for.
+// Stacks, by the total that the user selects.
 {
   const svg = $("flame"), ROW = 18, DEEPEST = 80;
   const kinds = [["resident", RESIDENT, size], ["range", RANGE, size], ["time", TIME, time], ["calls", CALLS, count]];
@@ -24,7 +24,7 @@
     focus = root;
     at = null;
   };
-  // A cycle of callers that repeats is there once.
+  // Keeps one round of a cycle of callers that repeats (recursion).
   const fold = lines => {
     const path = [];
     for (const line of lines) {
@@ -77,7 +77,7 @@
         left += part;
       }
     };
-    // Those above the one that is shown at full width.
+    // The callers of the frame that is shown at full width.
     let line = [];
     for (let n = focus.up; n; n = n.up) line.unshift(n);
     line.forEach((n, row) => {

@@ -29,7 +29,7 @@
     at = -1;
     paint();
   };
-  // The place of an address in the heap of bands; of an end, the lower edge of the band it ends.
+  // The height of an address in the pile of bands; of the end of a range, the lower edge of its band.
   const place = (page, isEnd) => {
     let low = 0, high = lane.bands.length - 1;
     while (low < high) {
@@ -39,7 +39,7 @@
     const [start, pages] = lane.bands[low];
     return tops[low] + heights[low] * Math.min(1, Math.max(0, (page - start) / pages));
   };
-  // The size is asked for once a picture: that is dear.
+  // The size of the canvas, read once for each picture, because reading it is slow.
   let area = { w: 1, h: 1 };
   const box = () => area;
   const X = t => GUTTER + (t - view.t0) / (view.t1 - view.t0) * box().w;
@@ -159,7 +159,7 @@
     const power = 10 ** Math.floor(Math.log10(Math.max(1, x)));
     return [1, 2, 5, 10].find(n => n * power >= x) * power;
   };
-  // How many calls there are, over the picture.
+  // The strip above the picture: the count of calls in each part of the time.
   const strip = (g, c, w) => {
     const parts = {}, part = (lane.ended - lane.began) / 200;
     let most = 1;
@@ -304,7 +304,7 @@
   const haze = D.left_out.changes ? [["haze", "haze: lighter changes"]] : [];
   for (const [kind, text] of [["anon", "anonymous"], ["file", "of a file"], ...Object.entries(groups), ...haze])
     $("map-key").append(make("li", {}, make("i", { class: "k-" + kind }), text));
-  // Only the changes of these stacks; null: all.
+  // Shows only the changes with these stacks; null: all changes.
   var highlight = (sites, label) => {
     only = sites;
     const box = $("mark-filter");
