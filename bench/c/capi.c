@@ -123,7 +123,7 @@ void capi_bracket(uint32_t calls)
 	bracket(mm, calls);
 }
 
-/* Brackets on the own address space, with the subscribers of the watch and of the cache. */
+/* Brackets on mmun_current_mm(), with the subscribers of the watch and of the cache. */
 void capi_current(uint32_t calls)
 {
 	bracket(p_mmun_current_mm(), calls);

@@ -56,7 +56,7 @@ fn main() {
         "hit" => {
             let device = Device::new(Counting::default(), Options::new());
             let cache = device.open(&mm).expect("outside of brackets");
-            // Several regions, so that the look-up is realistic.
+            // Register several regions, so that the look-up is realistic.
             let regions: Vec<_> = (0..16).map(|number| page(2 * number)).collect();
             for region in regions {
                 drop(cache.get(region).expect("a free place"));

@@ -200,7 +200,7 @@ fn zipf(exponent: f64) -> impl FnMut() -> u32 {
     let mut random = Random(88_172_645_463_325_252);
     move || {
         let at = random.unit() * sum;
-        // A hash, so that the rank of a buffer does not correlate with its number.
+        // Hash the rank, so that a buffer's rank does not correlate with the buffer's number.
         (sums.partition_point(|limit| *limit < at) as u32).wrapping_mul(2_654_435_761) % BUFFERS
     }
 }

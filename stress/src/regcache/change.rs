@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 const ACCESS: i32 = libc::PROT_READ | libc::PROT_WRITE;
 const FRESH: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-/// The pool's file backs one buffer at a time.
+/// Held while the pool's file backs a buffer, because the file can back only one at a time.
 static FILE: Mutex<()> = Mutex::new(());
 
 pub(super) fn run(

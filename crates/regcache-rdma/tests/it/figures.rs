@@ -18,8 +18,8 @@ use testkit::{Cap, require};
 
 const REQUESTS: usize = 1000;
 const BUFFERS: usize = 16;
-/// How many rounds the test makes until no change of the kernel falls into one. Such a change falls
-/// into one of some hundred rounds.
+/// The maximum number of rounds. The test repeats a round if the kernel itself changed memory
+/// during the round, which happens to about one round in some hundred.
 const ROUNDS: usize = 100;
 const ACCESS: Access = Access::LocalWrite.or(Access::RemoteRead);
 

@@ -114,7 +114,7 @@ fn a_signal_handlers_lease_is_kept_and_its_end_is_seen() {
                 _ => unreachable!("this thread alone ends that step, or has seen it end"),
             }
         }
-        // SAFETY: no preconditions.
+        // SAFETY: the call installs no handler, so no code must be safe in a handler.
         unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
         // SAFETY: signals are ignored now, so no handler accesses the lease.
         drop(unsafe { (*KEPT.0.get()).take() });
@@ -160,7 +160,7 @@ fn a_handler_that_looks_up_never_enters_the_registrar() {
             cache.flush();
             leased = cache.get(kept).unwrap();
         }
-        // SAFETY: no preconditions.
+        // SAFETY: the call installs no handler, so no code must be safe in a handler.
         unsafe { libc::signal(libc::SIGUSR1, libc::SIG_IGN) };
         drop(leased);
         cache.flush();
@@ -221,7 +221,7 @@ fn a_nested_request_that_needs_a_larger_table_is_refused() {
     let same = cache.try_clone().unwrap();
     static REFUSED: AtomicU64 = AtomicU64::new(0);
     device.registrar().during_next(move || {
-        // Far apart, so that no two requests are merged.
+        // The ranges are far apart, so that no two requests are merged.
         let refused = (0..10_000).find_map(|at| match same.get(pages(1000 + 10 * at, 1)) {
             Ok(_) => None,
             Err(error) => Some((at, error)),

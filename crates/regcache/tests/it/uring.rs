@@ -239,7 +239,7 @@ fn a_descriptor_that_is_not_the_rings_any_more_is_left_alone() {
     if !require(Cap::IoUring) {
         return;
     }
-    // In children, because the rings of other tests come and go.
+    // Each check runs in a child, because here the rings of other tests come and go.
     assert!(testkit::in_child(|| leaves_alone(-1)));
     assert!(testkit::in_child(|| leaves_alone(
         file(1, b'x').as_raw_fd()

@@ -52,7 +52,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 impl Lab {
     /// Returns `None` and prints the reason on a machine without the device.
     fn new(source: Source) -> Option<Self> {
-        // The upper half of its 28-bit address space.
+        // These addresses are the upper half of the device's 28-bit address space.
         Self::with(source, 0x800_0000..0x1000_0000, DmaAccess::ReadWrite)
     }
 
