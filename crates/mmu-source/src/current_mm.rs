@@ -20,7 +20,8 @@ use std::sync::atomic::Ordering;
 /// [`CheckedAlloc`](mmu_notifier::lockdep::CheckedAlloc) detects a violation at the first call.
 ///
 /// # Blocking
-/// No. The first use allocates.
+/// The first use allocates, and waits while another thread makes the address space. Later uses do
+/// not block.
 /// # Examples
 /// ```
 /// let mm = mmu_source::current();
@@ -34,7 +35,7 @@ pub fn current() -> MmWithUser {
 /// Returns the address space of this process by reference: it lives as long as the process.
 ///
 /// # Blocking
-/// No. The first use allocates.
+/// As [`current`].
 pub fn current_ref() -> &'static MmWithUser {
     current_if_made().unwrap_or_else(make)
 }

@@ -71,7 +71,8 @@ pub enum Error {
         /// The source.
         source: &'static str,
     },
-    /// The call was made in a callback and would wait for that same callback.
+    /// The caller is a callback, a bracket or a signal handler that has interrupted the source, and
+    /// the call would wait for the caller's own thread.
     InCallback {
         /// The source.
         source: &'static str,

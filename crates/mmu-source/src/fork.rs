@@ -33,14 +33,15 @@ pub(crate) struct Marks {
     pub(crate) space: AtomicPtr<mmu_notifier::MmWithUser>,
     /// A thread holds this lock while it makes the target of a pointer in this struct.
     pub(crate) make: Lock,
-    /// Identifies this address space among the forks of one program. Zero until a source is
-    /// started.
+    /// Identifies this address space among the forks of one program. Zero until the first call of
+    /// [`mark`]: a source is started, a hook is installed or a watch is made.
     pub(crate) alive: AtomicU64,
-    /// The running source of this address space. Each address space makes its own mutex, so a
-    /// thread of the parent cannot have left it locked.
+    /// Points to the mutex with the running source `kernel` of this address space. Each address
+    /// space makes its own mutexes, so a thread of the parent cannot have left one locked.
     pub(crate) kernel: AtomicPtr<Running>,
+    /// The same for the source `uffd`.
     pub(crate) uffd: AtomicPtr<Running>,
-    /// The subscriber that marks the watches of this address space.
+    /// The same for the subscriber that marks the watches of this address space.
     pub(crate) brackets: AtomicPtr<Running>,
     /// A thread holds this lock while it patches or restores libc's code.
     pub(crate) hook_patch: Lock,

@@ -1,11 +1,12 @@
 //! Reports the memory calls that this process makes through libc, by patching libc.
 //!
-//! While a [`Hook`] is installed, each memory call through libc has a bracket around it on
-//! [`current`](crate::current). Start callbacks run in the calling thread before the call, end
-//! callbacks after it. The memory calls are `munmap`, `mmap` over live memory, `mremap`, `madvise`,
-//! `posix_madvise`, `process_madvise` on this process, `brk`, `sbrk`, `shmat` with `SHM_REMAP`,
-//! `shmdt`, `mprotect`, `pkey_mprotect`, `remap_file_pages`, `mbind`, `move_pages` and
-//! `migrate_pages` of this process, and `syscall(2)` with the number of one of these calls.
+//! While a [`Hook`] is installed, each memory call through libc that may change a translation has a
+//! bracket around it on [`current`](crate::current). Start callbacks run in the calling thread
+//! before the call, end callbacks after it. The memory calls are `munmap`, `mmap` over live memory,
+//! `mremap`, `madvise`, `posix_madvise`, `process_madvise` on this process, `brk`, `sbrk`, `shmat`
+//! with `SHM_REMAP`, `shmdt`, `mprotect`, `pkey_mprotect`, `remap_file_pages`, `mbind`,
+//! `move_pages` and `migrate_pages` of this process, and `syscall(2)` with the number of one of
+//! these calls.
 //!
 //! The hook also sees the calls that libc makes for itself: `free` of a large block, `malloc_trim`,
 //! thread stacks, `dlclose` in the dynamic loader. The hook does not see a system call instruction
@@ -28,8 +29,8 @@
 //!    replaced code. The hook patches a copy of the page and moves that copy over the original with
 //!    `mremap`. So other threads see either the old page or the new one, and patching is safe while
 //!    they run the code.
-//! 2. The trampoline runs the replaced instruction and calls the handler. The trampoline
-//!    preserves all registers that a system call preserves.
+//! 2. The trampoline runs the replaced instruction and calls the handler. The trampoline preserves
+//!    all registers that a system call preserves and that the code after the call may still read.
 //! 3. The handler reads the arguments of the call. If the call changes no translation, the handler
 //!    skips steps 4 and 6.
 //! 4. The start callbacks run, in the calling thread.
@@ -37,8 +38,10 @@
 //! 6. The end callbacks run, and the handler restores `errno`.
 //! 7. The code behind the `syscall` instruction sees the kernel's result.
 //!
-//! If another library has patched the *entry of a function*, its patch stays in place and runs
-//! first.
+//! Another library may have patched the *entry of a function* before. If the function still has an
+//! instruction that the hook can patch, the other patch stays in place and runs first. If the other
+//! patch covers that instruction, the hook redirects the other patch's jump: a trampoline opens the
+//! bracket and calls the jump's target.
 //!
 //! # What a callback may do
 //! A callback runs in the thread that made the call. That thread may be in `malloc` or `free` with
@@ -126,8 +129,9 @@ impl Hook {
     /// The first call searches libc's code, which takes some milliseconds. Then it replaces a few
     /// pages. This call waits while another thread installs or removes the patches.
     /// # Errors
-    /// [`Error::Unavailable`] if this is not x86-64 or aarch64 with glibc, or if libc contains no
-    /// instruction that can be patched; the message says what was found. [`Error::Kernel`] if the
+    /// [`Error::Unavailable`] if this is not x86-64 or aarch64 with glibc, if one of the main calls
+    /// (`munmap`, `mmap`, `mremap`, `madvise`, `brk`, `mprotect`, `syscall`) cannot be patched, or
+    /// if there is no memory for the trampolines. The message says which. [`Error::Kernel`] if the
     /// kernel refuses to replace a page of code (`EACCES` or `EPERM` under a security module, or
     /// where code is sealed). Then nothing is patched.
     pub fn install() -> Result<Self, Error> {
@@ -158,7 +162,7 @@ impl Drop for Hook {
     }
 }
 
-/// One instruction in libc that makes memory calls.
+/// One instruction in libc or in the dynamic loader that a [`Hook`] replaces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Patch {
@@ -169,7 +173,7 @@ pub struct Patch {
     pub function: Option<String>,
     /// The file name of the module: `libc.so.6`.
     pub module: String,
-    /// The address of the instruction.
+    /// The address of the replaced instruction.
     pub address: u64,
     /// Whether the instruction is patched, and by which program.
     pub state: State,
@@ -183,11 +187,12 @@ pub enum State {
     Free,
     /// Our patch is in place.
     Ours,
-    /// Our patch is in place, and another library has patched the function's entry. The other patch
-    /// runs first. If that patch makes the call itself instead of continuing into libc, the hook
-    /// does not see the call.
+    /// Our patch is in place, and another library has patched the function's entry. If our patch
+    /// replaces the other patch's jump, the other patch runs inside of the hook's bracket.
+    /// Otherwise the other patch runs first: if it makes the call itself instead of continuing into
+    /// libc, the hook does not see the call.
     Chained,
-    /// Other bytes are at the place of our patch, so the hook does not see these calls.
+    /// Other bytes are at the place of our patch, so a hook does not see these calls.
     Overwritten,
 }
 

@@ -28,7 +28,8 @@ pub(crate) fn read(tid: libc::pid_t) -> io::Result<Vec<Mapping>> {
 }
 
 /// Collects the mappings that `shmdt(address)` detaches: the pieces of one segment that still lie
-/// where attaching the segment at `address` put them.
+/// where attaching the segment at `address` put them. If the mappings could not be read, this is
+/// all memory.
 ///
 /// # Source
 /// `ksys_shmdt`, ipc/shm.c. A piece is detached if it belongs to the same segment and its offset
@@ -68,8 +69,9 @@ pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
         .find(|mapping| mapping.start <= address && address < mapping.end)
 }
 
-/// Returns the end of the heap. A mapping that the kernel has merged with the heap counts as heap.
-/// If the mappings cannot be read, returns the highest address of a page.
+/// Returns the end of the heap, or `None` if there is no heap. A mapping that the kernel has merged
+/// with the heap counts as heap. If the mappings could not be read, returns the highest address of
+/// a page.
 pub(crate) fn heap_end(maps: io::Result<Vec<Mapping>>) -> Option<u64> {
     let Ok(maps) = maps else {
         return Some(page::down(u64::MAX));

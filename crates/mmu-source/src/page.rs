@@ -9,9 +9,10 @@ mod machine;
 
 pub(crate) use machine::{LARGEST_HUGE, SMALLEST_HUGE, size};
 
-/// Removes the tag: the top byte of an address, which an aarch64 processor ignores (top-byte
-/// ignore, memory tagging). Calls that take an address accept it with or without a tag. On x86-64
-/// linear address masking (Linux 6.4) is off unless a program enables it.
+/// On aarch64, removes the tag: the top byte of an address, which the processor ignores (top-byte
+/// ignore, memory tagging). System calls accept an address with or without a tag. On other
+/// processors, returns the address unchanged: on x86-64 linear address masking (Linux 6.4) is off
+/// unless a program enables it.
 #[inline]
 pub(crate) const fn untagged(address: u64) -> u64 {
     mmu_notifier::Va::untagged(address).get()

@@ -83,9 +83,9 @@ pub(crate) fn largest_page_at(address: u64) -> u64 {
 /// Adds the ranges that `mremap` unmaps.
 ///
 /// # Source
-/// mremap(2). A shrink without a move unmaps the tail. A move unmaps the whole old range. With
-/// `MREMAP_FIXED` the new range is unmapped as well. An old length of zero duplicates a shared
-/// mapping and unmaps nothing of it.
+/// mremap(2). A shrink without a move unmaps the tail. A move unmaps the whole old range; a growth
+/// that may move counts as a move. With `MREMAP_FIXED` the new range is unmapped as well. An old
+/// length of zero duplicates a shared mapping and unmaps nothing of the old mapping.
 pub(crate) fn mremap(
     ranges: &mut impl Extend<VaRange>,
     old: u64,

@@ -32,14 +32,14 @@
 //! Callbacks may therefore allocate, map and unmap armed memory, arm and disarm.
 //!
 //! # Descriptors
-//! The userfaultfd is in a separate descriptor table, which no call of the program reaches:
+//! The userfaultfd is in a separate descriptor table, which no system call of the program reaches:
 //! `close_range`, `closefrom` and `dup2` cannot close it, and children do not inherit it. The
 //! teller uses the program's table.
 //!
 //! # Forks
-//! A fork makes all private memory copy on write, so the source invalidates the parent's whole
-//! address space. In the child, calls on the inherited handle return [`Error::AfterFork`], and the
-//! child's memory is not registered.
+//! A fork makes all private memory copy on write. So if a range is armed, the source invalidates
+//! the parent's whole address space. In the child, `arm` and `settle` of the inherited handle
+//! return [`Error::AfterFork`], and the child's memory is not registered.
 
 mod queue;
 mod sys;
@@ -147,7 +147,7 @@ impl Uffd {
     ///
     /// # Errors
     /// [`Error::Unavailable`] if the kernel or this process's privileges lack something;
-    /// [`Error::Kernel`] if a thread cannot be started.
+    /// [`Error::Kernel`] if a thread cannot be started or another system call fails.
     pub fn start() -> Result<Arc<Self>, Error> {
         running(&marks().uffd, Self::make)
     }
@@ -269,8 +269,8 @@ impl Uffd {
         wait::until(|| inner.answered.load(Ordering::Acquire) >= question);
     }
 
-    /// Returns how many events did not fit into the queue. For each loss the source invalidates the
-    /// whole address space.
+    /// Returns how many entries did not fit into the queue. The source then invalidates the whole
+    /// address space, once for all losses that it has not yet handled.
     #[must_use]
     pub fn lost(&self) -> u64 {
         self.inner.queue.lost()
@@ -479,7 +479,8 @@ impl fmt::Debug for Uffd {
     }
 }
 
-/// An armed range. Dropping it disarms the range.
+/// An armed range. Dropping this value disarms the range. If the value also holds the last handle
+/// of the source, dropping it stops the source.
 #[derive(Debug)]
 #[must_use = "the range is disarmed when this is dropped"]
 pub struct Armed {

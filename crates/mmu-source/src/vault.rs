@@ -16,8 +16,8 @@
 //! A child gets a copy of the descriptor table of the thread that forks. That thread belongs to the
 //! program, so a child inherits none of the source's descriptors.
 //!
-//! The vault's thread runs no callback and takes no lock that a callback can take. So a thread that
-//! waits for the vault never waits for client code.
+//! The vault's thread runs no callback, and takes no lock whose holder runs a callback or waits for
+//! the vault. So a thread that waits for the vault never waits for client code.
 //!
 //! # Safety
 //! The system calls take only integers. `close_range` gives the calling thread an empty descriptor

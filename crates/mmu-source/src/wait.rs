@@ -29,8 +29,8 @@ pub(crate) fn wake(event: BorrowedFd<'_>) {
     unsafe { libc::write(event.as_raw_fd(), (&raw const one).cast(), 8) };
 }
 
-/// Sleeps until `ring` is readable or `time` has passed (returns true), or until `stop` is
-/// signalled (returns false).
+/// Sleeps until `ring` is readable, `time` has passed or a signal arrives (returns true), or until
+/// `stop` is signalled (returns false).
 pub(crate) fn readable(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<Duration>) -> bool {
     let milliseconds = time.map_or(-1, |time| {
         i32::try_from(time.as_millis()).unwrap_or(i32::MAX)

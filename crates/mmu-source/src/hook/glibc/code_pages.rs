@@ -32,8 +32,9 @@ pub(super) struct Edit {
     pub(super) protection: i32,
 }
 
-/// Applies `edits`, which are in order of address, and restores the `hidden` code in the same
-/// pages. Allocates nothing.
+/// Applies `edits`, which are in order of address, and restores the `hidden` code in the pages that
+/// it replaces. If a page cannot be replaced, continues with the others, and returns the first
+/// error. Allocates nothing.
 ///
 /// # Safety
 /// For every thread that executes the code, each `to` does what its `from` does. The pages are code

@@ -211,7 +211,8 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
     }
 }
 
-/// Adds the vectors of `process_madvise`. A vector that cannot be read may name any address.
+/// Adds the vectors of `process_madvise`. If they cannot be read for another reason than `EFAULT`,
+/// they may name any address, so adds all addresses.
 fn vectors(ranges: &mut Ranges, address: u64, count: u64, advice: u64) {
     const AT_ONCE: u64 = 64;
     let count = count.min(ranges::UIO_MAXIOV);

@@ -1,4 +1,5 @@
-//! The modules whose code makes memory calls: libc and the dynamic loader.
+//! The modules whose code makes memory calls: libc and the dynamic loader, or the program itself if
+//! it is statically linked.
 
 #![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
 
@@ -132,7 +133,7 @@ impl Segment {
 /// Code without breakpoints.
 #[derive(Debug)]
 pub(super) enum Text {
-    /// The code itself, if it has no breakpoints.
+    /// The code itself, if no breakpoints were detected.
     InPlace(&'static [u8]),
     Copy(Scratch),
 }

@@ -1,5 +1,5 @@
-//! The plan: which sites to patch, and the trampolines that the patches jump to. Each process makes
-//! its plan once.
+//! The plan: which sites to patch, and the trampolines that the patches jump to. A process keeps
+//! its plan for its whole life.
 
 #![allow(unsafe_code, reason = "reads code")]
 
@@ -52,7 +52,7 @@ static MADE: AtomicPtr<Made> = AtomicPtr::new(ptr::null_mut());
 /// Returns the plan of this process. If the parent has made its plan, the child of a fork inherits
 /// the plan, as it inherits the patches.
 ///
-/// Calls `prepare` when it makes the plan. At that time nothing is patched, so no callback runs.
+/// Calls `prepare` when it has made a plan. At that time nothing is patched, so no callback runs.
 pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
     // This code uses neither a lock nor a `OnceLock`, for two reasons. In the child of a fork, a
     // thread that only the parent has could hold the lock for ever. And the loader holds its own

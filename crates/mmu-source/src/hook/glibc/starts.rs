@@ -17,8 +17,8 @@ impl<'a> Starts<'a> {
     /// Parses the section at `base`. If the table is not sorted, or has a format that linkers do
     /// not write, it counts as empty.
     pub(super) fn parse(section: &'a [u8], base: u64) -> Self {
-        /// Of version 1. The two bytes give the encodings of the count (four bytes) and of the
-        /// entries: two words of four bytes, signed and relative to `base`.
+        /// The encodings in version 1. The first byte is for the count: four bytes. The second is
+        /// for the entries: two words of four bytes, signed and relative to `base`.
         const FORM: [u8; 2] = [0x03, 0x3b];
         let parse = || {
             let (&[version, pointer, ref form @ ..], rest) = section.split_first_chunk::<4>()?;

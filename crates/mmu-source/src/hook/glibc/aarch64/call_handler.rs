@@ -180,7 +180,7 @@ mod tests {
         ]
     );
 
-    /// Overwrites the registers that a function may overwrite, and the flags.
+    /// Overwrites some of the registers that a function may overwrite, and the flags.
     #[derive(Debug)]
     struct Destroyer;
 

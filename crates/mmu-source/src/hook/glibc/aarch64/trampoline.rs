@@ -83,8 +83,8 @@ impl Foreign {
     /// How many bytes of a function are examined.
     pub(in crate::hook::glibc) const LENGTH: usize = 24;
 
-    /// Reads the jump at `entry`, or after its landing pad. The jump is either a branch, or
-    /// instructions that load an address into a register and branch to it.
+    /// Reads the jump at `entry`, or after a landing pad at `entry`. The jump is either a branch,
+    /// or instructions that load an address into a register and branch to that address.
     pub(in crate::hook::glibc) fn read(entry: u64, code: [u8; Self::LENGTH]) -> Option<Self> {
         let words: Vec<u32> = code
             .chunks_exact(4)

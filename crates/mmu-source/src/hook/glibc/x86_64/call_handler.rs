@@ -3,7 +3,8 @@
 //!
 //! A trampoline calls a stub with the system call number in `rax` and the arguments in the
 //! registers of the system call. Like the `syscall` instruction, the stub changes `rax`, `rcx` and
-//! `r11` and nothing else that the site may still need. Every stub preserves the general registers.
+//! `r11` and nothing else that the site may still need. Every stub of a site preserves the general
+//! registers.
 //! Preserving vector registers and flags costs more than everything else, so the scanner examines
 //! the code after each site and decides whether the site still needs them. `xsave` and `fxsave`
 //! would be shorter, but cost 150 to 500 ns.
@@ -22,8 +23,8 @@ pub(in crate::hook::glibc) enum Keep {
     All,
 }
 
-/// Returns the stub that preserves `keep`, or `None` if no stub here knows all registers of this
-/// processor.
+/// Returns the stub of a site that preserves `keep`. Returns `None` if `keep` is [`Keep::All`] and
+/// no stub here knows all registers of this processor.
 pub(in crate::hook::glibc) fn stub(keep: Keep) -> Option<unsafe extern "C" fn()> {
     if keep == Keep::Nothing {
         return Some(lean);
@@ -174,7 +175,7 @@ mod tests {
     through!(through_avx512, "vmovups", "zmm",
         [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]);
 
-    /// Overwrites the vector registers that a function may overwrite, and the flags.
+    /// Overwrites some of the vector registers that a function may overwrite, and the carry flag.
     #[derive(Debug)]
     struct Destroyer;
 

@@ -103,7 +103,8 @@ impl<'a> Code64<'a> {
     }
 
     /// Returns the functions to decode: those near the bytes of a `syscall` instruction that has a
-    /// site's instructions before it. A short jump into a site can only come from these functions.
+    /// site's instructions before it or is in `syscall(2)`. A short jump into a site can only come
+    /// from these functions.
     fn regions(self, starts: Starts<'_>, is_generic: &impl Fn(u64) -> bool) -> Vec<Range<u64>> {
         const SYSCALL: [u8; 2] = *b"\x0f\x05";
         const SHORT_JUMP: u64 = 128;
@@ -286,9 +287,9 @@ impl<'a> Code64<'a> {
         })
     }
 
-    /// Tells whether the code at `start` reads a vector register or a flag that it has not set,
-    /// before its function returns. Returns `None` if the code uses the x87 stack, which no stub
-    /// preserves.
+    /// Tells whether the code at `start` reads any vector register, or a flag that the code has not
+    /// set, before its function returns. Returns `None` if the code uses the x87 stack, which no
+    /// stub preserves.
     ///
     /// A function that returns no floating-point value leaves nothing in vector registers that its
     /// caller may read, because the callee may overwrite all of them. The functions with sites are
