@@ -101,7 +101,7 @@ fn run(socket: &Path, user: u32, args: &[&str]) -> Output {
     within("a client of the broker", move || command.output().unwrap())
 }
 
-/// What the kernel source lacks, according to `doctor`.
+/// What the source `kernel` lacks, according to `doctor`; `None` if it is usable.
 fn lack(socket: &Path, user: u32) -> Option<String> {
     let output = run(socket, user, &["doctor", "--json"]);
     let rows = parse(text(&output.stdout));

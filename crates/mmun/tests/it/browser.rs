@@ -1,4 +1,4 @@
-//! Chromium without a window, driven through a pipe by its own protocol.
+//! Chromium without a window, driven through a pipe by its debugging protocol.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::scratch;
 
-/// A browser with one page. The browser ends when this is dropped.
+/// A browser with one page. The drop ends the browser.
 pub(crate) struct Browser {
     child: Child,
     profile: PathBuf,

@@ -346,7 +346,7 @@ print(os.wait()[1], flush=True)";
     assert!(parent.wait().unwrap().success());
 }
 
-/// Starts a trace of a running process into a file, and returns both.
+/// Starts a trace of a running process into a file, and returns `mmun` and the file.
 fn attached(pid: u32) -> (Child, PathBuf) {
     let path = scratch("trace.json");
     let mut command = trace();
@@ -356,7 +356,7 @@ fn attached(pid: u32) -> (Child, PathBuf) {
     (command.spawn().unwrap(), path)
 }
 
-/// The process is frozen before `mmun` attaches in one case, and after it in the other.
+/// The process is frozen before `mmun` attaches in one case, and after that in the other.
 #[test]
 fn a_frozen_process_is_detached_at_the_first_signal() {
     for frozen_first in [true, false] {

@@ -1,5 +1,5 @@
-//! The details of each call: the mapping, how much of it was in memory, the time, and the place in
-//! the code.
+//! The details of each call: the first mapping in the range, how much of the range was in memory,
+//! the time, and the place in the code.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -151,7 +151,7 @@ fn a_stripped_program_has_offsets_and_a_static_one_names() {
     }
 }
 
-/// Copies a function that unmaps into anonymous memory, and calls it there.
+/// Copies a function to anonymous memory and calls it there. The function unmaps memory.
 const JIT: &str = "\
 int main(int argc, char **argv) {
     /* mov eax, 11; syscall; ret */
@@ -517,7 +517,7 @@ fn programs_with_run_times_of_their_own_are_traced() {
     fs::remove_dir_all(&folder).unwrap();
 }
 
-/// Checks that calls have stacks, and that most stacks have more than one frame.
+/// Checks that there are several stacks, and that most of them have more than two frames.
 fn holds(records: &[Value]) {
     let stacks: Vec<&Value> = of_kind(records, "stack").collect();
     assert!(stacks.len() > 3);
@@ -563,7 +563,8 @@ fn a_program_that_looks_for_leaks_fails_under_a_trace_unless_told_not_to() {
     assert_eq!(output.status.code(), Some(7), "{}", text(&output.stderr));
 }
 
-/// The help, the manual and `docs/sources.md` must mention each limit of the tracer.
+/// `docs/sources.md` must mention each of these limits of the tracer. The help and the manual, or
+/// `doctor`, must mention the limits that a user can meet without a seccomp filter.
 #[test]
 fn limits_stand_in_the_help_in_doctor_and_in_the_documents() {
     let run = |args: &[&str]| {

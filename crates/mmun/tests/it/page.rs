@@ -11,8 +11,8 @@ use testkit::{Cap, require};
 use crate::browser::Browser;
 use crate::support::{by_default, scratch, text, trace, within};
 
-/// A trace of two processes. The first unmaps 1 MiB of 16 MiB `count` times, alternately in two
-/// functions. The second clears a page.
+/// A trace of two processes. The first unmaps 1 MiB of 16 MiB `count` times: twice in one function,
+/// then once in another, and so on. The second process clears a page.
 fn recorded(count: u64) -> String {
     const NAME: &str = "</script><script>pwned=1</script>";
     let mut out = String::new();
@@ -141,7 +141,8 @@ fn hostile_names_are_text(browser: &mut Browser) {
     );
 }
 
-/// Finds the first change in the picture, whose left part has the labels, 176 pixels wide.
+/// Hovers over a change of the picture, selects changes with the mouse, and uses the keyboard. The
+/// left 176 pixels of the picture are labels.
 fn changes_are_shown(browser: &mut Browser) {
     const NOTE: &str = "document.querySelector('#map-note').textContent";
     assert_eq!(browser.text(NOTE), "9 changes in view.");
@@ -357,7 +358,7 @@ fn a_large_trace_makes_a_small_page_that_names_its_omissions() {
     fs::remove_file(page).unwrap();
 }
 
-/// `mmun trace` of `ls` with these arguments before it.
+/// `mmun trace ARGS -- ls /`, with these environment variables.
 fn traced(args: &[&str], environment: &[(&str, &str)]) -> Output {
     let mut command = trace();
     command

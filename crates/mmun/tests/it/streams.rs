@@ -10,8 +10,8 @@ use crate::support::{dropin, text, within};
 const OPEN: i32 = 3;
 const CLOSED: i32 = 4;
 
-/// Closes `stream` and runs a program, with the arguments `before`, that checks whether the stream
-/// is open.
+/// Closes `stream` and runs `sh` behind the words `before`, such as `mmun run --`. Returns its exit
+/// status, which says whether the stream is open in `sh`.
 fn run(before: &[&str], stream: i32) -> Option<i32> {
     let script = format!("test -e /proc/self/fd/{stream} && exit {OPEN}; exit {CLOSED}");
     let words: Vec<&str> = [before, &["sh", "-c", &script]].concat();

@@ -16,7 +16,7 @@ fn mmun(args: &[&str], files: &[&Path]) -> Output {
     within("mmun", move || command.output().unwrap())
 }
 
-/// A trace of a shell with a child, and its records.
+/// A trace of `sh -c script`, and its records.
 fn recorded(script: &str) -> (PathBuf, Vec<Value>) {
     let path = scratch("run.jsonl");
     let mut command = trace();
