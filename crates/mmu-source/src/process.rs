@@ -1,14 +1,14 @@
 //! Other processes, through ptrace and a seccomp filter.
 //!
 //! A [`Tracer`] runs processes or attaches to them. The tracer gives each address space a
-//! [`mmu_notifier::MmWithUser`], and opens an invalidation bracket on it around every memory system
-//! call. The start callbacks run while the task is stopped before the call. The end callbacks run
-//! after the call, even if it fails. The tracer tells its [`Observer`] which task is in which
-//! address space.
+//! [`mmu_notifier::MmWithUser`], and opens an invalidation bracket on it around each system call
+//! that may change a translation. The start callbacks run while the task is stopped before the
+//! call. The end callbacks run after the call, even if it fails. The tracer tells its [`Observer`]
+//! which task is in which address space.
 //!
-//! Processes that the tracer spawns carry a seccomp filter, so they stop only at memory calls.
-//! Processes that it attaches to stop at every system call. `docs/sources.md` says what this source
-//! sees and what it misses.
+//! By default, processes that the tracer spawns carry a seccomp filter, so they stop only at memory
+//! calls. Processes that it attaches to stop at every system call. `docs/sources.md` says what this
+//! source sees and what it misses.
 //!
 //! # Threads
 //! ptrace binds a tracee to one thread of the tracer. So only the thread that made a tracer may

@@ -88,7 +88,7 @@ pub(super) enum Abi {
 
 impl Abi {
     /// Returns the ABI of a call, and the call's number without `X32_BIT`. `arch` is the
-    /// `AUDIT_ARCH_*` value of the call.
+    /// `AUDIT_ARCH_*` value of the call. Returns `None` for any other `arch`.
     pub(super) fn of(arch: u32, number: u64) -> Option<(Abi, u64)> {
         match arch {
             ARCH_NATIVE if number & X32_BIT != 0 && number < 2 * X32_BIT => {

@@ -1,4 +1,4 @@
-//! The mappings that calls make, for observers with [`super::Options::births`].
+//! The mappings that calls make, for tracers with [`super::Options::births`].
 
 use mmu_notifier::{Va, VaRange};
 

@@ -11,13 +11,16 @@ use super::kinds::{Registers, Task};
 pub struct Current {
     /// The task that made the call. The call may act on another address space (`process_madvise`).
     pub task: Task,
-    /// The name of the system call, or `"exit"` or `"detach"`. While a bracket opens or closes,
+    /// The name of the system call, or another reason: `"enter"`, `"attach"`, `"exit"`,
+    /// `"detach"`, or `"unknown"` for a call in an unknown ABI. While a bracket opens or closes,
     /// this is the call that the task made: `"clone"` if libc implements `fork` by `clone`. For a
     /// new task whose parent's call the tracer has not seen, this is the kernel's event: `"fork"`,
     /// `"vfork"` or `"clone"`.
     pub cause: &'static str,
-    /// The raw return value (`-errno` on failure), while the brackets of the call close. `None` at
-    /// any other time, and if the task died in the call or was detached.
+    /// The raw return value (`-errno` on failure), while the brackets of the call close and while
+    /// [`TaskEvent::Mapped`](super::TaskEvent::Mapped) is reported. `None` at any other time, and
+    /// if the call never returns: the task died or was detached, or its signal handler did not
+    /// return.
     pub result: Option<i64>,
 }
 
@@ -35,7 +38,8 @@ impl Current {
 
     /// Reads the task's memory at `address`, and returns how many bytes were read.
     ///
-    /// The read ends at the first byte that is not mapped. For a task that has died, returns 0.
+    /// The read ends at the first byte that is not mapped. Returns 0 for a task that has died, and
+    /// for memory that the tracer may not read.
     ///
     /// # Source
     /// process_vm_readv(2); `PTRACE_PEEKDATA` where that is refused.

@@ -57,7 +57,8 @@ pub(super) struct Context<'a> {
 
 impl Entry {
     /// Adds the ranges that the call is about to invalidate, as far as its arguments and `/proc`
-    /// tell, and returns the plan for the call. Returns `None` if the call invalidates nothing.
+    /// tell, and returns the plan for the call. Returns `None` if the call invalidates nothing and
+    /// the tracer needs nothing else of it.
     ///
     /// The ranges are rounded up when in doubt. This function does not check whether the kernel
     /// will accept the call: it reports a range whenever the arguments can form one.
@@ -239,7 +240,7 @@ impl Entry {
         }
     }
 
-    /// Adds the iovecs of `process_madvise`.
+    /// Adds the iovecs of `process_madvise`, or all addresses if they cannot be read.
     fn vectors(&self, ranges: &mut Vec<VaRange>, address: u64, count: u64, advice: u64) {
         // The kernel refuses more vectors.
         let count = 2 * count.min(UIO_MAXIOV);
@@ -251,7 +252,8 @@ impl Entry {
         }
     }
 
-    /// Adds the pages of `move_pages`, each with the folio that may contain it.
+    /// Adds the pages of `move_pages`, each with the folio that may contain the page. Adds all
+    /// addresses if the list is very long or cannot be read.
     fn pages(&self, ranges: &mut Vec<VaRange>, count: u64, address: u64) {
         const MANY: u64 = 1 << 16;
         let mut pages = if count <= MANY {

@@ -4,18 +4,20 @@ use mmu_notifier::{Mm, MmWithUser, VaRange};
 
 use super::kinds::{ExitStatus, Task};
 
-/// Learns which task is in which address space, and keeps a value for each task while the task is
-/// there.
+/// Learns which task is in which address space, and gives the tracer a value to keep while the task
+/// is there.
 ///
 /// The tracer calls an observer on the thread that drives the tracer. Meanwhile the task in
-/// question is stopped and [`super::current`] is set.
+/// question is stopped or has ended, and [`super::current`] is set. There are two exceptions: a
+/// task that the tracer attaches to may still run during [`enter`](Self::enter), and a task that
+/// the tracer detaches from may run during [`leave`](Self::leave).
 pub trait Observer {
     /// What one task holds while it is in an address space, usually a
     /// [`mmu_notifier::Subscription`].
     type Held;
 
-    /// A task has appeared in `mm`, or has just entered it by `execve`. The task has not run there
-    /// yet.
+    /// A task has appeared in `mm`, or has just entered it by `execve`. Unless the tracer has
+    /// attached to the task, the task has not run there yet.
     ///
     /// Other tasks of `mm` may have open brackets. So this method may subscribe to a notifier that
     /// is registered already, but registering another one may fail because it would deadlock.
@@ -40,8 +42,8 @@ pub trait Observer {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum TaskEvent<'a> {
-    /// The tracer sees an address space for the first time, because `task` was spawned, attached to
-    /// or forked, or ran `execve`.
+    /// The tracer sees an address space for the first time, because it spawned `task` or attached
+    /// to `task`, because `task` was made by a fork, or because `task` has run `execve`.
     #[non_exhaustive]
     MmNew {
         /// The first task of the address space.
@@ -49,10 +51,12 @@ pub enum TaskEvent<'a> {
         /// The address space.
         mm: &'a Mm,
         /// The task that forked `task`, if the tracer knows it. The address space is then a copy of
-        /// the parent's, and the parent is stopped.
+        /// the parent's, as far as the tracer knows, and the parent is stopped.
         parent: Option<Task>,
     },
-    /// A task has made a child. Reported after [`TaskEvent::MmNew`], before the child enters.
+    /// A task has made a child. Reported after the [`TaskEvent::MmNew`] of the child, if there is
+    /// one, and before the child enters. If the tracer learned of the child in another way first,
+    /// the child has entered already.
     #[non_exhaustive]
     Fork {
         /// The parent.
@@ -108,8 +112,8 @@ pub enum TaskEvent<'a> {
         /// The address space that the task is in.
         mm: &'a Mm,
     },
-    /// A task made a system call in an ABI that this source does not know. If the call changed the
-    /// address space, the source missed the change.
+    /// A task is making a system call in an ABI that this source does not know. If the call changes
+    /// the address space, the source misses the change.
     #[non_exhaustive]
     UnknownAbi {
         /// The task.

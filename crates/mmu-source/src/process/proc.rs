@@ -2,7 +2,8 @@
 //!
 //! `/proc` may say nothing: if it is not mounted, if it is of another pid namespace, if it hides
 //! other users' processes (`hidepid`), or if the task is not dumpable. Then a function here returns
-//! `None` or an error. That means "not known", and no caller may treat it as "no".
+//! `None`, an error or [`Named::Anyone`]. That means "not known", and no caller may treat it as
+//! "no". Only [`traces`] returns false in that case.
 
 use std::path::PathBuf;
 use std::{fs, io};
@@ -136,7 +137,7 @@ pub(super) fn pidfd_target(tid: Pid, fd: i32) -> Named {
 /// The task that a call names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Named {
-    /// The task with this identifier.
+    /// The task with this identifier, which may be a task that is not traced.
     Task(Pid),
     /// No task, or a task that is not traced.
     Stranger,
@@ -147,7 +148,8 @@ pub(super) enum Named {
 /// Returns the task among `candidates` that has the pid `number` in the pid namespace of task
 /// `tid`.
 ///
-/// The result is `number` itself unless `tid` is in another pid namespace than the tracer.
+/// A `number` of 0 names `tid`. Otherwise the result is `number` itself, unless `tid` is in another
+/// pid namespace than the tracer or its namespace is not known.
 pub(super) fn named_by(tid: Pid, number: Pid, candidates: impl Iterator<Item = Pid>) -> Named {
     if number == 0 {
         return Named::Task(tid);

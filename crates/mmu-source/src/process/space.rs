@@ -5,8 +5,8 @@ use std::rc::{Rc, Weak};
 
 use mmu_notifier::MmWithUser;
 
-/// An address space and the tracer's state for it. The tasks of the address space share this value.
-/// When the last of them drops its share, the address space exits.
+/// An address space and the tracer's state for it. The tasks of the address space and their open
+/// calls share this value. When the last share is dropped, the address space exits.
 #[derive(Debug)]
 pub(super) struct Space {
     pub(super) mm: MmWithUser,
@@ -31,8 +31,8 @@ impl Space {
         }
     }
 
-    /// Makes an address space that may be identical to any of `others`. An event in one of them is
-    /// also reported in this one, and vice versa.
+    /// Makes an address space that may be identical to one of `others`. An event in one of `others`
+    /// is also reported in the new one, and vice versa.
     pub(super) fn doubtful<'a>(others: impl IntoIterator<Item = &'a Rc<Space>>) -> Space {
         let space = Space::new(Break::default());
         space
@@ -42,7 +42,7 @@ impl Space {
         space
     }
 
-    /// Records that this address space is different from all others.
+    /// Records that this address space is different from all that existed when it was made.
     pub(super) fn is_its_own(&self) {
         self.perhaps.take();
     }

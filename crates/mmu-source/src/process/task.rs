@@ -37,8 +37,9 @@ pub(super) struct Tracee<H> {
     /// Whether a filter selects the calls at which the task stops. Without a filter, the task stops
     /// at every call.
     pub(super) filtered: bool,
-    /// Whether the task stops before it ends. A task that was attached to, or a child that such a
-    /// task made before its first stop, gets this stop only after its own first stop.
+    /// Whether the tracer has made sure that the task stops before it ends. A task that was
+    /// attached to, or a child that such a task made before its first stop, may lack this stop
+    /// until its own first stop.
     pub(super) stops_at_exit: bool,
     pub(super) life: Life<H>,
     pub(super) call: Option<OpenCall>,
@@ -53,7 +54,7 @@ pub(super) struct Tracee<H> {
     pub(super) reported: u64,
     /// Whether the task waits in `vfork` for its child. The tracer cannot stop it during that time.
     pub(super) in_vfork: bool,
-    /// How the task is about to end, from its exit event.
+    /// How the task is about to end, from its exit event, if the kernel may not report it again.
     pub(super) exit: Option<ExitStatus>,
 }
 
@@ -81,7 +82,7 @@ impl<H> Tracee<H> {
         }
     }
 
-    /// Tells whether the task may be making a task that is not a thread of its own process.
+    /// Tells whether the task may be making a child whose memory is a copy.
     pub(super) fn may_be_forking(&self) -> bool {
         self.in_unseen_call
             || self
@@ -196,8 +197,8 @@ impl OpenCall {
     /// handler did not return.
     ///
     /// A handler runs on the interrupted stack at a lower address, or on a stack of its own. If the
-    /// task is on the interrupted stack, at the call's address or above, it has left the handler by
-    /// a jump.
+    /// task's stack pointer is that of the call, or less than a MiB above it, the task is on the
+    /// interrupted stack and has left the handler by a jump.
     pub(super) fn is_given_up_at(&self, place: Place) -> bool {
         const NEAR: u64 = 1 << 20;
         place

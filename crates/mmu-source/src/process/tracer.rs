@@ -29,12 +29,12 @@ pub use detach::Keeper;
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct Options {
-    /// Traces children and threads too. Without `follow` the tracer uses no filter, because
-    /// children would inherit the filter. If a thread that is not traced runs `execve`, it replaces
-    /// the whole process, and the trace of that process ends.
+    /// Also traces the children and threads that tracees make. Without `follow` the tracer uses no
+    /// filter, because children would inherit the filter. If a thread that is not traced runs
+    /// `execve`, it replaces the whole process, and the trace of that process ends.
     pub follow: bool,
     /// Gives spawned processes a filter, so that they stop only at memory calls. Without the filter
-    /// they stop at every system call.
+    /// they stop at every system call. Needs `follow`.
     pub seccomp: bool,
     /// Also stops at calls that only make a mapping, and reports the mapping as
     /// [`TaskEvent::Mapped`].
@@ -149,7 +149,8 @@ impl<O: Observer> Tracer<O> {
         &mut self.observer
     }
 
-    /// Returns how the process spawned last ended, or `None` while it runs.
+    /// Returns how the process spawned last ended. Returns `None` while it runs, and if none was
+    /// spawned.
     pub fn exit_status(&self) -> Option<ExitStatus> {
         self.root?.1
     }
@@ -211,7 +212,8 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Serves one stop of one task and resumes the task.
+    /// Serves one stop of one task and resumes the task. A task that is not known yet is parked
+    /// instead.
     fn stopped(&mut self, tid: Pid, stop: Stop) -> Result<(), Error> {
         if stop == Stop::Exec {
             return self.execed(tid);
@@ -265,7 +267,7 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Handles a task that is seen for the first time.
+    /// Lets a task enter its address space, if it is new or has just run `execve`.
     fn appear(&mut self, tid: Pid) {
         let Some(tracee) = self.tasks.get_mut(&tid) else {
             return;
@@ -312,8 +314,9 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Keeps the status of a task that is about to end. The kernel does not report it again if
-    /// another thread then runs `execve` and replaces the leader.
+    /// Keeps the status of a task that is about to end, unless the task is alone in its address
+    /// space. The kernel does not report the status again if another thread then runs `execve` and
+    /// replaces the leader.
     fn keep_status(&mut self, tid: Pid) -> Result<(), Error> {
         let sees_all = self.options.follow && !self.in_doubt;
         let is_alone = |space: &Rc<Space>| sees_all && space.tasks.get() == 1;

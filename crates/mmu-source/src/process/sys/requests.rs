@@ -19,7 +19,7 @@ pub(in super::super) enum Resume {
     Detach,
 }
 
-/// A stop at the entry or the exit of a system call.
+/// The system call at whose entry or exit a tracee is stopped. `None` if it is stopped elsewhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) enum SyscallInfo {
     /// If a filter caused the stop, `datum` is the low half of the filter's return value.
@@ -34,7 +34,8 @@ pub(in super::super) enum SyscallInfo {
     None,
 }
 
-/// A call that a task is about to make. Two equal values are the same call, restarted.
+/// A call that a task is about to make. If a task makes two equal calls, and a signal interrupted
+/// the first, the second counts as the first call, restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) struct RawCall {
     pub(in super::super) arch: u32,

@@ -14,7 +14,8 @@ pub(in super::super) enum Wait {
     Ended(Pid, ExitStatus),
     /// No event: a signal handler ran, or no event was pending and the function does not block.
     Interrupted,
-    /// This thread has no child and no tracee.
+    /// This thread has no child and no tracee. From [`wait_for_unknown`] also: it has only children
+    /// that are not tracees.
     NoTracee,
 }
 

@@ -19,7 +19,7 @@ impl<O: Observer> Tracer<O> {
     /// Traces a running process, with all its threads. Each of them stops at every system call.
     ///
     /// The observer learns of the threads at once. The tracer handles each thread's first stop in
-    /// [`Tracer::run`]. It sees only the calls that the thread begins after that stop.
+    /// [`Tracer::run`], and sees only the calls that the thread begins after that stop.
     ///
     /// # Blocking
     /// Sleeps while the process is in `execve`.
@@ -31,7 +31,8 @@ impl<O: Observer> Tracer<O> {
     ///   thread of another process; the message names that process;
     /// * [`io::ErrorKind::Deadlock`] if the process traces this one, directly or through other
     ///   tracers, because each would stop and wait for the other;
-    /// * another error if `/proc` does not list the threads.
+    /// * another error if `/proc` does not list the threads, or if a helper thread cannot be
+    ///   started.
     pub fn attach(&mut self, pid: Pid) -> Result<(), Error> {
         let refused = |source| Error::Attach { pid, source };
         if !sys::is_thread_of(pid, pid) {

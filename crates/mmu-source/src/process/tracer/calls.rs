@@ -168,8 +168,8 @@ impl<O: Observer> Tracer<O> {
             return;
         };
         let Some(call) = tracee.call.take() else {
-            // This is the return from a signal handler: the kernel either restarts the interrupted
-            // call or makes it fail.
+            // This may be the return from a signal handler. If the task is then behind the
+            // interrupted call, the kernel does not restart the call but makes it fail.
             if tracee
                 .again
                 .last()
@@ -234,7 +234,8 @@ impl<O: Observer> Tracer<O> {
         }
     }
 
-    /// Closes the brackets of a call.
+    /// Ends a call: closes its brackets, learns the program break, and reports the mapping that the
+    /// call has made.
     pub(super) fn finish(&mut self, tid: Pid, mut call: OpenCall, result: Option<i64>) {
         let Some(tracee) = self.tasks.get(&tid) else {
             return;

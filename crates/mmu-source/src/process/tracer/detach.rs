@@ -138,7 +138,7 @@ impl Keeper {
         !self.tasks.is_empty()
     }
 
-    /// Resumes every stop of the tracees and their children without recording anything. Returns
+    /// Resumes the tracees and their children from every stop, without recording anything. Returns
     /// when the last of them has ended, or at once if there is none.
     ///
     /// # Blocking

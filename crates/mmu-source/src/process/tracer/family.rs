@@ -44,8 +44,8 @@ impl Parked {
 }
 
 impl<O: Observer> Tracer<O> {
-    /// Stores the report of an unknown task. The task stays stopped until its parent's event names
-    /// it, or until no task can name it any more.
+    /// Stores the report of an unknown task, except in three cases, which are handled at once. The
+    /// task stays stopped until its parent's event names it, or until no task can name it any more.
     pub(super) fn park(&mut self, tid: Pid, report: Report) -> Result<(), Error> {
         let before = self.parked.get(&tid).copied();
         let family = before.map_or_else(|| self.family(tid), |parked| parked.family);
@@ -266,8 +266,9 @@ impl<O: Observer> Tracer<O> {
         self.replay(child)
     }
 
-    /// Handles a child whose memory is a copy. The copying is over, so the call's brackets close.
-    /// If the call's result is known, the call needs no stop at its exit.
+    /// Handles a child whose memory is a copy. The copying is over. If the call's result is known,
+    /// closes the call's brackets, and the call needs no stop at its exit. Otherwise the brackets
+    /// stay open until that stop.
     fn copy_ends(&mut self, parent: Pid, child: Pid) {
         let Some(tracee) = self.tasks.get_mut(&parent) else {
             return;

@@ -37,7 +37,7 @@ struct Shared {
 struct Work {
     /// The threads to reap.
     tids: Vec<Pid>,
-    /// The threads that were reaped since the last call, with their status.
+    /// The threads that were reaped since the last call of [`Reaper::ended`], with their status.
     ended: Vec<(Pid, ExitStatus)>,
     is_over: bool,
 }

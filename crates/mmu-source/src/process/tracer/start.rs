@@ -21,8 +21,9 @@ impl<O: Observer> Tracer<O> {
     /// # Blocking
     /// Sleeps until the kernel has loaded the program.
     /// # Errors
-    /// [`Error::Exec`] if the program cannot be executed, [`Error::Spawn`] if the process cannot be
-    /// made or traced.
+    /// [`Error::Exec`] if the program cannot be executed. [`Error::Spawn`] if the process cannot be
+    /// made or traced, or ends before its program runs. [`Error::Kernel`] if the process cannot be
+    /// resumed meanwhile.
     pub fn spawn(&mut self, command: Command) -> Result<Pid, Error> {
         let layout = command
             .layout()
