@@ -38,8 +38,8 @@ type Shadow = InvalidateSeq<SoftTlb<Host>>;
 static SHADOW: Subsystem<Shadow> =
     Subsystem::new(|_mm| Ok(InvalidateSeq::new([VaRange::ALL], SoftTlb::new(1024))));
 
-/// The start of the latest block, and the number of blocks. Loads need no ordering, because the
-/// block may be unmapped at any time.
+/// The first page boundary in the latest block. Loads need no ordering, because the block may be
+/// unmapped at any time.
 static BLOCK: AtomicU64 = AtomicU64::new(0);
 
 const BLOCK_SIZE: usize = 2 << 20;

@@ -1,5 +1,5 @@
-//! Runs a program and writes a line for every invalidation that it causes: `trace_log FILE PROG
-//! [ARGS..]`.
+//! Runs a program and writes a line for the start and for the end of every invalidation that the
+//! program causes: `trace_log FILE PROG [ARGS..]`.
 //!
 //! The callbacks of this program lock, format and write. They may do so, because they run for other
 //! processes only. Callbacks for this process's own address space must not: see `own_process.rs`.

@@ -1,5 +1,5 @@
-//! Callbacks that use the heap: `CheckedAlloc` must end the process. Also the example on the front
-//! page of `mmu-notifier`, whose callbacks do not use the heap.
+//! Callbacks that use the heap: `CheckedAlloc` must end the process. Also callbacks that run in the
+//! middle of `free` and do not use the heap.
 
 use crate::child::alone;
 use crate::pages::{at, map, page_size, unmap};
@@ -104,7 +104,7 @@ fn gives_back(block: Vec<u8>) -> bool {
 }
 
 /// Runs `round` with the size of a block until ten blocks were returned to the kernel. If a block
-/// was not returned, the next block is larger, too large for the hole that the first one left.
+/// was not returned, the next block is too large for the hole that this block left.
 fn until_ten_were_given_back(mut round: impl FnMut(usize) -> bool) {
     let (mut bytes, mut given_back) = (4 << 20, 0);
     while given_back < 10 {

@@ -1,4 +1,4 @@
-//! Every call that the hook claims to see is reported before and after, with the right range, and
+//! Calls that the hook claims to see: each is reported before and after, with the right range, and
 //! its result does not change.
 
 use crate::child::{alone, in_a_child};

@@ -1,5 +1,5 @@
-//! A fork while another thread installs the hook: the child must not wait for that thread, which
-//! does not exist in the child.
+//! A fork while another thread installs the hook or holds a lock of the loader: the child must not
+//! wait for that thread, which does not exist in the child.
 
 use crate::child::alone;
 use crate::log::Watch;

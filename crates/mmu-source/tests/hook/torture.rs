@@ -1,5 +1,5 @@
 //! Detects stale reads. Callbacks alone keep a cache of page contents correct, while other threads
-//! change the mappings by every call that the hook claims to see.
+//! change the mappings by `munmap`, `mmap`, `mremap`, `madvise`, `shmat` and `shmdt`.
 //!
 //! The content of a region identifies the memory that is mapped there: a page of a file, a private
 //! copy of such a page, or a segment. Each page and segment has its own stamp, and no thread writes

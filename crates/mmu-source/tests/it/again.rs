@@ -11,8 +11,8 @@ fn forks(part: &Part) -> bool {
     ["fork", "clone", "clone3"].contains(&part.cause)
 }
 
-/// Traces a case, and sends its first process a signal in each of its first `times` forks. The
-/// signal is sent in the start callback, so before the kernel checks for signals.
+/// Traces a case, and sends the case's first process a signal in each of the first `times` forks of
+/// that process. The signal is sent in the start callback, so before the kernel checks for signals.
 fn trace_interrupted(times: u32, seccomp: bool, args: &[&str]) -> Trace {
     let (sent, first) = (AtomicU32::new(0), AtomicU64::new(0));
     let recorder = Recorder::with(Box::new(move |part| {

@@ -122,7 +122,7 @@ fn a_process_with_threads_is_attached_to_and_lives_on_after_it_is_let_go() {
     assert_eq!(child.wait().expect("a status").code(), Some(0));
 }
 
-/// Returns the status of each child of the process `pid` that this thread still traces.
+/// Returns the `/proc` status of those children of the process `pid` that this thread still traces.
 fn traced_children(pid: u32) -> Vec<String> {
     // SAFETY: takes nothing.
     let this_thread = unsafe { libc::gettid() };
@@ -501,7 +501,8 @@ fn a_process_that_executes_itself_again_and_again_is_attached_to_or_has_ended() 
     drop(child.wait());
 }
 
-/// The state of each process in `/proc` when its first thread leaves the address space.
+/// The state of each process, as `/proc` shows it when the process's leader leaves the address
+/// space.
 struct States(Vec<String>);
 
 impl Observer for States {

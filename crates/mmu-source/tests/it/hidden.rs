@@ -1,4 +1,5 @@
-//! Programs whose memory or `/proc` files the tracer may not read.
+//! Programs whose memory or `/proc` files the tracer may not read, and a program with a seccomp
+//! filter of its own.
 
 use std::sync::mpsc;
 use std::thread;

@@ -1,4 +1,4 @@
-//! The kernel source: every way to change a translation, losses, forks, and a search for stale
+//! The source `kernel`: many ways to change a translation, losses, forks, and a search for stale
 //! reads.
 
 use crate::memory::{Log, Scratch, memory_file, page_size};

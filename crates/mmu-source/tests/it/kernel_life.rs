@@ -1,4 +1,4 @@
-//! The kernel source when descriptors are closed, in children, in signal handlers, and when it is
+//! The source `kernel` when descriptors are closed, in children, in signal handlers, and when it is
 //! dropped at a bad moment.
 
 use crate::memory::{Scratch, page_size};

@@ -1,4 +1,5 @@
-//! Scratch mappings, children, and a logging subscriber, for the sources of this process.
+//! Scratch mappings, files in memory, and a logging subscriber, for the tests of the sources of
+//! this process.
 
 use mmu_notifier::{InvalidateRange, MmWithUser, Notifier, Registration, Va, VaRange};
 use std::ffi::c_void;
@@ -31,7 +32,7 @@ impl Scratch {
         Self::map(pages, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1).expect("mmap")
     }
 
-    /// Maps `pages` pages, and writes to each if the flags allow that.
+    /// Maps `pages` pages, and writes to each.
     pub(crate) fn map(pages: usize, flags: i32, file: i32) -> io::Result<Self> {
         let bytes = pages * page_size();
         // SAFETY: a new mapping, at an address that the kernel chooses.

@@ -1,4 +1,5 @@
-//! The userfaultfd source: which changes of which memory are reported.
+//! The source `uffd`: which changes of which memory are reported, what a callback may do, forks,
+//! and closed descriptors.
 
 use crate::memory::{Log, Scratch, memory_file, page_size};
 use mmu_notifier::{Va, VaRange};
@@ -288,8 +289,9 @@ fn a_forked_child_has_no_part_in_its_parents_source() {
     assert!(armed.is_some());
 }
 
-/// Closes every descriptor, or replaces each by a file, and opens files of the program as the same
-/// descriptors. Returns whether the source still works and has not touched these files.
+/// Closes every descriptor and opens files of the program as the same descriptors. With `over`,
+/// replaces each descriptor by a file instead. Returns whether the source still works and has not
+/// touched these files.
 fn closed_and_used_again(over: bool) -> bool {
     let uffd = Uffd::start().expect("userfaultfd is there");
     let memory = Scratch::anonymous(2);

@@ -11,7 +11,7 @@ use crate::sys::{self, call, map, mmap, munmap, page_size, touch};
 const RW: i32 = PROT_READ | PROT_WRITE;
 const EINVAL: i64 = -(libc::EINVAL as i64);
 
-/// `munmap`, `mmap` and `mprotect` in all their forms.
+/// `munmap`, `mmap`, `mprotect`, `pkey_mprotect` and `remap_file_pages`.
 pub(crate) fn mappings() {
     let arena = map(16 * page_size(), RW);
     touch(arena, 16 * page_size());
@@ -216,7 +216,7 @@ pub(crate) fn moves() {
     script.finish();
 }
 
-/// Shrinks the heap in one step and in two, after growth that succeeded and growth that failed.
+/// Shrinks the heap in several steps, after growth that succeeded and growth that failed.
 pub(crate) fn program_break() {
     let mut script = Script::new();
     let brk = |address: u64| call(libc::SYS_brk, &[address]);

@@ -224,7 +224,8 @@ pub(crate) fn real_time_signals(times: u64) {
     println!("{}", SIGNALS.load(Ordering::Relaxed) / signal);
 }
 
-/// Asks to be traced although it is traced already, and lets a child ask too.
+/// Asks to be traced although it is traced already, and lets a child ask too. Also asks to trace a
+/// process that does not exist.
 pub(crate) fn traceme() {
     println!(
         "self {}",

@@ -19,7 +19,7 @@ pub(crate) fn hidden(case: impl FnOnce()) {
     case();
 }
 
-/// Discards pages by calls that name this process.
+/// Pages out, moves and replaces pages by calls whose arguments or files the tracer cannot examine.
 pub(crate) fn advice_on_itself() {
     let arena = map(4 * page_size(), PROT_READ | PROT_WRITE);
     touch(arena, 4 * page_size());

@@ -2,7 +2,7 @@
 
 use crate::sys;
 
-/// How a call should be reported: `cause event start end result`.
+/// The expected reports, each of the form `cause event start end result`.
 pub(crate) struct Script {
     /// The address of the marker call, which is made before the first and after the last call of
     /// the script. Every call between these two belongs to the script.
