@@ -296,15 +296,16 @@ export! {
         let _whole = Uncancelled::enter();
         code((|| {
             // SAFETY: `registrar` is null or begins with its size (crate docs, Pointers).
-            let functions = unsafe { args::read(registrar) }?;
+            let functions = unsafe { args::read(registrar) };
             let options = if options.is_null() {
-                Options { size: 0, merge: 0, max_regions: 0, max_bytes: 0, max_region_bytes: 0 }
+                Ok(Options { size: 0, merge: 0, max_regions: 0, max_bytes: 0, max_region_bytes: 0 })
             } else {
                 // SAFETY: `options` begins with its size (crate docs, Pointers).
-                unsafe { args::read(options) }?
+                unsafe { args::read(options) }
             };
             // SAFETY: `cache` is null or a variable of the caller (crate docs, Pointers).
             let place = unsafe { args::result(cache) }?;
+            let (functions, options) = (functions?, options?);
             // SAFETY: `mmun` is null or open (crate docs, Handles).
             let mmun = unsafe { share(mmun) }?;
             *place = Box::into_raw(Box::new(open(mmun, &functions, options)?));

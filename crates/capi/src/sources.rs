@@ -235,13 +235,13 @@ export! {
     fn mmun_open(options: *const Options, opened: *mut *mut Mmun) -> c_int {
         let _whole = Uncancelled::enter();
         code((|| {
-            let (sources, required) = if options.is_null() { (0, 0) } else {
+            let read = if options.is_null() { Ok((0, 0)) } else {
                 // SAFETY: `options` begins with its size (crate docs, Pointers).
-                let options = unsafe { args::read(options) }?;
-                (options.sources, options.required)
+                unsafe { args::read(options) }.map(|options| (options.sources, options.required))
             };
             // SAFETY: `opened` is null or a variable of the caller (crate docs, Pointers).
             let opened = unsafe { args::result(opened) }?;
+            let (sources, required) = read?;
             *opened = Arc::into_raw(Arc::new(Mmun::open(sources, required)?)).cast_mut();
             Ok(())
         })())

@@ -184,9 +184,10 @@ export! {
         let _whole = Uncancelled::enter();
         code((|| {
             // SAFETY: `ops` is null or begins with its size (crate docs, Pointers).
-            let ops = unsafe { args::read(ops) }?;
+            let ops = unsafe { args::read(ops) };
             // SAFETY: `subscription` is null or a variable of the caller (crate docs, Pointers).
             let place = unsafe { args::result(subscription) }?;
+            let ops = ops?;
             // SAFETY: `mmun` is null or open (crate docs, Handles).
             let mmun = unsafe { share(mmun) }?;
             *place = Box::into_raw(Box::new(subscribe(mmun, &ops, context)?));

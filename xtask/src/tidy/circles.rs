@@ -91,6 +91,7 @@ fn graphs(files: &[(Module, syn::File)]) -> BTreeMap<Module, Graph> {
     for (module, file) in files {
         let mut uses = Uses {
             module,
+            inside: Vec::new(),
             found: Vec::new(),
         };
         uses.visit_file(file);
@@ -201,6 +202,15 @@ mod tests {
         let all = complaints(&CIRCLE);
         let steps = "a uses b (b::Second), b uses c (c::Third), c uses a (a::First)";
         assert_eq!(all, [format!("made has a circle of modules: {steps}")]);
+    }
+
+    #[test]
+    fn in_an_inline_module_super_is_the_file() {
+        let mut circle = CIRCLE;
+        circle[4].1 = "mod inner { use super::super::a::First; }";
+        assert_eq!(complaints(&circle).len(), 1);
+        circle[4].1 = "pub(crate) struct Third; mod inner { use super::Third; }";
+        assert_eq!(complaints(&circle), [""; 0]);
     }
 
     #[test]

@@ -104,27 +104,36 @@ fn absolute(module: &[String], path: &[String]) -> Option<Module> {
 /// Collects every path of one file that begins with `crate`, `self` or `super`.
 pub(super) struct Uses<'a> {
     pub(super) module: &'a Module,
+    /// The inline modules of the file that enclose the current item, outermost first.
+    pub(super) inside: Vec<String>,
     pub(super) found: Vec<Module>,
+}
+
+impl Uses<'_> {
+    fn absolute(&self, path: &[String]) -> Option<Module> {
+        absolute(&[&self.module[..], &self.inside].concat(), path)
+    }
 }
 
 impl Visit<'_> for Uses<'_> {
     fn visit_item(&mut self, item: &Item) {
-        // Skips tests. In another inline module, `super` is the file's module, but is taken for
-        // the parent of the file's module.
-        let is_test = matches!(item, Item::Mod(module) if module.attrs.iter().any(is_for_tests));
-        if !is_test {
-            visit::visit_item(self, item);
+        match item {
+            Item::Mod(module) if module.attrs.iter().any(is_for_tests) => {}
+            Item::Mod(module) => {
+                self.inside.push(module.ident.to_string());
+                visit::visit_item(self, item);
+                self.inside.pop();
+            }
+            _ => visit::visit_item(self, item),
         }
     }
 
     fn visit_item_use(&mut self, item: &ItemUse) {
         let mut paths = Vec::new();
         flatten(&item.tree, &mut Vec::new(), &mut paths);
-        self.found.extend(
-            paths
-                .iter()
-                .filter_map(|(path, _)| absolute(self.module, path)),
-        );
+        for (path, _) in paths {
+            self.found.extend(self.absolute(&path));
+        }
     }
 
     fn visit_path(&mut self, path: &syn::Path) {
@@ -134,7 +143,7 @@ impl Visit<'_> for Uses<'_> {
             .map(|segment| segment.ident.to_string())
             .collect();
         if segments.len() > 1 {
-            self.found.extend(absolute(self.module, &segments));
+            self.found.extend(self.absolute(&segments));
         }
         visit::visit_path(self, path);
     }

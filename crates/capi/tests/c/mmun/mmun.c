@@ -126,11 +126,13 @@ static void options_are_checked(void)
 	struct mmun *opened = mmun;
 
 	CHECK(mmun_open(&none, &opened) == -EINVAL && opened == NULL);
-	CHECK(mmun_open(&small, &opened) == -EINVAL);
+	opened = mmun;
+	CHECK(mmun_open(&small, &opened) == -EINVAL && opened == NULL);
 	CHECK(mmun_open(&future.options, &opened) == 0);
 	mmun_close(opened);
 	future.unknown = 1;
-	CHECK(mmun_open(&future.options, &opened) == -E2BIG);
+	opened = mmun;
+	CHECK(mmun_open(&future.options, &opened) == -E2BIG && opened == NULL);
 	CHECK(mmun_open((struct mmun_options *)((char *)&future + 1), &opened) == -EINVAL);
 	CHECK(mmun_open(&none, (struct mmun **)((char *)&opened + 1)) == -EINVAL);
 	mmun_close(NULL);
