@@ -69,7 +69,7 @@ pub(crate) struct Refusal {
     pub(crate) times: u64,
 }
 
-/// How many different refusals are kept.
+/// How many refusals are kept that differ in the registration or in the kind of the change.
 const KEPT: usize = 16;
 
 static REFUSALS: Mutex<Vec<Refusal>> = Mutex::new(Vec::new());
@@ -101,8 +101,8 @@ pub(crate) fn refused(start: u64, len: u64, change: Change) {
     }
 }
 
-/// Resets the counters in the child of a fork. `STARTS` stays, because libfabric does not start the
-/// child's caches again.
+/// Resets the counters in the child of a fork, except two. `STARTS` stays, because libfabric does
+/// not start the child's caches again. `START_NS` is set when the child's sources start.
 pub(crate) fn forget() {
     for count in [&HITS, &REFUSED, &WATCHED, &REAPED, &TOLD] {
         count.set(0);
@@ -113,7 +113,7 @@ pub(crate) fn forget() {
     }
 }
 
-/// Returns the first `KEPT` different refusals.
+/// Returns the first `KEPT` different refusals, or none if a thread holds their lock.
 pub(crate) fn refusals() -> Vec<Refusal> {
     // Must not wait for the lock: at exit, a thread may have been stopped while it held the lock.
     REFUSALS

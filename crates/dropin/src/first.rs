@@ -1,4 +1,4 @@
-//! A value that is made once, and no lock.
+//! A value that is published once, without a lock.
 //!
 //! `std::sync::Once` and `OnceLock` hold a lock while the value is made. The first use of a library
 //! takes milliseconds and calls the dynamic loader, so such a lock hangs a program in two ways:

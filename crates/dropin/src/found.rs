@@ -26,7 +26,8 @@ pub(crate) const FABRIC: &CStr = c"libfabric";
 /// The library that all of Open MPI's libraries use; it has Open MPI's patcher.
 pub(crate) const OPAL: &CStr = c"libopen-pal";
 
-/// Returns the function `symbol` of the loaded library whose file name begins with `library`.
+/// Returns the function `symbol`: that of the next object in the global scope, else that of a
+/// loaded library whose file name begins with `library`, else that of the program itself.
 pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
     // SAFETY: the name is a live string. `RTLD_NEXT` searches the objects after this one, so it
     // does not find our own function.

@@ -26,11 +26,11 @@
 //!
 //! # Safety
 //! Each `unsafe` block is of one of four kinds:
-//! * a call of a function of the other library, whose type has been the same in all versions that
-//!   `docs/adopt.md` names;
+//! * a call of a function of the other library, or the cast of its address, with a type that has
+//!   been the same in all versions that `docs/adopt.md` names;
 //! * an access to structures that both libraries share (`libfabric::abi`);
 //! * an access through a pointer that is published once and never freed (`first`, `space`);
-//! * a system call.
+//! * a call of libc, or a system call.
 //!
 //! A panic never leaves the library: it aborts the process, because a registration cache that has
 //! lost an invalidation would corrupt data.

@@ -4,8 +4,9 @@
 //! allocator's lock held. Registrations are entered under libfabric's lock and this table's, and
 //! entering allocates. So the callback must not wait for the table: it *tries* the lock. If the
 //! lock is held, the callback leaves a note: one bit in `pending` for each group of granules
-//! ([`granules`]). The next look-up marks every range that shares a bit. So a note can mark a
-//! valid range, and libfabric registers that range anew. A note never misses a stale range.
+//! ([`granules`]). The next thread that locks the table marks every range that shares a bit. So a
+//! note can mark a valid range, and libfabric registers that range anew. A note never misses a
+//! stale range.
 //!
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
@@ -42,8 +43,8 @@ struct Entry {
 }
 
 impl Entry {
-    /// Tells whether a change that is reported now makes the range stale. The range stays valid if
-    /// the kernel has counted no change of the range since its registration. The change is then
+    /// Tells whether a change that is reported now makes a valid range stale. The range stays valid
+    /// if the kernel has counted no change of the range since its registration. The change is then
     /// older than the registration, or it has not begun, and the kernel source will report it
     /// again.
     fn is_met(&self) -> bool {

@@ -6,7 +6,7 @@ use mmu_source::Error;
 use std::fmt::Write as _;
 use std::io;
 
-/// Writes one line to standard error, in one call.
+/// Writes one line to standard error, in one system call if the kernel takes all of it.
 pub(crate) fn complain(line: &str) {
     let _ = print(&format!("mmun: {line}\n"));
 }

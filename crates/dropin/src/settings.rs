@@ -49,13 +49,13 @@ impl Choice {
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) choice: Choice,
-    /// Refuse to start without a complete source.
+    /// End the process at its first use of a library if the sources could miss a change.
     pub(crate) strict: bool,
     pub(crate) report: Option<String>,
 }
 
 impl Settings {
-    /// Reads the environment. An unknown value is reported and replaced by a default.
+    /// Reads the environment. An unknown value is reported, and replaced by `auto` or by 1.
     fn read(get: impl Fn(&str) -> Option<String>, mut complain: impl FnMut(&str)) -> Settings {
         let choice = match get("MMUN").filter(|value| !value.is_empty()) {
             None => Choice::Auto,

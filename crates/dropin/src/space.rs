@@ -50,7 +50,7 @@ pub(crate) type Feeding = Box<dyn std::fmt::Debug + Send + Sync>;
 
 static CURRENT: AtomicPtr<Space> = AtomicPtr::new(ptr::null_mut());
 
-/// The space of this process. `None` if the current space was made by a parent process.
+/// The space of this process. `None` if none was made yet, or if a parent process made it.
 #[inline]
 pub(crate) fn current() -> Option<&'static Space> {
     // ORDER(dropin-space): Acquire, for the content. Partner: the exchange in `make`.
@@ -130,7 +130,7 @@ impl Space {
         space
     }
 
-    /// Whether a source that the settings ask for is in use.
+    /// Whether the required sources are in use: both for `MMUN=both`, otherwise at least one.
     pub(crate) fn is_watched(&self) -> bool {
         match settings().choice {
             crate::settings::Choice::Both => self.hook.is_ok() && self.kernel.is_ok(),
@@ -151,7 +151,8 @@ impl Space {
         self.kernel.as_ref().map_err(String::as_str)
     }
 
-    /// Waits until the callbacks have run for every change that began before the call.
+    /// Waits until the callbacks have run for every change that the source `kernel` has counted
+    /// before the call.
     #[inline]
     pub(crate) fn settle(&self) {
         if let Ok(kernel) = &self.kernel {

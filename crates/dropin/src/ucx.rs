@@ -36,7 +36,7 @@ const UNSUPPORTED: i8 = -22;
 
 type VmMunmap = unsafe extern "C" fn(*mut c_void, usize);
 
-/// The connection to UCX, or the reason why there is none. Set once a cache has subscribed.
+/// The connection to UCX, or the reason why there is none. Set when the first cache subscribes.
 static SERVED: First<Result<Served, String>> = First::new();
 
 /// The function of UCX to which changes are reported.
@@ -142,7 +142,7 @@ fn try_serve() -> Result<Served, String> {
     Ok(served)
 }
 
-/// Subscribes on behalf of UCX, once for each address space.
+/// Subscribes on behalf of UCX, once for each address space. Returns false if that fails.
 fn feed(space: &'static Space, served: Served) -> bool {
     let mut fed = space.fed.lock().unwrap_or_else(PoisonError::into_inner);
     if fed.is_none() && space.arm_everything() {

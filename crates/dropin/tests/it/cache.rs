@@ -1,7 +1,7 @@
 //! Real registration caches of UCX and libfabric, with an io_uring as the device.
 //!
 //! libfabric does not export its cache, so the program links Debian's `libfabric.a`. The archive
-//! has the same code as the shared library. It is the only way to the cache without a network card.
+//! has the same code as the shared library, and its functions can be called without a network card.
 
 use crate::support::{build, installed, library, output, text};
 use std::path::{Path, PathBuf};
@@ -17,8 +17,8 @@ pub(crate) enum Cache {
 
 const ALL: [Cache; 2] = [Cache::Ucx, Cache::Libfabric];
 
-/// Builds the program. `None` if the installed versions are not those of Debian 12, whose
-/// declarations the program has.
+/// Builds the program. `None` if gcc, the library or io_uring is missing, or if the installed
+/// version is not that of Debian 12, whose declarations the program has.
 pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
     let (asks, version) = match cache {
         Cache::Ucx => ("ucx_info", Cap::Ucx),

@@ -3,8 +3,8 @@
 use crate::support::{library, output, preloaded, text};
 use std::process::Command;
 
-/// The threads and open descriptors of a program, and the mappings that it has only with the
-/// library.
+/// The counts of a shell's threads and open descriptors, and its standard error, which would have a
+/// report.
 fn state(mut command: Command) -> (String, String) {
     command.args(["-c", "ls /proc/self/task | wc -l; ls /proc/self/fd | wc -l"]);
     let output = output(command);

@@ -11,7 +11,8 @@
  *                        a second thread sleeps meanwhile
  * cache threads SECONDS  five threads map, register, look up and unmap: "N rounds"
  * cache cycles N         N starts and stops of the cache while five threads map and unmap
- * cache close            closes all descriptors but the standard ones, then does what `stale` does
+ * cache close            closes all descriptors but the standard ones and the device's, then does
+ *                        what `stale` does, in this process
  * cache middle           a fork, then close_range, while five threads map and unmap
  * cache fork             a registration, then a fork: the child has to register anew; both continue
  */
