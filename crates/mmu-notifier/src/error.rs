@@ -4,7 +4,7 @@ use crate::WouldDeadlock;
 use std::error::Error;
 use std::fmt;
 
-/// A notifier has the maximum number of users, 2^32 - 1. Put one and try again.
+/// A notifier has the maximum number of users, 2^32 - 1. Put one of its references and try again.
 ///
 /// # Source
 /// `-EOVERFLOW` from `mmu_notifier_get`.
@@ -19,7 +19,8 @@ impl fmt::Display for Overflow {
 
 impl Error for Overflow {}
 
-/// Why [`Subsystem::get`](crate::Subsystem::get) made no subscription. Nothing is registered then.
+/// Why [`Subsystem::get`](crate::Subsystem::get) returned no subscription. It has registered
+/// nothing.
 ///
 /// # Source
 /// The `ERR_PTR` of `mmu_notifier_get`, Linux 5.15. Differs: no EINTR and no ENOMEM; a wait for the
@@ -44,8 +45,8 @@ pub enum GetError<E> {
     Alloc(E),
     /// The notifier has the maximum number of users.
     Overflow,
-    /// A new notifier has to be made, but this thread must not wait for brackets, because it would
-    /// wait for itself.
+    /// A new notifier has to be made, but this thread must not wait for brackets or for the write
+    /// lock: it would wait for itself, or the address space is that of a parent process.
     WouldDeadlock,
 }
 

@@ -101,7 +101,9 @@ pub trait IntervalOps: Send + 'static {
     /// May sleep.
     fn invalidate(&mut self, range: &InvalidateRange<'_>) -> Option<Finish>;
 
-    /// Like [`invalidate`](Self::invalidate), for a bracket in which sleeping is forbidden.
+    /// Like [`invalidate`](Self::invalidate), for a bracket in which sleeping is forbidden. The
+    /// default calls `invalidate`, so a state whose `invalidate` may sleep must implement this
+    /// method as well.
     ///
     /// # Errors
     /// [`WouldBlock`] if it would have to sleep. Then the intervals after this one are not called,
@@ -123,7 +125,8 @@ pub trait IntervalOps: Send + 'static {
 ///
 /// Dropping it is [`remove`](Self::remove). If `remove` would wait for this very thread (inside a
 /// bracket or a deferred free), the drop returns at once. The background thread then removes the
-/// node and drops its state after a grace period.
+/// node and drops its state after a grace period. In the child of a fork, the drop of an interval
+/// of the parent's address space does nothing.
 ///
 /// # Source
 /// `struct mmu_interval_notifier`, Linux 5.5.
@@ -278,8 +281,9 @@ impl<S: IntervalOps> IntervalNotifier<S> {
     ///
     /// # Blocking
     /// Sleeps while an invalidation that met this interval runs. Inside a bracket of the same
-    /// address space, and in a deferred free, the wait might be for this thread itself. There the
-    /// call does not sleep, and returns a sequence that never matches.
+    /// address space, and in a deferred free, the wait might be for this thread itself. If such an
+    /// invalidation runs there, the call does not sleep, and returns a sequence that never matches.
+    /// In the child of a fork, the sequence of a parent's interval never matches.
     /// # Source
     /// `mmu_interval_read_begin`.
     #[doc(alias = "mmu_interval_read_begin")]

@@ -2,9 +2,9 @@
 //! shadow.
 //!
 //! # The protocol
-//! * A **start** increments `in_progress` and widens the range. Then it locks the state and
-//!   zaps.
-//! * An **end** advances `seq`, and only then decrements `in_progress`.
+//! * A **start** that meets a watched range increments `in_progress` and widens the range. Then it
+//!   locks the state and zaps.
+//! * The **end** of such a start advances `seq`, and only then decrements `in_progress`.
 //! * A **fault** proceeds in six steps:
 //! 1. It reads `seq`.
 //! 2. It looks up the page, without a lock.
@@ -48,7 +48,7 @@ pub trait ShadowOps: Send + 'static {
     /// Drops every entry that `range` covers. The caller holds the shadow's lock.
     ///
     /// A bracket calls it if its range meets a range that the shadow watches, and passes the whole
-    /// range.
+    /// range. When the address space ends, it is called for all addresses.
     ///
     /// # Blocking
     /// May sleep unless [`InvalidateRange::blocking`] forbids it. Must not wait for a thread that
@@ -173,7 +173,9 @@ pub struct Snapshot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum InstallError {
-    /// The range was invalidated, or is being invalidated: take a new snapshot and look up again.
+    /// The range may have changed: take a new snapshot and look up again. Either an invalidation of
+    /// some watched range has ended since the snapshot, or an open one meets the range, or the
+    /// address space has ended.
     Retry,
     /// The range is not within the ranges that the shadow watches, so no invalidation would zap it.
     NotWatched,
@@ -240,9 +242,9 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         }
     }
 
-    /// Tells, without the lock, whether [`try_install`](Self::try_install) would probably refuse.
-    /// Either answer may be stale when it is returned. A caller can use it to skip a look-up that
-    /// is probably useless.
+    /// Tells, without the lock, whether [`try_install`](Self::try_install) would probably return
+    /// [`InstallError::Retry`]. Either answer may be stale when it is returned. A caller can use it
+    /// to skip a look-up that is probably useless.
     ///
     /// # Source
     /// `mmu_invalidate_retry_gfn_unsafe`.
@@ -268,8 +270,9 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         self.seq.load(Ordering::Relaxed) != snapshot.seq
     }
 
-    /// Runs `install` on the locked shadow, if the snapshot's range is watched and was not
-    /// invalidated since.
+    /// Runs `install` on the locked shadow, if the snapshot's range is watched and cannot have
+    /// changed since. There is one sequence for all watched ranges: an invalidation of other
+    /// watched pages that has ended since makes the call refuse as well.
     ///
     /// `install` must not allocate, free or print, and must not change mappings. With a source in
     /// this process, any of these may run the callback, which takes the same lock ([`Notifier`] has

@@ -2,8 +2,8 @@
 //!
 //! Some code keeps a second copy of an address space's translations: a registration cache, a shadow
 //! page table, a DMA map, a software TLB. Such code must drop an address *before* the memory behind
-//! it moves. In this crate it is a [`Notifier`]. A [`Subsystem`] holds at most one notifier per
-//! address space, and [`get`](Subsystem::get) returns a counted reference to it. The last
+//! it moves. In this crate such code is a [`Notifier`]. [`get`](Subsystem::get) of a [`Subsystem`]
+//! makes at most one notifier per address space, and returns a counted reference to it. The last
 //! [`put`](Subscription::put) unlinks the notifier. A grace period later no callback can run in it,
 //! and it is freed. Code that changes the address space does so inside a bracket,
 //! [`Mm::invalidate`].
@@ -51,7 +51,7 @@
 //! * [`Mm::invalidate`], [`Mm::try_invalidate`], [`Mm::with_invalidation`]: brackets, for event
 //!   sources.
 //! * [`Subsystem::synchronize`]: waits for the frees.
-//! * [`SoftTlb`]: a table of translations that a callback can empty, because it never allocates.
+//! * [`SoftTlb`]: a table of translations that a callback can empty, because its size is fixed.
 //! * [`lockdep`]: reports lock-order inversions, and callbacks that allocate, in debug builds.
 //!
 //! # A subscriber's life
@@ -68,8 +68,8 @@
 //! # What a subscriber can rely on
 //! * No bracket is missed: after `get` has returned, every bracket that is open or opens later
 //!   calls the notifier.
-//! * No end comes without its start. A start lacks its end only if the notifier was delisted in
-//!   between: it was put or unregistered, or its address space ended.
+//! * No end comes without its start. An accepted start lacks its end only if the notifier was
+//!   delisted in between: it was put or unregistered, or its address space ended.
 //! * No callback runs in a freed notifier, and `release` has returned before exit returns.
 //! * A call that would wait for its own thread returns [`WouldDeadlock`].
 //!

@@ -8,9 +8,9 @@
 //!     bracket                               thread 1 holds
 //! ```
 //!
-//! Some calls wait for brackets or callbacks to end:
+//! Some calls wait for brackets or callbacks to end, for example
 //! [`unregister`](crate::Registration::unregister), `get` of a new notifier,
-//! [`remove`](crate::IntervalNotifier::remove), [`synchronize`](crate::Subsystem::synchronize),
+//! [`remove`](crate::IntervalNotifier::remove), [`synchronize`](crate::Subsystem::synchronize) and
 //! exit. If the caller holds a lock that an open bracket or a running callback waits for, neither
 //! thread continues. In a test, such a wait and such a bracket rarely coincide. With a [`Map`]
 //! beside the lock they need not coincide. It is enough that the lock was once held during such a
@@ -118,7 +118,8 @@ impl Map {
 /// space with the id `mm`, or of any address space, have ended.
 ///
 /// # Panics
-/// If this thread holds a lock that one of these brackets or callbacks takes.
+/// With `debug_assertions`, if this thread holds a lock that was once taken inside a bracket or
+/// callback of such an address space.
 #[cfg_attr(debug_assertions, track_caller)]
 #[inline]
 pub(crate) fn might_wait(mm: Option<u64>) {

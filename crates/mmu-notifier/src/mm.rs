@@ -153,8 +153,8 @@ impl Mm {
         self.0.users.load(Ordering::Relaxed)
     }
 
-    /// Returns how many handles there are now. Every `Mm`, every [`MmWithUser`] and every
-    /// subscription holds one. For reports and tests.
+    /// Returns how many handles there are now. Every `Mm`, [`MmWithUser`], subscription,
+    /// registration, interval and [`OwnedBracket`] holds one. For reports and tests.
     #[must_use]
     pub fn mm_count(&self) -> usize {
         Arc::strong_count(&self.0)

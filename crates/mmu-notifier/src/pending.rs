@@ -90,7 +90,7 @@ impl Pending {
         self.wait_for(current);
     }
 
-    /// Returns whether no free is unfinished. If a free puts another notifier, that put is counted
+    /// Returns true if all frees are done. If a free puts another notifier, that put is counted
     /// before the free is done, so this function misses no chain.
     pub(crate) fn is_idle(&self) -> bool {
         // ORDER(core-freed): partner of the subtraction in `freed`.

@@ -125,7 +125,8 @@ impl<N: Notifier> Registration<N> {
     /// [`UnregisterError`] with the registration, if this thread is inside a bracket or callback of
     /// the address space or runs a deferred free, or if `release` has left a bracket open on this
     /// thread. Always if the address space is that of a parent process. The notifier is still
-    /// registered then. The next `unregister` calls `release` again.
+    /// registered then. The next `unregister` calls `release` again, even if this one has called
+    /// it.
     /// # Panics
     /// Never.
     /// # Source

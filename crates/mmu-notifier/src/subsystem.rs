@@ -17,8 +17,8 @@ use std::convert::Infallible;
 use std::fmt;
 use std::marker::PhantomData;
 
-/// An instance of an operations table. Each address space has at most one live notifier of a
-/// subsystem.
+/// An instance of an operations table. Each address space has at most one live notifier that
+/// [`get`](Self::get) of this subsystem has made.
 ///
 /// The instance is the key: two subsystems of one type are two keys. `alloc` makes the notifier for
 /// an address space that has none. The address space is locked while `alloc` runs, so `alloc` may

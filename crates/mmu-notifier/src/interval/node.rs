@@ -73,7 +73,8 @@ impl<L: Callback + 'static> Node<L> {
     }
 
     /// Waits until no invalidation of this interval is running, and returns its sequence. Returns
-    /// [`NEVER`] if this thread must not wait.
+    /// [`NEVER`] if there is an invalidation to wait for and this thread must not wait, and in the
+    /// child of a fork.
     #[cfg_attr(debug_assertions, track_caller)]
     pub(super) fn read_begin(&self) -> u64 {
         if self.mm.is_inherited() {
@@ -92,7 +93,8 @@ impl<L: Callback + 'static> Node<L> {
     }
 
     /// Takes the node off the tree and waits until no thread can be in its callback. Returns false,
-    /// and changes nothing, if this thread would wait for itself.
+    /// and changes nothing, if this thread would wait for itself, or if the node belongs to the
+    /// parent of a fork.
     ///
     /// # Safety
     /// The node must have been inserted, and not successfully detached before.

@@ -79,8 +79,9 @@ impl<T: RawIntervalOps> Interval<T> {
     /// # Blocking
     /// Blocks as `insert` does.
     /// # Errors
-    /// [`WouldDeadlock`] if this is the first insert and this thread has opened a bracket since it
-    /// took the lock.
+    /// [`WouldDeadlock`] if this is the first insert and this thread has opened a bracket of the
+    /// address space since it took the lock, or runs a deferred free. Always if the address space
+    /// is that of a parent process.
     /// # Safety
     /// As for `insert`.
     /// # Source
@@ -142,7 +143,8 @@ impl<T: RawIntervalOps> Interval<T> {
     }
 
     /// Waits until no invalidation of this interval is running, and returns its sequence. Returns
-    /// zero, which never matches, if this thread must not wait. See
+    /// zero, which never matches, if there is an invalidation to wait for and this thread must not
+    /// wait, and in the child of a fork. See
     /// [`IntervalNotifier::read_begin`](crate::IntervalNotifier::read_begin).
     ///
     /// # Blocking

@@ -21,10 +21,10 @@ use std::alloc::{GlobalAlloc, Layout, System};
 /// [`Map`](super::Map) that some callback has taken. The state of an
 /// [`InvalidateSeq`](crate::InvalidateSeq) is such a lock.
 ///
-/// The allocator checks the brackets of every source, but only start and end callbacks:
-/// [`release`](crate::Notifier::release) and `Drop` run outside of the allocator. A program whose
-/// callbacks come from the `process` source alone may allocate in them, and does not need this
-/// allocator. `CheckedAlloc` sees calls of Rust's allocator, but no `malloc` from C.
+/// The allocator checks the brackets of every source, but only start and end callbacks and second
+/// passes: [`release`](crate::Notifier::release) and `Drop` run outside of the allocator. A program
+/// whose callbacks come from the `process` source alone may allocate in them, and does not need
+/// this allocator. `CheckedAlloc` sees calls of Rust's allocator, but no `malloc` from C.
 ///
 /// Builds without `debug_assertions` check nothing and only forward calls.
 ///

@@ -1,8 +1,9 @@
 //! The detector: the locks that each thread holds, the brackets and callbacks that it is inside of,
 //! and where each lock was taken.
 //!
-//! No code here allocates or locks, because a callback may run in the middle of `free`. If a table
-//! is full, the detector misses inversions, but it never reports a wrong one.
+//! No code here allocates or locks, except to report an error, because a callback may run in the
+//! middle of `free`. If a table is full, the detector misses inversions, but it never reports a
+//! wrong one.
 //!
 //! # Safety
 //! The one `unsafe` block makes a reference from the pointer of a `&'static Location`.

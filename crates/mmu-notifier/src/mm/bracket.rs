@@ -116,7 +116,7 @@ impl Mm {
     /// # Errors
     /// [`WouldBlock`] if an interval or a subscriber would have had to sleep. Then everything is
     /// undone: the window of the intervals is closed, each subscriber that had accepted has got its
-    /// end, and the one that refused gets none. No guard exists, and no end is owed.
+    /// end, and those that refused get none. No guard exists, and no end is owed.
     /// # Examples
     /// ```
     /// use mmu_notifier::{Event, MmWithUser, VaRange};
@@ -211,7 +211,8 @@ pub(super) fn start_each<G>(
     None
 }
 
-/// Closes the window, and calls the end of the subscribers that were listed at the start.
+/// Closes the window, and calls the end of the subscribers that were listed at the start and still
+/// are.
 ///
 /// Out of line, because inlined it would make the drop of a bracket too large to be inlined itself,
 /// and the bracket would then be kept in memory. Generic, so that it is compiled into the crate

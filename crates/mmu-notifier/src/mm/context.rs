@@ -5,7 +5,8 @@ use crate::Mm;
 use crate::lockdep::Section;
 
 srcu::thread_word! {
-    /// How many brackets, releases and frees of any address space this thread is inside of.
+    /// How many brackets, callbacks outside of brackets, and deferred frees this thread is inside
+    /// of, for any address space.
     static DEPTH: u64 = 0;
     /// One if this thread is running a deferred free. Only the background thread runs those, or a
     /// thread that acts in its place.
@@ -39,8 +40,8 @@ impl Drop for Inside {
     }
 }
 
-/// Tells whether this thread is inside a bracket, a release or a free of any address space, or is
-/// the background thread.
+/// Tells whether this thread is inside a bracket, a callback or a deferred free of any address
+/// space, or is the background thread.
 pub(crate) fn is_inside() -> bool {
     DEPTH.get() != 0 || srcu::is_reclaimer()
 }

@@ -107,8 +107,8 @@ impl Event {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Exit(pub(crate) ());
 
-/// The mark of a driver that moves pages. A subscriber recognises its own migration by the mark and
-/// may skip it.
+/// The mark of a driver that moves pages or takes exclusive access to them. A subscriber recognises
+/// its own migration or access by the mark, and may skip the invalidation.
 ///
 /// A subscriber that counts open invalidations must also count a start that it skips, because the
 /// matching end is called as well.
@@ -191,8 +191,8 @@ pub enum Blocking {
     Forbidden,
 }
 
-/// One invalidation, as its subscribers see it. A bracket makes it and passes the same one to the
-/// start and to the end.
+/// One invalidation, as its subscribers see it. The start and the end of a bracket get equal
+/// values.
 ///
 /// # Source
 /// `struct mmu_notifier_range`, Linux 5.15. Differs: never empty, and it may reach the last

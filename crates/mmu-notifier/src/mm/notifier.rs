@@ -12,7 +12,7 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 ///
 /// The value's own `Drop` is its `free_notifier`. The drop runs on the background thread
 /// of the `srcu` crate, after a grace period, when no callback of this value can still be running.
-/// For a value that was never registered, it runs in the caller's thread.
+/// A value that was never registered, or that `unregister` has returned, is dropped by its owner.
 ///
 /// Callbacks may run before `get` has returned, in parallel with themselves, and after the last
 /// put, until the grace period ends. A start need not be followed by an end: the subscriber may be

@@ -9,7 +9,7 @@ use crate::{Mm, lockdep};
 use std::fmt;
 use std::ptr::NonNull;
 
-/// The part of an interval's invalidation that runs after all other intervals have been called.
+/// The part of an interval's invalidation that runs after all intervals have been called.
 ///
 /// Making one allocates, so a callback must not make one: it takes one that was made beforehand, as
 /// in the example of [`IntervalOps`](crate::IntervalOps). The values that the closure owns are

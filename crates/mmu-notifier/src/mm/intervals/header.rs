@@ -18,8 +18,8 @@ pub(crate) struct Header {
     range: VaRange,
     in_tree: AtomicBool,
     deferred_next: AtomicPtr<Header>,
-    /// The sequence of the last window that met this interval; always odd. Stored under the state's
-    /// lock.
+    /// The sequence of the last window that met this interval or was open at its insert, or of an
+    /// earlier window if there was none. Always odd. A callback stores it under the state's lock.
     invalidate_seq: AtomicU64,
     state: NonNull<dyn Callback>,
 }

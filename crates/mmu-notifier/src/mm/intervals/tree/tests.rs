@@ -41,7 +41,8 @@ impl Pair {
             .add(Spares::allocate(inserts * self.tree.need_each()));
     }
 
-    /// Reserves exactly the spare nodes that `need` asks for, and inserts.
+    /// Reserves exactly the spare nodes that `need` asks for, unless the test has reserved all, and
+    /// inserts.
     fn insert(&mut self, range: VaRange, interval: Interval) {
         let need = self.tree.need(range, interval);
         assert!(self.reserved || need <= self.tree.need_each());
@@ -217,7 +218,7 @@ proptest! {
     }
 }
 
-/// Returns the numbers of intervals in ascending, descending or random order.
+/// Returns the first pages of intervals, in ascending, descending or random order.
 fn run() -> impl Strategy<Value = Vec<u64>> {
     (0..4_u64, 1..1500_u64, 0..3_u8).prop_map(|(region, len, order)| {
         let of = |number| region * 10_000 + number;

@@ -96,8 +96,8 @@ impl<N: Embedded> Node<N> {
     /// [may have to wait for](crate#what-a-wait-waits-for).
     /// # Errors
     /// [`WouldDeadlock`] if this thread is inside a bracket or callback of the address space or
-    /// runs a deferred free, or if `release` has left a bracket open. The node is still registered
-    /// then.
+    /// runs a deferred free, or if `release` has left a bracket open. Always if the address space
+    /// is that of a parent process. The node is still registered then.
     /// # Safety
     /// `node` must be registered, and neither disposed of nor put for the last time. No thread may
     /// use the node afterwards.

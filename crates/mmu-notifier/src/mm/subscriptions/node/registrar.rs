@@ -1,5 +1,5 @@
-//! The two waits of a registrar: for the brackets that do not call a new node, and, before a node
-//! is unregistered, for its `release`.
+//! Two steps that safe and raw code share: the registration of a new node, with the wait for the
+//! brackets that do not call it; and the call of `release` before a node is unregistered.
 
 use super::NodeRef;
 use crate::mm::context;
