@@ -169,6 +169,7 @@ int main(int argc, char **argv)
 	source = !strcmp(argv[1], "own")  ? MMUN_SOURCE_OWN
 		 : !strcmp(argv[1], "hook") ? MMUN_SOURCE_HOOK
 					    : MMUN_SOURCE_KERNEL;
+	RUN(a_small_stack);
 	descriptors();
 	surroundings();
 	threads();

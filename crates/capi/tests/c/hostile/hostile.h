@@ -41,6 +41,7 @@ void run(const char *name, void (*what)(void));
 
 void descriptors(void);
 void surroundings(void);
+void a_small_stack(void);
 void threads(void);
 void ends(void);
 

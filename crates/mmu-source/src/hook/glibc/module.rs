@@ -48,7 +48,8 @@ impl Segment {
     /// Tells whether the code in memory is not that of the file. False if the file cannot be read.
     pub(super) fn is_changed(&self) -> bool {
         const STEP: usize = 1 << 16;
-        let mut bytes = [0; STEP];
+        // On the heap: the caller may be a thread with a small stack.
+        let mut bytes = vec![0; STEP];
         let Ok(file) = File::open(&self.path) else {
             return false;
         };
