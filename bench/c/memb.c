@@ -60,8 +60,8 @@ struct late {
 
 static void called(struct rcu_head *head) { ((struct late *)head)->at = now_ns(); }
 
-/* Returns the time from the end of the last section to the callback, which was queued a millisecond
- * before. */
+/* Returns the time from the end of the only section to the callback. The callback is queued a
+ * millisecond before that end. */
 double peer_memb_latency(void)
 {
 	struct late late = { .at = 0 };

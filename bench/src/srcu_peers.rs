@@ -77,8 +77,8 @@ pub(crate) mod urcu {
     //! liburcu, with its readers inlined into C loops.
     //!
     //! # Safety
-    //! The functions of `c/*.c` only require that a thread is registered before it reads or waits
-    //! with "memb".
+    //! The functions of `c/memb.c` and `c/bp.c` require only that a thread is registered before it
+    //! reads, waits or queues a callback with "memb".
 
     mod c {
         unsafe extern "C" {

@@ -4,8 +4,9 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-/// A step of the gate: its name, its command line, the environment, and the probe that says whether
-/// the step can run on this machine.
+/// A step of the gate: its name, its command line, and the variables that are added to the
+/// environment. If a step needs something that machines may lack, it has a probe: a command that
+/// fails if the step cannot run on this machine.
 struct Step {
     name: &'static str,
     needs: Option<&'static str>,
@@ -68,9 +69,9 @@ const KVM: &str = "dd if=/dev/kvm of=/dev/kvm conv=nocreat,notrunc count=0 statu
 /// have them.
 const GUESTS: &str = "timeout 240 cargo xtask guest --kernel 6.1 --kernel 6.12 --check";
 
-/// Each sanitizer and the models build into a folder of their own. The steps with a sanitizer build
-/// `stress` without the programs that need event sources, because the libraries of these programs
-/// would double the time of the build.
+/// Each sanitizer and the models build into a folder of their own. The steps that run `stress` with
+/// a sanitizer build it without the programs that need event sources, because the libraries of
+/// these programs would double the time of the build.
 const STEPS: &[Step] = &[
     step("format", "cargo fmt --all --check"),
     step("tidy", "cargo xtask tidy"),
@@ -199,8 +200,9 @@ pub(crate) fn run(root: &Path) -> ExitCode {
 /// The exit status of `timeout` after it has killed the command.
 const TOO_LONG: i32 = 124;
 
-/// Returns why a probe fails: the last line of its standard error, and whether `timeout` killed it.
-/// Returns `None` if the probe succeeds.
+/// Returns why a probe fails, or `None` if it succeeds. The reason is the last line of its standard
+/// error, with a note if `timeout` killed the probe. If the probe cannot be started, the reason is
+/// the error of the start.
 fn lack(probe: &str) -> Option<String> {
     let said = match command(probe).output() {
         Ok(output) if output.status.success() => return None,

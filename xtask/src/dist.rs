@@ -21,7 +21,8 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-/// Builds everything, lays the files out, packs them, and returns the path of the archive.
+/// Builds the program and the libraries, lays the files out, packs them, and returns the path of
+/// the archive.
 fn make(root: &Path) -> Result<PathBuf, String> {
     let packages = ["-p", "mmun", "-p", "mmun-capi", "-p", "mmun-dropin"];
     succeed(
@@ -126,9 +127,10 @@ fn pkg_config() -> String {
     )
 }
 
-/// Unpacks the archive in an empty folder and tries the files. It runs `mmun`, compiles and runs a
-/// C program that uses `libmmun`, and checks that the man pages and the completions of zsh lie
-/// where `man` and zsh look for them.
+/// Unpacks the archive in an empty folder and tries the files. It runs `mmun`, checks that `mmun
+/// run` loads the library of the archive, and compiles and runs a C program that uses `libmmun`. It
+/// checks that two of the man pages and the completions of zsh lie where `man` and zsh look for
+/// them.
 fn attempt(root: &Path, archive: &Path) -> Result<PathBuf, String> {
     let empty = std::env::temp_dir().join(format!("dist-{}", std::process::id()));
     fs::create_dir_all(&empty).map_err(|error| format!("{}: {error}", empty.display()))?;

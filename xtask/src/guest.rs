@@ -5,12 +5,13 @@
 //! machine has KVM, two NUMA nodes, swap space, merging of equal pages, and a network card that
 //! does RDMA. Its kernel is one of Debian's. Its root folder is the host's, read-only, below an
 //! overlay in memory. So every program, library and test binary has the same path as on the host,
-//! and nothing has to be packed. A machine of another kind than the host has a root folder of its
-//! own ([`foreign`]), and no RDMA.
+//! and nothing has to be packed. A machine of another kind than the host always runs in software,
+//! with a root folder of its own ([`foreign`]), and without RDMA.
 //!
 //! Cargo decides which commands run: Cargo's runner records each command line instead of running it
-//! ([`record`]). In the guest, [`agent`] runs the recorded commands in one boot. Each test itself
-//! decides whether it can run there (`testkit::require`).
+//! ([`record`]), except those of doc tests. In the guest, [`agent`] runs the recorded commands. All
+//! of them run in one boot, unless the machine has to be started again. Each test itself decides
+//! whether it can run there (`testkit::require`).
 
 pub(crate) mod agent;
 mod arch;

@@ -1,6 +1,6 @@
 //! `cargo xtask mutants [NAME ..]`: puts known faults into the code, one at a time, and checks that
-//! a test finds each. The mutants of memory orderings are not here, but in the models, which read
-//! `MMUN_MUTANT`.
+//! a test or a run of `stress` finds each. The mutants of memory orderings are not here, but in the
+//! models, which read `MMUN_MUTANT`.
 //!
 //! The command works in a copy of the sources below `target`, so the sources do not change.
 //! `cargo xtask tidy` checks that the text which each mutant replaces still exists.

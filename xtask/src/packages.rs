@@ -1,6 +1,6 @@
 //! `cargo xtask packages`: tests each published crate as its user gets it. The command packs all
-//! crates, unpacks each outside the workspace, and runs the tests of the package there, with the
-//! unpacked packages of the other crates.
+//! published crates, unpacks each outside the workspace, and runs the tests of the package there,
+//! with the unpacked packages of the other crates.
 
 use cargo_metadata::MetadataCommand;
 use std::fs;
@@ -61,7 +61,8 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-/// Runs the examples, doc tests and unit tests of an unpacked crate.
+/// Checks that an unpacked crate has its licences and its README. Compiles its examples, and runs
+/// its doc tests and unit tests.
 fn test(
     room: &Path,
     published: &[(String, String)],

@@ -1,7 +1,8 @@
 //! `cargo xtask surroundings`: runs tests once more in other surroundings.
 //!
-//! * A pid namespace whose session leader is outside, as in many containers: `getsid` returns 0
-//!   there, and the same processes have other pids in the outer `/proc`.
+//! * For all of them: a pid namespace, while the leader of the tests' session is outside, as in
+//!   many containers. `getsid` returns 0 there, and the same processes have other pids in the outer
+//!   `/proc`.
 //! * For the tests of the sources: a loader's cache that fills many pages, another allocator, and a
 //!   large environment. If a test takes a system call of the loader, of libc or of the allocator
 //!   for its own, the test fails here.
@@ -11,7 +12,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-/// The size to which the loader's cache is padded: 16 pages. The loader ignores the padding.
+/// The size to which a smaller cache of the loader is padded: 16 pages. The loader ignores the
+/// padding.
 const CACHE_BYTES: usize = 1 << 16;
 /// How many variables are added to the environment. `execve` accepts each of them, because a
 /// variable may have up to 128 KiB.
@@ -21,7 +23,7 @@ const VARIABLE_BYTES: usize = 100_000;
 /// The tests, their arguments, and whether they run with the padded cache, the other allocator and
 /// the large environment. The modules `inside` and `allocator`, and the tests of callbacks in the
 /// middle of `free`, are left out, because they need glibc's own allocator. Of `mmun`, only the
-/// tests about processes run.
+/// listed modules run, which are mostly about processes.
 const TESTS: &[(&[&str], &[&str], bool)] = &[
     (&["test", "-p", "mmu-source", "--test", "it"], &[], true),
     (

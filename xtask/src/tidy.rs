@@ -51,7 +51,8 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     }
 }
 
-/// Every Rust source of the workspace with its text.
+/// Returns every Rust source of the workspace with its text. The fuzz targets are not in the
+/// workspace.
 fn sources(root: &Path) -> Vec<(PathBuf, String)> {
     let mut folders: Vec<PathBuf> = ["crates", "bench", "stress", "xtask"]
         .map(|name| root.join(name))
@@ -129,7 +130,7 @@ fn code_map(root: &Path) -> Vec<(String, BTreeSet<String>)> {
 
 /// Checks that each crate uses exactly the crates that its row of the code map lists, and that
 /// these crates have rows above that row. A crate's tests may use `testkit` and every crate that
-/// has a row above.
+/// has a row above. The [`TOOLS`] are not checked.
 fn edges(root: &Path, complaints: &mut Vec<String>) {
     let metadata = MetadataCommand::new()
         .manifest_path(root.join("Cargo.toml"))
@@ -174,7 +175,8 @@ fn edges(root: &Path, complaints: &mut Vec<String>) {
 }
 
 /// Checks that each `ORDER(id)` occurs at two places or more and has a row in `docs/ordering.md`,
-/// and that each id with a row there occurs in the sources.
+/// and that each id with a row there occurs in the sources. One place suffices if its comment says
+/// `Partner: itself`.
 fn orders(root: &Path, sources: &[(PathBuf, String)], complaints: &mut Vec<String>) {
     let table =
         fs::read_to_string(root.join("docs/ordering.md")).expect("docs/ordering.md is there");

@@ -246,9 +246,9 @@ fn installation(rounds: usize) {
     );
 }
 
-/// Times a fresh subscription and its last put, while other threads map and unmap. With two such
-/// threads there are more threads than processors, so the subscriber may wait for the bracket of a
-/// preempted thread.
+/// Times a fresh subscription and its last put, while other threads map and unmap. If there are
+/// then more threads than processors, the subscriber may wait for the bracket of a preempted
+/// thread.
 fn subscribing(mm: &MmWithUser, threads: usize) {
     let hook = Hook::install().expect("it worked before");
     let others: [Subsystem<Empty>; 2] = [const { Subsystem::new(|_| Ok(Empty)) }; 2];

@@ -1,4 +1,4 @@
-//! Does the kernel source meet its bars? Some of them compare it with an idle virtual machine.
+//! Does the source `kernel` meet its bars? Some bars compare it with an idle virtual machine.
 //!
 //! `cargo run --release -p bench --bin kernel [ROUNDS [PART]]`, where PART is `fill`, `crowd`,
 //! `watch`, `on`, `start` or `flood`. Run it as root: `start` and `flood` start processes of
@@ -428,8 +428,8 @@ fn timed_starts(rounds: usize, label: &str) {
     row(label, "ms", &mut taken, "p50 <= 5");
 }
 
-/// Measures hits per second alone, and while another user's process discards 20 TiB in a loop,
-/// without and with a virtual machine.
+/// Measures hits per second in three cases: alone, while a process of another user discards 20 TiB
+/// in a loop, and while that process does so and has a virtual machine.
 fn flood(rounds: usize) {
     const REGIONS: u64 = 1000;
     let kernel = Kernel::start().expect("KVM and BPF");

@@ -109,9 +109,9 @@ impl Policy for Sieve {
     }
 }
 
-/// S3-FIFO: a small queue for new buffers, a main queue for buffers that were used at least twice
-/// while they were in the small queue, and a list of buffers that were evicted from the
-/// small queue.
+/// S3-FIFO: a small queue for new buffers, a main queue for buffers that were hit at least twice
+/// while they were in the small queue, and a list of buffers that were evicted from the small
+/// queue. If a buffer of that list is requested, it goes into the main queue.
 struct S3Fifo {
     small: VecDeque<u32>,
     main: VecDeque<u32>,

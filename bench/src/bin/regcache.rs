@@ -281,8 +281,8 @@ impl Lru {
     }
 }
 
-/// Measures a miss of each cache. To register is only to count, in all caches except that of UCX,
-/// in which a registration does nothing.
+/// Measures a miss of each cache. In the cache of UCX, a registration does nothing. In each other
+/// cache, it only counts.
 fn misses(rounds: usize) {
     let roomy = Ours::with(1, Options::new(), MmWithUser::new(), 2 * MISSES);
     let tight = Ours::new(1);

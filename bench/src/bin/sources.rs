@@ -2,8 +2,9 @@
 //!
 //! `cargo run --release -p bench --bin sources [ROUNDS]`
 //!
-//! The first rows run the BPF program by hand (`BPF_PROG_TEST_RUN`), for which no KVM is needed. On
-//! a machine without KVM, the rows that need a virtual machine are left out.
+//! The first two tables need no KVM: the first only asks the source `kernel`, the second runs its
+//! BPF program by hand (`BPF_PROG_TEST_RUN`). On a machine without KVM, the tables that need a
+//! virtual machine are left out.
 #![allow(missing_docs, reason = "a bench")]
 
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};

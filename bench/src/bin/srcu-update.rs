@@ -101,7 +101,8 @@ fn call_raw_held_up() -> f64 {
     taken
 }
 
-/// Returns the time from the first call to the return of the last callback, for one callback.
+/// Returns the time from the first call to the return of the last callback, divided by the number
+/// of callbacks.
 fn call_and_run() -> f64 {
     let srcu = Srcu::new();
     srcu.prepare();
@@ -116,8 +117,8 @@ fn call_and_run() -> f64 {
     ns(start, CALLS)
 }
 
-/// Returns the median time from the end of the last section to the callback, which was queued
-/// 300 us before.
+/// Returns the median time from the end of the only section to the callback. The callback is queued
+/// 300 us before that end.
 fn latency() -> f64 {
     let srcu = Srcu::new();
     let mut delays: Vec<f64> = (0..100)

@@ -1,4 +1,4 @@
-//! The kinds of machines that are emulated, a file for each.
+//! The kinds of machines that `cargo xtask guest` can run, a file for each.
 
 mod aarch64;
 mod x86_64;
@@ -32,8 +32,8 @@ pub(crate) struct Arch {
     pub(crate) board: fn(Accelerator) -> Vec<String>,
     /// The kernel's parameters that only this kind has.
     pub(crate) parameters: &'static str,
-    /// The emulator's arguments for the serial line to the host, without the line's destination.
-    /// And the name of the line's device in the guest.
+    /// The emulator's arguments for the serial line to the host, without the line's destination,
+    /// and the name of the line's device in the guest.
     pub(crate) line: (&'static [&'static str], &'static str),
     /// The packages of the build tools and of the root folder, for a machine of another kind than
     /// the host.

@@ -1,5 +1,5 @@
-//! Makes the initial file system: an archive in cpio's format "newc". It has `init`, busybox, and
-//! the kernel modules that are needed to mount the host's root folder.
+//! Makes the initial file system: an archive in cpio's format "newc". It has `init`, the script
+//! that sets the variables of `init`, busybox, and the first kernel modules ([`MODULES`]).
 
 use super::arch::Folders;
 use super::kernel::Kernel;
@@ -8,7 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The modules that the guest loads before it can read modules from the host.
+/// The modules that the guest loads before it can read modules from the host: those for mounting
+/// the host's root folder, and that of a console for the line to the host.
 const MODULES: &[&str] = &[
     "virtio_pci",
     "9pnet_virtio",

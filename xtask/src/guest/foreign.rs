@@ -18,7 +18,7 @@ for folder in /proc /dev /tmp "$WORKSPACE" "$CARGO_HOME"; do
 done
 exec chroot "$TOOLS" sh -c 'cd "$WORKSPACE" && exec "$@"' sh "$@""#;
 
-/// Returns the folders. If they do not exist yet, fills them with packages from the mirror.
+/// Returns the folders. Makes a folder that does not exist yet from the mirror's packages.
 pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folders, String> {
     let folder = store.join(arch.name);
     let failed = |error| format!("{}: {error}", folder.display());

@@ -138,7 +138,8 @@ fn numbers(version: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Returns the newest version of a series among the names of packages.
+/// Returns the newest version of a series among the names of packages, leaving out the flavours
+/// `rt` and `cloud`. The series `newest` has every version.
 fn newest<'a>(names: &[&'a str], series: &str) -> Option<&'a str> {
     let plain = |version: &&&str| !version.contains("rt-") && !version.contains("cloud-");
     let versions = names

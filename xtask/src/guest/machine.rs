@@ -54,8 +54,9 @@ impl Outcome {
         }
     }
 
-    /// Returns the cell of the table: the counts of tests, and whether time ran out. If a command
-    /// failed and no test did, the cell also says how that command ended.
+    /// Returns the cell of the table: the counts of tests, and a note if time ran out. If it did
+    /// not, but a command failed without a failed test, the note says how that command ended.
+    /// Without counts and note, the cell says that the commands passed.
     pub(crate) fn cell(outcomes: &[&Self]) -> String {
         let sum =
             |count: fn(&Self) -> u32| outcomes.iter().map(|outcome| count(outcome)).sum::<u32>();

@@ -1,4 +1,5 @@
-//! Cargo's runner: records each command line, so that the guest can run it.
+//! Cargo's runner: records each command line, so that the guest can run it. The command line of a
+//! doc test is not recorded.
 //!
 //! A note is a file whose name is the command's index. Its fields are the working folder, the count
 //! of environment variables, the variables, and the words of the command line. A zero byte ends
@@ -14,7 +15,7 @@ use std::process::{Command, ExitCode};
 /// The variable that names the folder of the notes.
 pub(crate) const PLAN: &str = "MMUN_GUEST_PLAN";
 
-/// Records a command line.
+/// Records a command line, unless it is that of a doc test.
 pub(crate) fn run(command: &[OsString]) -> ExitCode {
     match std::env::var_os(PLAN)
         .ok_or_else(|| io::Error::other("no folder for notes"))

@@ -23,7 +23,8 @@ pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>)
     }
 }
 
-/// Whether the file must compile with the oldest compiler. Tests need not.
+/// Tells whether the file must compile with the oldest compiler. Tests, `testkit` and what is
+/// outside `crates` need not.
 fn is_promised(path: &Path) -> bool {
     path.starts_with("crates")
         && !path.starts_with("crates/testkit")

@@ -42,7 +42,7 @@ pub(super) fn check(sources: &[(PathBuf, String)], complaints: &mut Vec<String>)
 }
 
 /// Returns the crate and the module of a source file. Returns `None` if the file does not belong to
-/// a library or program.
+/// a library or program of `crates`, or if it is for tests.
 fn place(path: &Path) -> Option<(String, Module)> {
     let mut parts: Vec<String> = path
         .with_extension("")

@@ -44,7 +44,8 @@ pub(super) const ARCH: Arch = Arch {
     default: "6.12",
     standard: &[
         // The broker's tests load BPF programs in several processes, and the emulated kernel takes
-        // long to verify these programs. So these tests run only for the table.
+        // long to verify these programs. So only the unit tests of the broker run, and only for the
+        // table.
         (
             "kernel source",
             "test -p mmu-source --lib --test it -- kernel --skip broker",

@@ -101,7 +101,8 @@ fn absolute(module: &[String], path: &[String]) -> Option<Module> {
     Some([&base[..], rest].concat())
 }
 
-/// Collects every path of one file that begins with `crate`, `self` or `super`.
+/// Collects the paths of one file that begin with `crate`, `self` or `super`, except those in
+/// inline modules for tests.
 pub(super) struct Uses<'a> {
     pub(super) module: &'a Module,
     /// The inline modules of the file that enclose the current item, outermost first.
@@ -154,7 +155,7 @@ pub(in super::super) fn is_for_tests(attribute: &Attribute) -> bool {
         && matches!(&attribute.meta, syn::Meta::List(list) if is_test(&list.tokens.to_string()))
 }
 
-/// Returns whether the condition of a `cfg` requires `test`.
+/// Tells whether the condition of a `cfg` is `test`, or an `all(...)` whose first part is `test`.
 fn is_test(condition: &str) -> bool {
     condition == "test" || condition.starts_with("all (test ,")
 }
