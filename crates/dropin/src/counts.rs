@@ -47,7 +47,7 @@ pub(crate) static TOLD: Count = Count::new();
 /// Whether a UCX cache has called our `ucs_rcache_get`. A flag and not a count: the look-ups hold
 /// no common lock, so a count would cost them an atomic addition.
 pub(crate) static LOOKED_UP: AtomicBool = AtomicBool::new(false);
-/// Caches that started to watch.
+/// How often libfabric has started the monitor, failed starts included.
 pub(crate) static STARTS: Count = Count::new();
 /// Nanoseconds that the start of the sources took, on the first use.
 pub(crate) static START_NS: Count = Count::new();

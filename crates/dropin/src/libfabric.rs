@@ -195,7 +195,8 @@ fn real(symbol: &CStr) -> Option<ptr::NonNull<c_void>> {
     real
 }
 
-/// Whether a cache has started the monitor.
+/// Tells whether libfabric has started the monitor, in this process or before the fork that made
+/// it. False if this process has no space of its own yet.
 pub(crate) fn is_started() -> bool {
     crate::counts::STARTS.get() != 0 && space::current().is_some()
 }

@@ -48,7 +48,8 @@ fn libfabric_is_told_where_open_mpi_patches_afterwards() {
     let Some(program) = with_patcher(Cache::Libfabric) else {
         return;
     };
-    // Each process lists libfabric's providers, which takes a while: so only each second operation.
+    // Each operation runs in a process that lists libfabric's providers, which takes a while. So
+    // the program tries only every second operation.
     let words = ["patcher", "last", "2"];
     let out = run(&program, &words, Some("hook"));
     assert!(stale(&out) <= 2 && told(&out).len() >= 5, "{out}");

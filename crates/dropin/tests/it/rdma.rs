@@ -1,9 +1,9 @@
 //! Counts the wrong bytes that two ranks of Open MPI exchange over verbs, without the drop-in and
 //! with it.
 //!
-//! The ranks change their buffers in two ways that libfabric does not see: bare system calls that
-//! unmap or discard. As shipped, the card then reads and writes pages that the program no longer
-//! owns.
+//! The ranks give their buffers back in four ways. libfabric does not see two of them: bare system
+//! calls that unmap or discard. As shipped, the card then reads and writes pages that the program
+//! no longer owns.
 
 use crate::support::{build, library, output, text};
 use std::process::Command;

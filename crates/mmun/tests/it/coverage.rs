@@ -124,7 +124,7 @@ fn hook_reports_calls_through_libc_before_they_happen() {
     ] {
         assert_eq!(seen(&rows, operation), "before", "{operation}");
     }
-    // The hook does not see other changes: a matrix in which it sees them would be wrong.
+    // The hook cannot see these changes: a matrix in which it sees them would be wrong.
     for operation in [
         "munmap (raw instruction)",
         "ftruncate (own)",

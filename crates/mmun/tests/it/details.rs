@@ -182,7 +182,7 @@ fn every_key_is_documented_and_every_documented_key_is_written() {
         "/../../docs/trace-json.md"
     ))
     .unwrap();
-    // A unit test compares these with the list in the program.
+    // A unit test compares the kinds of this page with the list in the program.
     let row = page.lines().find(|line| line.starts_with("| `kind` |"));
     let kinds: Vec<&str> = row.unwrap().split('`').skip(3).step_by(2).collect();
     let mut documented: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();

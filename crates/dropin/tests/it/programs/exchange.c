@@ -1,8 +1,8 @@
-/* Two ranks or more exchange buffers that are freed and mapped anew between calls, and check every
- * byte.
+/* Two ranks or more exchange buffers that are freed, unmapped or discarded between rounds, and
+ * check every byte.
  *
  * exchange SECONDS [ROUNDS]: prints "N rounds, M bytes wrong" on rank 0; exits 1 if a byte was
- * wrong. */
+ * wrong. If ROUNDS is given, SECONDS has no effect. */
 #define _GNU_SOURCE
 #include <mpi.h>
 #include <stdio.h>
@@ -21,7 +21,8 @@ static unsigned char content(unsigned round, int from, size_t at)
 
 enum { MALLOC, MUNMAP, BARE_MUNMAP, BARE_DISCARD, WAYS };
 
-/* Makes a buffer in one of several ways; `give` frees it in the matching way. */
+/* Makes a buffer in one of several ways. `give` gives it back in the matching way: a buffer that is
+ * only discarded stays mapped, and `take` returns it again. */
 static unsigned char *take(unsigned way, unsigned char **kept, size_t length)
 {
     if (way == MALLOC)

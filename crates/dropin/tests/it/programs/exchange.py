@@ -1,4 +1,4 @@
-"""Two ranks exchange numpy arrays that come and go, and check every byte.
+"""Two ranks or more exchange numpy arrays that come and go, and check every byte.
 
 exchange.py SECONDS: prints "N rounds, M bytes wrong" on rank 0; exits 1 if a byte was wrong.
 """
