@@ -29,7 +29,7 @@ type Device = usize;
 const DEVICES: usize = 4;
 const BUFFERS: usize = 16;
 
-/// A buffer whose pages stay in memory as long as this value lives.
+/// A buffer whose pages are locked in memory from the making of this value to its drop.
 struct Pinned {
     range: VaRange,
     /// Its bus address in each device's table, if the buffer is in that table.
@@ -70,14 +70,15 @@ impl Drop for Pinned {
 struct Map {
     buffers: [Option<Pinned>; BUFFERS],
     next_bus_address: u64,
-    /// How many entries were removed from devices' tables. Each removal is a command to a device.
+    /// How many entries the callback has removed from devices' tables. Each removal is a command
+    /// to a device.
     flushes: Arc<AtomicUsize>,
 }
 
 impl ShadowOps for Map {
     fn zap(&mut self, range: &InvalidateRange<'_>) {
-        // A device writes to the address in its table, so the callback must remove each entry
-        // before the memory is unmapped.
+        // A device writes to the address in its table, so the callback must remove the entry of a
+        // buffer before the buffer is unmapped.
         for place in &mut self.buffers {
             if let Some(buffer) = place.take_if(|buffer| buffer.range.overlaps(range.range())) {
                 self.flushes.fetch_add(
@@ -100,7 +101,8 @@ impl Map {
 
 type SharedMap = Subscription<InvalidateSeq<Map>>;
 
-/// Gives a device access to a buffer. Pins the buffer unless it is pinned already.
+/// Gives a device access to a buffer, and returns the bus address. Pins the buffer unless it is
+/// pinned already.
 fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error> {
     loop {
         let known = shared.with_shadow(|map| {
@@ -117,7 +119,8 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         let snapshot = shared.snapshot(range);
         let pinned = Pinned::new(range)?;
         let installed = shared.try_install(snapshot, |map| {
-            // If another device has pinned the buffer meanwhile, that device's entry stays.
+            // If another device has pinned the buffer meanwhile, its `Pinned` stays, and this one
+            // is dropped.
             if map.find(range).is_some() {
                 return true;
             }
@@ -126,16 +129,16 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         });
         match installed {
             Ok(false) => return Err(Error::other("all buffers are in use")),
-            // The buffer was mapped or invalidated meanwhile. The next turn of the loop finds out
-            // which of the two.
+            // Either the buffer is in the map now, or a bracket refused the installation. The next
+            // turn of the loop finds out which of the two.
             Ok(true) | Err(InstallError::Retry) => {}
             Err(error) => return Err(Error::other(error)),
         }
     }
 }
 
-/// Removes a device from every buffer. A device must do this before it puts the map, because put
-/// calls no callback.
+/// Removes a device from every buffer, and unpins the buffers that no device uses any more. A
+/// device must do this before it puts the map, because put calls no callback.
 fn detach(shared: SharedMap, device: Device) {
     shared.with_shadow(|map| {
         for place in &mut map.buffers {
@@ -183,8 +186,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         |shared: &SharedMap| shared.with_shadow(|map| map.buffers.iter().flatten().count());
     assert_eq!(buffers(&devices[2]), 2);
 
-    // The process unmaps the first buffer while devices use it. All devices drop the buffer before
-    // that.
+    // The process unmaps the first buffer while devices use it. Before `munmap`, the callback
+    // removes the buffer from the tables of all devices.
     mm.with_invalidation(first, Event::Unmap, |_| {
         assert_eq!(
             (buffers(&devices[0]), flushes.load(Ordering::Relaxed)),

@@ -44,8 +44,8 @@ impl Notifier for Enclave {
     }
 }
 
-/// Maps the enclave, and registers it under the same lock. So no other thread sees a mapping
-/// without its notifier, and none unmaps it in between.
+/// Maps the enclave, and registers it under the same hold of the write lock. So no thread that
+/// takes the lock sees a mapping without its notifier.
 fn map_enclave(mm: &MmWithUser) -> Result<Registration<Enclave>, WouldDeadlock> {
     let mut locked = mm.mmap_write_lock()?;
     // The mapping itself is made here.
@@ -66,9 +66,9 @@ impl IntervalOps for Svm {
     }
 }
 
-/// Splits a range at `at`, and makes the upper part read-only. The write lock excludes other
-/// changes of attributes from the removal of the old interval to the insert of both new ones. The
-/// device maps neither part until it faults again.
+/// Splits a range at `at`, and makes the upper part read-only. The old interval is removed before
+/// the two new ones are inserted, and the write lock excludes other changes of attributes
+/// meanwhile. The device maps neither part until it faults again.
 fn split(
     mm: &MmWithUser,
     whole: IntervalNotifier<Svm>,
@@ -114,8 +114,9 @@ impl Drop for Domain {
 
 static DOMAINS: Subsystem<Domain, Infallible, ()> = Subsystem::without_alloc();
 
-/// Binds address spaces, and unloads the driver. No put waits. One `synchronize` waits for all of
-/// them.
+/// Binds address spaces, and unloads the driver. No put waits for a free. One `synchronize` waits
+/// for the frees of all domains. Returns how many flushes there were, and how many domains are
+/// left.
 fn bind_and_unload(spaces: &[MmWithUser]) -> Result<(u64, u64), WouldDeadlock> {
     let (unit, mut flushes) = (Arc::new(AtomicU64::new(0)), 0);
     for mm in spaces {
@@ -149,7 +150,8 @@ impl IntervalOps for UserBuffer {
 }
 
 /// Submits work on all buffers. Looks up each buffer without a lock, and then checks all of them
-/// under the lock that their callbacks take. If one buffer has changed meanwhile, starts again.
+/// under the lock that their callbacks take. If any buffer has changed meanwhile, starts again.
+/// Returns how many tries it took.
 fn submit(buffers: &[IntervalNotifier<UserBuffer>], usable: &Usable) -> u32 {
     let mut tries = 0;
     loop {
@@ -225,7 +227,7 @@ fn main() -> Result<(), WouldDeadlock> {
         "each was told, and all are freed"
     );
 
-    // Many buffers under one lock, while another thread changes memory under them.
+    // Many buffers under one lock, while another thread invalidates their pages.
     let usable = Usable::default();
     let insert = |number| {
         let buffer = UserBuffer {

@@ -1,11 +1,12 @@
-//! A shadow page table over real memory. A thread faults an entry in when it first uses it, and
-//! `munmap` may run at any time.
+//! A shadow page table over real memory. If a thread uses a page that has no entry, it faults the
+//! entry in. `munmap` may run at any time.
 //!
 //! Readers follow the table's pointers without a system call. That is sound only if an entry leaves
-//! the table before its page is unmapped: a mistake in the protocol ends this program with SIGSEGV.
+//! the table before its page is unmapped: a mistake in the protocol may end this program with
+//! SIGSEGV.
 //!
-//! This program opens a bracket by hand around each call. With an event source, the code that calls
-//! `munmap` stays as it is.
+//! This program opens a bracket by hand around each `munmap`. With an event source, the code that
+//! calls `munmap` stays as it is.
 
 use mmu_notifier::lockdep::CheckedAlloc;
 use mmu_notifier::{Event, InvalidateSeq, MmWithUser, SoftTlb, Subsystem, Va, VaRange};
@@ -25,10 +26,12 @@ static ALLOC: CheckedAlloc = CheckedAlloc::new();
 #[derive(Clone, Copy)]
 struct Host(NonNull<u8>);
 
-// SAFETY: The memory belongs to no thread, and threads use the pointer only under the table's lock.
+// SAFETY: The memory belongs to no thread, and threads dereference the pointer only under the
+// table's lock.
 unsafe impl Send for Host {}
 
-/// The host address of each page that was used lately. The kernel calls such an entry an spte.
+/// The host address of each page that was used since its last unmap. KVM calls such an entry an
+/// spte.
 type Shadow = InvalidateSeq<SoftTlb<Host>>;
 
 /// The guest's memory. Any page of it may be missing.
@@ -52,13 +55,13 @@ impl Guest {
     fn unmap(&self, mm: &MmWithUser, number: u64) {
         let page = self.page(number);
         let _bracket = mm.invalidate(page, Event::Unmap);
-        // SAFETY: No code may use the page. Threads reach guest memory only through the shadow, and
-        // the shadow has dropped the page.
+        // SAFETY: No code may use the page. Threads reach guest memory only through the shadow. The
+        // shadow has dropped the page, and takes no entry of it while the bracket is open.
         let done = unsafe { libc::munmap(page.start().get() as *mut libc::c_void, PAGE as usize) };
         assert_eq!(done, 0, "munmap: {}", Error::last_os_error());
     }
 
-    /// Maps a missing page again. No translation of it existed, so no bracket is needed.
+    /// Maps a missing page again. No translation of it exists, so no bracket is needed.
     fn map_again(&self, number: u64) {
         mmap(
             self.page(number).start().get() as *mut libc::c_void,
@@ -92,8 +95,8 @@ fn mmap(at: *mut libc::c_void, length: u64, flags: libc::c_int) -> u64 {
     start as u64
 }
 
-/// Adds one to a byte of the guest, through the shadow. Returns the old value, or `None` if the
-/// page is not mapped, and whether the page had to be faulted in.
+/// Adds one to a byte of the guest, through the shadow. Returns two values: the old byte, which is
+/// `None` if the page is not mapped, and whether the page had no entry at first.
 fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) {
     let page = guest.page(number);
     let address = page.start();
@@ -102,8 +105,8 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
         // The closure runs under the shadow's lock, so no bracket zaps an entry meanwhile.
         let hit = shadow.with_shadow(|table| {
             table.get(address).map(|Host(host)| {
-                // SAFETY: The page must be mapped. Its entry is in the shadow, so no bracket has
-                // reached the point at which the page may be unmapped.
+                // SAFETY: The page must be mapped. `munmap` comes only after the bracket has zapped
+                // the entry, and the entry is still in the shadow.
                 let value = unsafe { host.as_ptr().read_volatile() };
                 // SAFETY: The page must be mapped, as above. Only holders of the lock write to it.
                 unsafe { host.as_ptr().write_volatile(value.wrapping_add(1)) };
@@ -118,8 +121,8 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
         let Some(host) = guest.walk(page) else {
             return (None, faulted);
         };
-        // A refusal means that a bracket has invalidated the page, or does so now. The next turn
-        // looks the page up again.
+        // A refusal means that a bracket of some page of the guest has ended since the snapshot, or
+        // that an open one may cover this page. The next turn looks the page up again.
         let _ = shadow.try_install(snapshot, |table| table.insert(address, host));
     }
 }

@@ -34,8 +34,8 @@ struct Module {
 #[derive(Debug)]
 struct Context {
     module: Arc<Module>,
-    /// The pages that the device uses. Callbacks take this lock, so its holders must not allocate:
-    /// the table has a fixed size.
+    /// The pages that the device uses. Callbacks take this lock, so its holders must not allocate
+    /// or free: the table has a fixed size.
     pages: Mutex<SoftTlb<()>>,
 }
 
@@ -57,7 +57,7 @@ impl Notifier for Context {
     }
 }
 
-/// The kernel's `free_notifier`. Runs on the background thread, after the last callback.
+/// The kernel's `free_notifier`. Runs on the reclaimer, after the last callback.
 impl Drop for Context {
     fn drop(&mut self) {
         assert!(
@@ -94,7 +94,8 @@ impl File {
             .insert(Va::new(page), ());
     }
 
-    /// Drops every page if this is the last file, because put calls no `release`.
+    /// Closes the file. If it is the last file of its context, first drops every page of the
+    /// context, because put calls no `release`.
     fn close(self) {
         if self.0.users() == 1 {
             self.0.forget(VaRange::ALL);

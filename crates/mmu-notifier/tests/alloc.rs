@@ -1,5 +1,4 @@
-//! Tests that functions which must not call the allocator do not, with an allocator that counts
-//! calls.
+//! Counts the calls of the allocator in functions that must not allocate or free.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
@@ -31,7 +30,8 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).unwrap()
 }
 
-/// Opens a bracket of every kind, and calls every other callback.
+/// Opens a bracket with each function that opens one, flushes secondary TLBs, and asks whether
+/// pages are young.
 fn dispatch(mm: &MmWithUser) {
     drop(mm.invalidate(VaRange::ALL, Event::Unmap));
     drop(mm.try_invalidate(page(1), Event::Clear));
@@ -79,8 +79,8 @@ fn dispatch_allocates_and_frees_nothing() {
     }
 }
 
-/// After a refusal the core must call the subscribers that accepted, however many there are. It
-/// records them without an allocation.
+/// After a refusal the core must call the end of each subscriber that accepted, however many there
+/// are. It records them without an allocation.
 #[test]
 fn a_refused_start_allocates_and_frees_nothing() {
     struct Refuses;
@@ -187,8 +187,8 @@ fn a_put_in_the_middle_of_a_walk_allocates_and_frees_nothing() {
 #[test]
 fn an_end_that_makes_deferred_inserts_allocates_and_frees_nothing() {
     let up = |late| (0..late).map(|number| 2 * number + 1).collect();
-    // The bracket's end inserts in reverse order: first 1000 to 1299 upwards, which fills nodes,
-    // and then 103,099 to 100,000 downwards, behind these nodes.
+    // The bracket's end inserts in reverse order: first pages 1000 to 1299 upwards, which fills
+    // nodes, and then pages 103,099 to 100,000 downwards, behind these nodes.
     let down_behind = (0..3100)
         .map(|number| 100_000 + number)
         .chain((1000..1300).rev())

@@ -1,8 +1,8 @@
-//! In the child of a real `fork`, an address space of the parent calls no callback and frees
-//! nothing.
+//! In the child of a real `fork`, operations on the parent's address spaces call no callback and
+//! free no notifier.
 //!
-//! This is a program of its own, which runs one test at a time. A child has no other threads, but
-//! it inherits the locks that the parent's other threads held.
+//! This is a test program of its own, and its tests run one at a time: a child has only the thread
+//! that forked, but it inherits the locks that the parent's other threads held.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{
@@ -93,7 +93,7 @@ static SUBSYSTEM: Subsystem<Counts> = Subsystem::new(|_| Ok(Counts));
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    // Wait for the frees of the notifiers that the previous test put.
+    // Wait for the frees of the notifiers of `SUBSYSTEM` that earlier tests put.
     SUBSYSTEM.synchronize().unwrap();
     CALLS.store(0, Ordering::SeqCst);
     alone
@@ -137,8 +137,8 @@ fn s_17_brackets_of_an_inherited_address_space_call_no_subscriber() {
     assert!(mm.clear_young(VaRange::ALL) && CALLS.load(Ordering::SeqCst) == before + 3);
 }
 
-/// In the child, an inherited interval and an inherited registration refuse every call at once,
-/// whatever locks the parent's threads held.
+/// In the child, `try_install`, `remove`, `unregister` and the write lock of an inherited address
+/// space are refused at once, whatever locks the parent's threads held at the fork.
 #[test]
 fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
     let _alone = alone();
@@ -160,7 +160,7 @@ fn s_17_nothing_waits_or_installs_on_an_inherited_address_space() {
             drop(bracket);
         });
         open.recv().unwrap();
-        // The drop of `finish` ends the bracket, also if the test fails.
+        // The drop of the sender makes the other thread end the bracket, also if the test fails.
         let _finish = finish;
         assert!(in_child(|| {
             let (interval, registered) = held.take().unwrap();
@@ -267,13 +267,14 @@ type OnFrees = Subsystem<OnFree, (), Box<dyn Fn(&MmWithUser) -> Result<OnFree, (
 /// Makes a subsystem whose first notifier calls `f` when it is freed.
 fn on_first_free(f: impl FnOnce() + Send + Sync + 'static) -> OnFrees {
     let first: Mutex<Option<Box<dyn FnOnce() + Send + Sync>>> = Mutex::new(Some(Box::new(f)));
-    // In the child of a fork, a thread of the parent may hold the lock. Then `f` runs in the
-    // parent.
+    // In the child of a fork, the lock may be locked for ever, by a thread that exists only in the
+    // parent. Then `f` runs in the parent.
     let take = move || first.try_lock().ok().and_then(|mut first| first.take());
     Subsystem::new(Box::new(move |_: &MmWithUser| Ok(OnFree(take()))))
 }
 
-/// Makes and puts a notifier on an address space of this process, and waits for its free.
+/// Makes and puts a notifier on an address space of this process, and waits for its free. Returns
+/// false if a wait is refused or the notifier's handle is left.
 fn works(subsystem: &OnFrees) -> bool {
     let own = MmWithUser::new();
     subsystem.get(&own).unwrap().put();
@@ -308,8 +309,8 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
             subsystem.synchronize().unwrap();
         });
         let stat = format!("/proc/self/task/{}/stat", waiter.recv().unwrap());
-        // The state follows the name, which is in parentheses. While the thread sleeps, it holds
-        // the locks that `synchronize` takes.
+        // The state follows the name, which is in parentheses. While the thread sleeps in
+        // `synchronize`, it holds the lock that admits one waiter at a time.
         while !std::fs::read_to_string(&stat)
             .unwrap()
             .rsplit_once(") ")
@@ -319,7 +320,7 @@ fn s_17_a_subsystem_works_in_a_child_that_was_forked_during_a_free() {
         {
             std::thread::yield_now();
         }
-        // A child of the child makes a new count of frees, too.
+        // The child makes a count of frees of its own, and so does a child of the child.
         assert!(in_child(
             || works(subsystem) && in_child(|| works(subsystem))
         ));

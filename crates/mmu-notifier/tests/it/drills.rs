@@ -1,4 +1,4 @@
-//! Whole systems, on real mappings where possible.
+//! Whole systems. `b_47` uses real mappings.
 
 use crate::support::{Counter, page, wait_until};
 use mmu_notifier::{
@@ -99,14 +99,15 @@ fn b_46_after_the_last_puts_and_synchronize_no_operation_runs() {
 }
 
 const PAGES: usize = 16;
-/// The size of a page of these tests: a multiple of the page size of any kernel for this processor.
+/// The size of a page of these tests: a multiple of each page size of x86-64 and AArch64 kernels.
 const PAGE: usize = if cfg!(target_arch = "aarch64") {
     64 << 10
 } else {
     4 << 10
 };
 
-/// Real anonymous memory. Each new page begins with a stamp: a number that no earlier page had.
+/// Real anonymous memory. `write_stamp` writes a stamp to the beginning of a page: an integer that
+/// no page has had before.
 struct Memory {
     base: usize,
     stamp: AtomicU64,
@@ -227,7 +228,8 @@ impl ShadowOps for Mirror {
     }
 }
 
-/// Runs a mirror thread, which faults pages in and looks for entries of pages that are gone.
+/// Runs a mirror thread until the address space has ended. It faults pages in, and checks that each
+/// entry it looks at has the stamp of its page.
 fn mirror(shadow: &InvalidateSeq<Mirror>, memory: &Memory, alive: &Mm, found: &Counter) {
     for page in (0..PAGES).cycle() {
         let Some(_user) = alive.mmget_not_zero() else {
@@ -256,7 +258,8 @@ fn mirror(shadow: &InvalidateSeq<Mirror>, memory: &Memory, alive: &Mm, found: &C
     }
 }
 
-/// Mirrors of two devices on one address space, while it unmaps, clears, forks, migrates and ends.
+/// Mirrors of two devices on one address space, whose pages are unmapped, cleared, mapped over and
+/// migrated. The address space also forks, and ends.
 #[test]
 fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
     let memory = Memory::map();
@@ -315,7 +318,7 @@ fn b_47_no_mirror_has_an_entry_of_a_freed_page() {
     assert_eq!((handle.mm_count(), handle.callback_panics()), (1, 0));
 }
 
-/// Makes one change of the address space, in its bracket.
+/// Makes one change of the address space in a bracket. After an unmap, maps the page again.
 fn change(
     mm: &MmWithUser,
     memory: &Memory,
@@ -371,7 +374,8 @@ impl Memory {
     }
 }
 
-/// Forks a real child, whose address space starts without subscribers.
+/// Forks a real child in a bracket. A new `MmWithUser` stands for the child's address space, which
+/// starts without subscribers.
 fn fork(mm: &MmWithUser) {
     let bracket = mm.invalidate(VaRange::ALL, Event::ProtectionPage);
     // SAFETY: The child only calls `_exit`, which is allowed after a fork of a program with

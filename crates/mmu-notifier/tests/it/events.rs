@@ -1,4 +1,5 @@
-//! Start, end and events. `refusals.rs` has the tests of starts that refuse.
+//! Starts, ends, events, ages and secondary TLBs. `refusals.rs` has the tests of starts that
+//! refuse.
 
 use crate::support::{At, Counter, Log, Probe, Probes, Slot, nothing, page, probes};
 use mmu_notifier::{
@@ -60,7 +61,8 @@ fn s_102_a_start_that_panics_is_counted_and_the_others_are_called() {
     }
 }
 
-/// The calls that a subscriber got: the callback, and the arguments of its bracket.
+/// The calls that a subscriber got: the name of the callback, and the range, event, blocking and
+/// address space of the bracket.
 type Told = Arc<Mutex<Vec<(&'static str, VaRange, Event, Blocking, u64)>>>;
 
 struct Listens(Told);
@@ -202,7 +204,8 @@ fn s_104_young_asks_every_subscriber_and_test_young_stops_at_the_first() {
     );
 }
 
-/// The default methods of a subscriber.
+/// The default methods: no page is young, and a callback that must not sleep calls the one that
+/// may.
 #[test]
 fn s_104_by_default_nothing_is_young_and_a_start_that_must_not_sleep_is_the_other_one() {
     struct Plain(Counter);
@@ -291,7 +294,7 @@ fn b_06_a_table_is_of_one_kind() {
 
 #[test]
 fn b_06_release_and_young_reach_a_secondary_tlb() {
-    /// Each of the three callbacks returns true for a different page.
+    /// Each of the three callbacks about young pages returns true for a different page.
     struct Marked(Log);
     impl SecondaryTlb for Marked {
         fn invalidate_secondary_tlbs(&self, _mm: &Mm, _range: VaRange) {}
@@ -381,8 +384,8 @@ fn b_08_only_migration_and_exclusive_access_carry_an_owner() {
     assert_eq!(torn_down.get(), 3);
 }
 
-/// Only exit can make a release event (see the doc test of `Exit`), and exit calls `release` of
-/// subscribers.
+/// Only exit can make a release event (see the doc test of `Exit`). At exit a subscriber gets
+/// `release`, and no start.
 #[test]
 fn b_10_release_comes_from_exit_alone() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -193,7 +193,8 @@ fn s_49_unregister_waits_for_a_release_that_exit_runs() {
 
 #[test]
 fn s_50_an_object_is_listed_until_its_release_has_returned() {
-    // S-44 is the same for exit. This test is for `unregister`.
+    // S-44 checks this for the `release` that exit calls, and this test for the one that
+    // `unregister` calls.
     let (mm, log, gate) = (MmWithUser::new(), Log::default(), Gate::new());
     let registration =
         Registration::new(&mm, Probe::new("a", &log, stop(At::Release, &gate))).unwrap();
@@ -268,7 +269,8 @@ fn s_53_exit_touches_no_other_address_space_and_waits_for_none() {
     );
 }
 
-/// A callback drops the last user. A wait for brackets there would wait for the callback itself.
+/// The thread that drops the last user has a bracket open, as it has in a callback. A wait for
+/// brackets would wait for this thread itself.
 #[test]
 fn exit_inside_a_callback_releases_and_does_not_wait() {
     let (mm, log) = (MmWithUser::new(), Log::default());

@@ -79,9 +79,9 @@ fn s_05_an_alloc_error_comes_back_as_it_is() {
 }
 
 /// The kernel can fail after `alloc`, if there is no memory for the list head. Here the head is
-/// part of the address space, so a registration fails before `alloc`, or returns the notifier that
-/// the caller made. After `alloc` it fails only if `alloc` has left a bracket open (`s_14`). Then
-/// this thread drops the notifier.
+/// part of the address space. So `get` fails before `alloc` has made a notifier, and a refused
+/// `Registration::new` hands the notifier back. There is one exception: `get` also fails if `alloc`
+/// has left a bracket open (`s_14`), and then drops the notifier in the caller's thread.
 #[test]
 fn s_06_a_failed_registration_leaves_nothing_behind() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -107,7 +107,8 @@ fn s_06_a_failed_registration_leaves_nothing_behind() {
     );
 }
 
-/// The kernel returns EINTR here. This crate's registration continues.
+/// If a signal comes while a registration waits, the kernel returns EINTR. This crate continues to
+/// wait.
 #[test]
 fn s_07_a_signal_does_not_interrupt_get() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
@@ -277,8 +278,8 @@ fn s_14_under_the_write_lock_get_locked_works_and_get_says_so() {
     assert!(mm.mmap_write_lock().is_ok());
 }
 
-/// A caller that holds the write lock must still not wait for a bracket that its thread has open.
-/// The bracket may be the caller's own, or one that `alloc` opened.
+/// `get_locked` and `get` must not wait for a bracket that the calling thread has open: neither for
+/// one that the caller opened, nor for one that `alloc` left open.
 #[test]
 fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -306,8 +307,8 @@ fn s_14_get_locked_inside_a_bracket_is_refused_and_a_bracket_left_by_alloc_too()
     assert_eq!(subsystem.get_locked(&mut locked).unwrap().users(), 1);
 }
 
-/// The type decides: a registration has no key, so no other user can share a notifier that its
-/// owner will unregister.
+/// A `Registration` belongs to no subsystem, so `get` cannot share a notifier that its owner may
+/// unregister.
 #[test]
 fn s_15_get_does_not_find_a_registered_object() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -319,8 +320,9 @@ fn s_15_get_does_not_find_a_registered_object() {
     );
 }
 
-/// A subsystem cannot have two listed objects (S-15). The nearest case is an old object that is
-/// being freed.
+/// On one address space, `get` can find at most one listed notifier of a subsystem, because it
+/// finds no registered one (S-15). So the older notifier of this test was put, and waits for its
+/// free.
 #[test]
 fn s_16_get_returns_the_newest_object_of_its_subsystem() {
     let (mm, log, gate) = (Arc::new(MmWithUser::new()), Log::default(), Gate::new());
