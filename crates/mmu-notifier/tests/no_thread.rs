@@ -1,6 +1,6 @@
-//! A system that gives no thread (`RLIMIT_NPROC`, `pids.max`): `synchronize` runs the frees itself.
-//! There is one test only, because all domains of a process share one reclaimer, which must not run
-//! here.
+//! If the system gives the reclaimer no thread (`RLIMIT_NPROC`, `pids.max`), `synchronize` runs the
+//! frees itself. There is one test only, because all domains of a process share one reclaimer,
+//! which must not run here.
 #![cfg(not(mmun_loom))]
 
 use mmu_notifier::{MmWithUser, Notifier, Subsystem};

@@ -1,5 +1,5 @@
-//! Starts, ends, events, ages and secondary TLBs. `refusals.rs` has the tests of starts that
-//! refuse.
+//! Starts, ends, events, the callbacks about young pages, and secondary TLBs. `refusals.rs` has the
+//! tests of starts that refuse.
 
 use crate::support::{At, Counter, Log, Probe, Probes, Slot, nothing, page, probes};
 use mmu_notifier::{

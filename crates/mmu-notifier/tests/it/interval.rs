@@ -85,7 +85,7 @@ fn b_14_only_an_event_that_hits_makes_a_reader_retry() {
     );
 }
 
-/// The kernel leaves the window open here for ever.
+/// In the kernel, a subscriber that refuses leaves the window of the intervals open for ever.
 #[test]
 fn b_18_a_refusing_subscriber_closes_the_intervals_window() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -116,7 +116,7 @@ fn b_19_a_refusing_interval_keeps_subscribers_out() {
     drop(node);
 }
 
-/// If a reader or another callback holds the state's lock, the start is refused too.
+/// A start that must not sleep is refused if the state's lock is held, as `with_state` holds it.
 #[test]
 fn a_locked_state_refuses_where_sleeping_is_forbidden() {
     let mm = MmWithUser::new();
@@ -189,8 +189,8 @@ fn b_24_read_begin_waits_for_one_window_only() {
     drop(second);
 }
 
-/// Inside a bracket of the same thread the wait would never end. So the reader gets a sequence that
-/// never matches.
+/// Inside a bracket of the same thread, a wait would never end. So `read_begin` returns a sequence
+/// that never matches, and `remove` is refused.
 #[test]
 fn read_begin_inside_ones_own_bracket_does_not_hang() {
     let mm = MmWithUser::new();
@@ -273,8 +273,8 @@ fn b_27_the_sequence_may_wrap_around() {
     }
 }
 
-/// Many intervals share one lock of the driver, which each callback takes. Under that lock, the
-/// check without the state's own lock is exact.
+/// A driver may have one lock for many intervals, which each callback takes. Under that lock,
+/// `check_retry` is exact, although it does not take the lock of the interval's state.
 #[test]
 fn b_32_the_check_is_exact_under_a_lock_that_the_callback_takes() {
     use std::sync::Mutex;

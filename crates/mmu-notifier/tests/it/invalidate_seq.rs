@@ -1,4 +1,4 @@
-//! The collision protocol of a hypervisor.
+//! `InvalidateSeq`: KVM's protocol for faults that collide with invalidations.
 
 use crate::support::{Gate, Log, Probe, nothing, page, spawn};
 use mmu_notifier::{
@@ -31,8 +31,8 @@ fn shadow(mm: &MmWithUser) -> Shadow {
     Registration::new(mm, InvalidateSeq::new([pages(1, 99)], Table::default())).unwrap()
 }
 
-/// A fault on a page: takes a snapshot and at once installs `frame`, as if the look-up of the frame
-/// took no time.
+/// A fault on a page: takes a snapshot and at once tries to install `frame`, as if the look-up of
+/// the frame took no time.
 fn fault(shadow: &InvalidateSeq<Table>, number: u64, frame: usize) -> Result<(), InstallError> {
     let snapshot = shadow.snapshot(page(number));
     shadow
@@ -70,8 +70,8 @@ fn b_40_a_fault_that_an_invalidation_overtook_is_refused() {
     assert_eq!(entry(&shadow, 7), Some(2));
 }
 
-/// The frame changes inside brackets. No reader ever finds an older frame in the shadow than the
-/// current one.
+/// The frame changes inside brackets. Each time a thread reads the entry, the entry is missing or
+/// is the current frame.
 #[test]
 fn b_40_no_stale_entry_under_load() {
     let mm = Arc::new(MmWithUser::new());
@@ -291,8 +291,8 @@ fn b_44_a_change_of_the_watched_ranges_waits_for_open_brackets() {
     );
 }
 
-/// The ranges come from an iterator of the caller, which may leave a bracket open. `watch` checks
-/// for open brackets only after it has collected the ranges.
+/// The ranges come from an iterator, whose code may leave a bracket open. So `watch` checks for
+/// open brackets only after it has collected the ranges.
 #[test]
 fn b_44_a_change_of_the_watched_ranges_checks_after_the_ranges_were_made() {
     let mm = MmWithUser::new();
@@ -334,9 +334,9 @@ fn b_44_a_change_of_the_watched_ranges_after_exit_does_not_wait_for_an_end_that_
     assert!(watch(&shadow).join());
 }
 
-/// The table does not watch page 200 at the start of the bracket, so the start is not counted. It
-/// watches page 200 at the end, after a release. The end must not subtract a start that was not
-/// counted.
+/// The shadow does not watch page 200 at the start of the bracket, so the start is not counted. It
+/// watches page 200 at the end, because after a release `watch` does not wait for the bracket. The
+/// end must not subtract a start that was not counted.
 #[test]
 fn b_44_an_end_after_release_takes_nothing_back() {
     let mm = MmWithUser::new();

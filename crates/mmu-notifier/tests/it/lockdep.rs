@@ -1,5 +1,5 @@
-//! S-63: the detector finds a wait for callbacks under a lock that a callback takes, whichever
-//! happens first.
+//! S-63: the detector finds a wait for callbacks under a lock that a callback takes, whether the
+//! callback takes the lock before the wait or after it.
 
 use crate::support::{Gate, page, spawn};
 use mmu_notifier::{
@@ -143,8 +143,8 @@ fn s_63_the_write_lock_and_the_first_insert_are_waits_too() {
     drop(client.unregister());
 }
 
-/// Calls each other function that may wait, under a lock that a callback of the same address space
-/// has taken.
+/// Calls functions that may wait and that no test above calls, under a lock that a callback of the
+/// same address space has taken.
 #[test]
 fn s_63_every_function_that_may_wait_is_one() {
     let (mm, table, gate) = (Arc::new(MmWithUser::new()), Table::new(), Gate::new());
@@ -209,7 +209,8 @@ fn s_63_a_nested_bracket_hides_no_outer_one() {
     }
 }
 
-/// The drop of a map removes its records: another lock may get its place in the detector's table.
+/// The drop of a `Map` removes what the detector has recorded of its lock, because a later lock may
+/// get the same place in the detector's table.
 #[test]
 fn s_63_a_new_lock_is_not_taken_for_an_old_one() {
     let mm = MmWithUser::new();

@@ -1,9 +1,9 @@
 //! Runs random operations of several threads on the core and on the reference model. Both must
-//! agree in every answer and every callback.
+//! agree in their answers and callbacks. `World::agree` says which callbacks may come in another
+//! order.
 //!
 //! One thread operates at a time, with one exception. If an operation waits for brackets of other
-//! threads, these threads end the brackets meanwhile, and the callbacks of that time may come in
-//! any order.
+//! threads, these threads end the brackets meanwhile.
 
 mod callbacks;
 mod steps;
@@ -14,8 +14,8 @@ use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use world::World;
 
-/// One step. An index, modulo the count of the existing objects, chooses one of them. In a step of
-/// a thread, the first index chooses the thread.
+/// One step. If a thread makes the step, the first field is the thread's index. An index of an
+/// object is taken modulo the count of the existing objects.
 #[derive(Debug, Clone)]
 enum Op {
     MmNew,
@@ -98,7 +98,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// `PROPTEST_RNG_SEED` repeats a run, and `PROPTEST_CASES` lengthens it.
+/// `PROPTEST_RNG_SEED` repeats a run, and `PROPTEST_CASES` sets the count of its cases.
 #[test]
 fn random_operations_agree_with_the_model() {
     let chosen = ProptestConfig::default();

@@ -99,7 +99,7 @@ fn s_24_the_free_is_done_before_the_address_space_is_let_go() {
     let subscription = subsystem.get(&mm).unwrap();
     let keep = (*mm).clone();
     drop(mm);
-    // The free waits for the bracket, so put has returned before and holds no handle any more.
+    // The free waits for the bracket, so it runs after `put` has returned and dropped its handle.
     let bracket = keep.invalidate(page(1), Event::Clear);
     subscription.put();
     drop(bracket);
@@ -169,7 +169,7 @@ fn s_26_get_after_last_put_makes_a_new_object() {
     );
 }
 
-/// A notifier whose drop poisons it.
+/// A notifier whose drop overwrites its state, so that a second drop or a later use is found.
 struct Canary<'a> {
     state: AtomicU64,
     frees: &'a AtomicUsize,
@@ -318,8 +318,9 @@ fn s_31_a_callback_may_put_its_own_object() {
     }
 }
 
-/// A callback of an earlier subscriber, of a distant one or of an interval puts the victim. The
-/// rest of the same walk must not call the victim.
+/// The walk calls the putter first, whose callback puts the victim. The victim is the next
+/// subscriber of the walk, or the one after `between`. The rest of the walk must not call it.
+/// `two_pass.rs` has the test of a callback of an interval that puts a subscriber.
 #[test]
 fn s_31_a_walk_does_not_call_a_notifier_that_its_callback_has_put() {
     for (at, between) in [At::Start, At::TryStart, At::End, At::Release]

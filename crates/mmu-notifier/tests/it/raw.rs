@@ -29,7 +29,8 @@ impl Notifier for Counter {
     }
 }
 
-// SAFETY: The memory of each node is a box of its own, leaked until here or until `unregister`.
+// SAFETY: The memory of each node is a box of its own, which `place` leaks and only `dispose` takes
+// back.
 unsafe impl Embedded for Counter {
     unsafe fn dispose(node: NonNull<Node<Self>>) {
         // SAFETY: `place` leaked the memory, and no thread uses the node any more.
@@ -54,7 +55,7 @@ fn register(
 ) -> NonNull<Node<Counter>> {
     let node = place();
     let mut locked = mm.mmap_write_lock().unwrap();
-    // SAFETY: The place is leaked until `dispose` or `unregister`.
+    // SAFETY: `place` leaked the memory, and only `dispose` takes it back.
     unsafe { all.register(node, Counter(number, Arc::clone(calls)), &mut locked) }.unwrap();
     node
 }
@@ -137,7 +138,7 @@ struct Range {
 
 // SAFETY: The pointer points to the interval itself, which is alive during its callbacks.
 unsafe impl Send for Range {}
-// SAFETY: As for `Send`. A callback uses the pointer only to store to an atomic of the interval.
+// SAFETY: As for `Send`. A callback uses the pointer only to store the sequence, which is atomic.
 unsafe impl Sync for Range {}
 
 impl RawIntervalOps for Range {

@@ -1,4 +1,4 @@
-//! Starts that must not sleep, and refuse.
+//! Starts that must not sleep, some of which refuse.
 
 use crate::support::{At, Counter, Hook, Log, Probe, nothing, page};
 use mmu_notifier::{
@@ -86,7 +86,8 @@ impl IntervalOps for Quiet {
     }
 }
 
-/// At each end, records its number and whether the window of the intervals is open.
+/// At each end, records its number and whether the window of the intervals is open. Number 0
+/// refuses each start that must not sleep.
 struct Ends(usize, Arc<Mutex<Vec<(usize, bool)>>>);
 
 impl Notifier for Ends {
@@ -104,7 +105,7 @@ impl Notifier for Ends {
 }
 
 /// The ends come newest first, after the window of the intervals has closed. This holds for any
-/// number of subscribers, and is the order after a bracket that no subscriber refused.
+/// number of subscribers, after a refused start and after a bracket.
 #[test]
 fn b_01_ends_come_in_one_order_for_any_number_of_subscribers() {
     for all in [1, 2, 31, 32, 33, 40, 64, 65, 100, 1000] {

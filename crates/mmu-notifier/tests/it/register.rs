@@ -218,7 +218,7 @@ thread_local! {
     static KEPT: RefCell<Option<OwnedBracket>> = const { RefCell::new(None) };
 }
 
-/// Leaves a bracket open on the thread that runs its `release`, the first time.
+/// A notifier whose first `release` leaves a bracket open on its thread.
 struct LeavesOpen(Counter);
 
 impl Notifier for LeavesOpen {
@@ -254,7 +254,8 @@ fn s_62_unregister_does_not_wait_for_a_bracket_that_release_left_open() {
     );
 }
 
-/// Exit makes the same check. It cannot return an error, so it skips the wait.
+/// After `release`, exit checks whether it would wait for its own thread. It cannot return an
+/// error, so it skips the wait.
 #[test]
 fn s_62_exit_does_not_wait_for_a_bracket_that_release_left_open() {
     let (mm, releases) = (MmWithUser::new(), Counter::default());
@@ -289,7 +290,8 @@ fn a_release_that_panics_is_counted_and_holds_nothing_up() {
     assert!(!handle.has_notifiers() && first.unregister().is_ok());
 }
 
-/// A free must not call a function that could wait, because the reclaimer would wait for itself.
+/// In a deferred free, functions that could wait are refused, because the reclaimer could wait for
+/// itself.
 #[test]
 fn s_65_register_and_unregister_in_a_deferred_free_are_refused() {
     struct Frees(Box<dyn FnMut() + Send + Sync>);
@@ -339,8 +341,8 @@ fn s_65_register_and_unregister_in_a_deferred_free_are_refused() {
     );
 }
 
-/// The reclaimer also drops the state of an interval that was dropped inside a bracket of the same
-/// thread.
+/// If a thread drops an interval inside a bracket of its own, the reclaimer drops the state. There,
+/// functions that could wait are refused as in a deferred free.
 #[test]
 fn s_65_register_in_the_deferred_drop_of_an_interval_is_refused() {
     struct State(Box<dyn FnMut() + Send>);
@@ -451,8 +453,9 @@ fn s_67_a_nested_start_passes_a_waiting_registrar() {
     );
 }
 
-/// The kernel returns EINTR here. In this crate, the registrar that waits for brackets and the
-/// registrar that waits for the lock both continue to wait, and both succeed.
+/// If a signal comes during `register`, the kernel returns EINTR. In this crate, the registrar that
+/// waits for brackets and the registrar that waits for the lock both continue to wait, and both
+/// succeed.
 #[test]
 fn s_68_a_signal_does_not_interrupt_a_waiting_register() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-/// The points in a subscriber's life at which a test can run code.
+/// The points in a subscriber's life that it logs. At each except `Released`, a test can run code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum At {
     Alloc,
@@ -57,8 +57,8 @@ impl Log {
     }
 }
 
-/// The code that a test runs in the middle of a callback. If it returns false, it refuses a
-/// non-blockable start.
+/// The code that a test runs at each point except `Released`. If it returns false at `TryStart`,
+/// the start refuses.
 pub(crate) type Hook = Arc<dyn Fn(At) -> bool + Send + Sync>;
 
 /// Returns a hook that does nothing.
@@ -77,7 +77,7 @@ pub(crate) fn stop(at: At, gate: &Arc<Gate>) -> Hook {
     })
 }
 
-/// A subscriber that logs every call and its own end.
+/// A subscriber that logs its starts, ends, releases and calls of `test_young`, and its drop.
 pub(crate) struct Probe {
     pub(crate) name: &'static str,
     pub(crate) log: Log,
@@ -149,7 +149,7 @@ pub(crate) fn probes(name: &'static str, log: &Log, hook: Hook) -> Probes {
     }))
 }
 
-/// A gate that blocks every thread that reaches it until a test opens it.
+/// A gate. Each thread that reaches the gate waits until a test opens it.
 #[derive(Default)]
 pub(crate) struct Gate {
     /// How many threads have reached the gate, and whether it is open.
@@ -183,7 +183,7 @@ impl Gate {
     }
 }
 
-/// Work on another thread. A test can ask whether it is done.
+/// Work on another thread. A test can check that the thread is blocked, and wait for the result.
 pub(crate) struct Task<T> {
     tid: libc::pid_t,
     result: Receiver<T>,
@@ -206,7 +206,7 @@ pub(crate) fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static
 }
 
 impl<T> Task<T> {
-    /// Asserts that the thread is blocked: it sleeps, and it did not finish within some time.
+    /// Asserts that the thread is blocked: it sleeps, and it has no result after 20 ms.
     pub(crate) fn assert_blocked(&self) {
         wait_until(|| self.thread.is_finished() || self.sleeps());
         assert!(matches!(
@@ -215,7 +215,7 @@ impl<T> Task<T> {
         ));
     }
 
-    /// Tells whether the kernel has put the thread to sleep.
+    /// Tells whether the thread sleeps. The answer is false also if the thread has ended.
     fn sleeps(&self) -> bool {
         let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", self.tid))
             .unwrap_or_default();
@@ -246,7 +246,7 @@ impl<T> Task<T> {
         );
     }
 
-    /// Waits for the result. A test that hangs here has found a deadlock.
+    /// Waits for the result. After 300 s it panics, because the thread is probably deadlocked.
     pub(crate) fn join(self) -> T {
         let result = self
             .result

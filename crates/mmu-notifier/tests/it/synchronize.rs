@@ -79,8 +79,8 @@ fn s_81_synchronize_does_not_wait_for_later_puts() {
     assert!(mms.iter().all(|mm| mm.mm_count() == 1));
 }
 
-/// In a bracket, in a callback of any kind and in a free, `synchronize` returns the error and does
-/// not hang.
+/// In a bracket, in the callbacks of a subscriber and in a free, `synchronize` and
+/// `drain_until_idle` return an error and do not hang.
 #[test]
 fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     let (mm, log) = (MmWithUser::new(), Log::default());
@@ -124,8 +124,8 @@ fn s_87_synchronize_where_it_would_wait_for_itself_is_an_error() {
     assert_eq!(*refused.lock().unwrap(), all);
 }
 
-/// A callback of another domain on the reclaimer cannot wait either: the frees that it would wait
-/// for run after it, on the same thread.
+/// A callback that another domain has queued runs on the reclaimer. It must not wait for frees,
+/// because they run after it on the same thread.
 #[test]
 fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
     let (mm, log, domain) = (MmWithUser::new(), Log::default(), srcu::Srcu::new());
@@ -144,8 +144,8 @@ fn s_87_synchronize_in_other_work_of_the_reclaimer_is_an_error() {
     drop(bracket);
 }
 
-/// The callback of an interval, its second pass, its drop by the reclaimer and the callback of a
-/// secondary TLB cannot wait either.
+/// `synchronize` returns the error also in the callback of an interval, in its second pass, in the
+/// drop of its state on the reclaimer, and in the flush of a secondary TLB.
 #[test]
 fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
     static REFUSED: Mutex<Vec<&str>> = Mutex::new(Vec::new());
@@ -195,10 +195,11 @@ fn s_87_synchronize_in_an_interval_or_a_flush_is_an_error() {
 }
 
 /// `Subsystem::synchronize` promises that every notifier that was put before the call is freed. The
-/// kernel's function is a grace period, so it waits for readers even if no free is pending. That
-/// half of the scenario is a promise of `Srcu::synchronize`, whose tests cover it. Here
-/// `synchronize` waits only if a free is pending: then for every bracket of that address space that
-/// was open at the put, on whichever thread, and for no bracket of another address space.
+/// kernel's function is a grace period, so it waits for readers even if no free is pending. In this
+/// workspace that is the promise of `Srcu::synchronize`, whose tests check it.
+/// `Subsystem::synchronize` waits only if a free is pending. Then it waits for every bracket of
+/// that address space that was open at the put, on whichever thread, and for no bracket of another
+/// address space.
 #[test]
 fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others() {
     let (mm, log) = (Arc::new(MmWithUser::new()), Log::default());
@@ -222,8 +223,8 @@ fn s_82_synchronize_waits_for_the_brackets_that_hold_up_a_free_and_for_no_others
     drop(elsewhere);
 }
 
-/// A driver registers notifiers of its own and puts them. The kernel's `mmu_notifier_synchronize`
-/// waits for these too.
+/// A driver registers notifiers of its own and puts them. `synchronize` waits for their frees, as
+/// the kernel's `mmu_notifier_synchronize` does.
 #[test]
 fn s_80_synchronize_waits_for_registrations_that_were_put() {
     let (mms, log, gate) = (
@@ -338,8 +339,8 @@ fn s_88_one_drain_covers_the_notifiers_that_a_free_puts() {
     drop(bracket);
 }
 
-/// After a wait, the drain checks again. The gate stops the second free until the drain has had
-/// time to return too early.
+/// The first free puts a second notifier, so the drain must check again after its wait. The gate
+/// stops the second free until the drain has had time to return too early.
 #[test]
 fn s_88_a_drain_waits_for_the_free_that_the_awaited_one_has_put() {
     let (mms, log, gate) = (

@@ -170,7 +170,8 @@ fn b_33_a_finish_that_panics_is_counted_and_the_others_run() {
     assert_eq!(*order.lock().unwrap(), [("start", 2), ("finish", 2)]);
 }
 
-/// The callback of an interval, also at exit, cannot wait for its own window.
+/// In the callback of an interval, in a bracket or at exit, `remove` and `read_begin` must not
+/// wait: the window stays open until the callback returns.
 #[test]
 fn b_22_remove_and_read_begin_inside_a_callback_are_refused() {
     let (mm, refused) = (MmWithUser::new(), Arc::new(Mutex::new(Vec::new())));

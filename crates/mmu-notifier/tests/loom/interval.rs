@@ -8,7 +8,7 @@ use mmu_notifier::{
     Event, Finish, IntervalNotifier, IntervalOps, InvalidateRange, MmWithUser, VaRange,
 };
 
-/// A shadow entry, and whether it was removed.
+/// A shadow entry, and whether its interval was removed.
 #[derive(Default)]
 struct Entry(Option<usize>, Arc<AtomicBool>);
 

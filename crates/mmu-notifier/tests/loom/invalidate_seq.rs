@@ -24,8 +24,8 @@ fn page(number: u64) -> VaRange {
     VaRange::covering(Va::new(number << 12), 1).unwrap()
 }
 
-/// Which of the two runs on the main thread. `loom` explores more interleavings of the other
-/// thread.
+/// Whether the fault or the source runs on the main thread. `loom` explores more interleavings of
+/// the thread that the main thread spawns.
 #[derive(Clone, Copy)]
 enum First {
     Fault,

@@ -1,4 +1,4 @@
-//! The accesses of the last user come before the free, and before `release`.
+//! The accesses of each user come before the free, and before the `release` of exit.
 
 use crate::model;
 use loom::sync::Arc;

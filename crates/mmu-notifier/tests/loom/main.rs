@@ -1,5 +1,5 @@
-//! Checks every interleaving of the races that the contract lists. `RUSTFLAGS="--cfg mmun_loom"
-//! cargo test --release --test loom`.
+//! Checks the races of the contract in every interleaving with few preemptions (see `model_with`).
+//! Run it with `RUSTFLAGS="--cfg mmun_loom" cargo test --release --test loom`.
 #![cfg(mmun_loom)]
 
 mod interval;
@@ -11,8 +11,9 @@ fn model(f: impl Fn() + Sync + Send + 'static) {
     model_with(2, f);
 }
 
-/// Checks every run in which threads are preempted at most `preemptions` times. A switch away from
-/// a thread that waits does not count as a preemption.
+/// Checks every run in which threads are preempted at most `preemptions` times, or as often as
+/// `LOOM_MAX_PREEMPTIONS` says. A switch away from a thread that waits does not count as a
+/// preemption.
 fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(builder.preemption_bound.unwrap_or(preemptions));
@@ -20,7 +21,7 @@ fn model_with(preemptions: usize, f: impl Fn() + Sync + Send + 'static) {
     builder.check(f);
 }
 
-/// Each mutant of the core, the model that must fail for it, and a part of the failure's message.
+/// A mutant of the core, a model that must fail for it, and a part of the failure's message.
 const MUTANTS: &[(&str, &str, &str)] = &[
     (
         "free_at_once",

@@ -8,8 +8,8 @@ use mmu_notifier::{
     Event, InvalidateRange, Mm, MmWithUser, Notifier, Registration, Subsystem, VaRange,
 };
 
-/// The counts of a model's notifiers. If an assertion in a callback fails, the panic is counted,
-/// and each model checks that count.
+/// The counts of a model's notifiers. If an assertion in a callback fails, the core counts the
+/// panic, and most models check the core's count.
 #[derive(Default)]
 struct Seen {
     allocs: AtomicUsize,
@@ -136,8 +136,9 @@ fn s_30_a_put_racing_a_walker_that_must_reach_the_rest() {
     });
 }
 
-/// Two threads wait for the frees of one subsystem, and a put comes in between. The second thread
-/// must not rely on the first one's wait.
+/// One thread calls `synchronize`. Another thread puts a notifier of the same subsystem, and then
+/// calls `synchronize`. It must not rely on the wait of the first thread, which may have begun
+/// before the put.
 #[test]
 fn s_80_a_put_racing_a_synchronize_of_another_subsystem() {
     model(|| {
@@ -246,7 +247,8 @@ fn registrar_racing(bracket: fn(&Mm, &AtomicUsize)) {
             move || bracket(&mm, &moved)
         });
         let held = subsystem.get(&mm).unwrap();
-        // Either the value that is looked up now is new, or the bracket will call the notifier.
+        // Either the value that is looked up now is new, or the bracket calls the notifier, before
+        // this look-up or after it.
         let looked_up = moved.load(Ordering::Relaxed);
         source.join().unwrap();
         let (starts, ends) = (count(&seen.starts), count(&seen.ends));

@@ -1,4 +1,4 @@
-//! Insert, remove and the drop of an interval, and exit.
+//! Inserts, removals and drops of intervals, and their callback at exit.
 
 use super::{Shadow, insert, told};
 use crate::support::{Counter, Gate, page, spawn};
@@ -20,7 +20,7 @@ fn b_11_the_last_address_is_fine_and_overflow_is_not() {
     assert_eq!(told(&node), 1);
 }
 
-/// The type system checks this: insert takes a handle of a living address space.
+/// The type system checks this: `insert` takes an `MmWithUser`, and after exit there is none.
 #[test]
 fn b_12_a_dead_address_space_takes_no_interval() {
     let mm = MmWithUser::new();
@@ -216,8 +216,8 @@ fn b_31_a_first_insert_that_cannot_wait_links_nothing() {
     );
 }
 
-/// The holder of the write lock may insert the first interval of the address space. Like every
-/// first insert, this waits for the brackets of other threads.
+/// The holder of the write lock may insert the first interval of the address space. This insert,
+/// like one without the write lock, waits for the brackets of other threads.
 #[test]
 fn b_30_the_first_insert_may_be_under_the_write_lock() {
     let mm = Arc::new(MmWithUser::new());

@@ -43,7 +43,8 @@ impl Shared {
     }
 }
 
-/// The number of a notifier. Its drop records that the notifier is freed.
+/// The number of a notifier. The drop of the mark records that the notifier was freed, in this
+/// process or in a child of a fork.
 pub(super) struct Mark {
     pub(super) number: usize,
     shared: Shared,
@@ -52,7 +53,7 @@ pub(super) struct Mark {
 impl Drop for Mark {
     fn drop(&mut self) {
         if self.shared.process != std::process::id() {
-            // A thread of the parent may hold the lock.
+            // A thread of the parent may have held the lock at the fork.
             return self.shared.freed_elsewhere.store(true, Ordering::SeqCst);
         }
         assert!(

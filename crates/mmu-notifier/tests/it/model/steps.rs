@@ -1,4 +1,4 @@
-//! The operations whose code is longer than a line.
+//! The longer operations. `World::run` has the code of the others.
 
 use super::callbacks::{Entry, Probe, Shadow};
 use super::threads::{Open, Tried, wait};
@@ -14,7 +14,8 @@ use testkit::in_child;
 use testkit::model::{Alloc, Answer, Kind};
 
 impl World {
-    /// Returns the address space that `mm` chooses, and one of its users, if it has any.
+    /// Takes a user of the address space that `mm` chooses. Returns the index of the address space,
+    /// and the user. Returns `None` if no user is left.
     fn user(&mut self, mm: usize) -> Option<(usize, MmWithUser)> {
         let mm = pick(mm, self.mms.len())?;
         Some((mm, self.mms[mm].1.users.pop()?))
@@ -176,8 +177,8 @@ impl World {
             Vec::new()
         };
         if self.model.has_intervals(mm) {
-            // End the blocking brackets before exit. Otherwise the order of the threads would
-            // decide which windows overlap.
+            // Before exit, end the brackets that exit would wait for. Otherwise the order of the
+            // threads would decide which windows overlap.
             self.end_all(&blockers, &[]);
             self.agree();
             blockers.clear();
@@ -396,15 +397,16 @@ impl World {
         let begun = self.workers[thread].begin(move |_| (shadow.watch([range], |_| ()), shadow));
         self.end_all(&blockers, &[]);
         let (got, shadow) = wait(&begun);
-        // Change the watched ranges in the model only now: when the brackets above end, the model
-        // must still have the ranges that were watched when they started.
+        // Change the watched ranges in the model only now: when `end_all` ends the brackets, the
+        // model must still have the ranges that were watched when they started.
         let expected = self.model.watch(thread, number, pages);
         self.registrations
             .push((number, Registered::Shadow(shadow)));
         assert_eq!(answer(got, Answer::WouldDeadlock), expected);
     }
 
-    /// In a child, none of these objects has an effect, and a drop leaves the object to the parent.
+    /// Forks. In the child, the parent's objects must call no callback and take no subscriber, and
+    /// their drop must free nothing.
     pub(super) fn fork(&mut self) {
         let good = in_child(|| {
             let own = MmWithUser::new();

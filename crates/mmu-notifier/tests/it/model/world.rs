@@ -127,8 +127,10 @@ impl World {
         }
     }
 
-    /// Checks that the callbacks of the last operation are those of the model. Intervals that begin
-    /// at the same page may come in any order.
+    /// Checks that the callbacks of the last operation are those of the model. The callbacks of
+    /// intervals may come in any order, but a second pass comes after each first pass. If other
+    /// threads have ended brackets meanwhile, all callbacks may come in any order, and also those
+    /// of `extra` may come.
     pub(super) fn agree(&mut self) {
         let (mut told, mut expected) = (
             take(&mut *self.shared.calls.lock().unwrap()),
