@@ -146,6 +146,14 @@ pub(crate) fn stop_with(front: Option<Pid>) {
     }
 }
 
+/// Kills a child of this process.
+pub(crate) fn kill(child: mmu_source::process::Pid) {
+    if let Some(pid) = Pid::from_raw(child) {
+        // This fails if the child has ended, which is harmless.
+        let _ = rustix::process::kill_process(pid, Signal::KILL);
+    }
+}
+
 /// Asks the tracing thread to stop, from any thread or handler.
 ///
 /// The tracing thread sleeps in `waitpid`. A signal would be lost if it arrived after that thread

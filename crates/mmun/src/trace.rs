@@ -5,6 +5,7 @@ use std::io::{self, IsTerminal};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
@@ -304,11 +305,15 @@ fn start(
             let (program, args) = words
                 .split_first()
                 .expect("the table of options requires a program");
-            tracer
+            not_asked_to_stop()?;
+            let pid = tracer
                 .spawn(Command::new(program).args(args))
                 .map_err(|error| fail(&error))?;
             sys::shield();
             sys::stop_with(front);
+            // The program is stopped before its first instruction. A signal to the whole group did
+            // not end it if it still had the handlers of this process.
+            not_asked_to_stop().inspect_err(|_| sys::kill(pid))?;
         }
         Target::Attach(pids) => {
             for pid in pids {
@@ -320,6 +325,14 @@ fn start(
         }
     }
     Ok(())
+}
+
+/// A user who ends the trace before the program runs does not want the program.
+fn not_asked_to_stop() -> Result<(), Outcome> {
+    match sys::STOP.load(Relaxed) {
+        true => Err(sys::asked_by().map_or(FAILED, Outcome::Signal)),
+        false => Ok(()),
+    }
 }
 
 /// Traces until the program or the trace ends. A panic only ends the trace: the tracer still

@@ -83,6 +83,76 @@ fn an_ending_signal_ends_the_trace_and_not_the_program() {
     }
 }
 
+/// `--summary-only` first measures a call that does nothing: a second thread of the tracer traces a
+/// child of its own. An attempt in which the tracer was not stopped meanwhile is repeated.
+#[test]
+fn a_signal_before_the_program_starts_ends_both() {
+    let children = |task: u32, thread: &str| -> Vec<u32> {
+        let all = fs::read_to_string(format!("/proc/{task}/task/{thread}/children"));
+        let pids = |all: String| all.split(' ').filter_map(|pid| pid.parse().ok()).collect();
+        all.map(pids).unwrap_or_default()
+    };
+    // The state of a task; 'X' if it has ended.
+    let state = |task: u32| {
+        let stat = fs::read_to_string(format!("/proc/{task}/stat")).unwrap_or_default();
+        let rest = stat.rsplit(") ").next().unwrap_or_default();
+        rest.chars()
+            .next()
+            .map_or('X', |state| if state == 'Z' { 'X' } else { state })
+    };
+    for _ in 0..500 {
+        let mut command = trace();
+        command.args(["--summary-only", "sh", "-c", "echo started"]);
+        let mut mmun = command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let (front, mut output) = (mmun.id(), mmun.stdout.take().unwrap());
+        let is_early = within("the tracer", move || {
+            let tracer = loop {
+                match children(front, &front.to_string())[..] {
+                    [tracer, ..] => break tracer,
+                    [] if state(front) == 'X' => return false,
+                    [] => thread::yield_now(),
+                }
+            };
+            let threads = || {
+                fs::read_dir(format!("/proc/{tracer}/task"))
+                    .into_iter()
+                    .flatten()
+            };
+            while threads().count() == 1 && state(tracer) != 'X' {
+                thread::yield_now();
+            }
+            kill(tracer, libc::SIGSTOP);
+            while !"TX".contains(state(tracer)) {
+                thread::yield_now();
+            }
+            let mut parents = threads()
+                .flatten()
+                .map(|thread| thread.file_name().into_string().unwrap())
+                .filter(|thread| !children(tracer, thread).is_empty());
+            let is_early = parents
+                .next()
+                .is_some_and(|thread| thread != tracer.to_string());
+            kill(front, libc::SIGINT);
+            kill(tracer, libc::SIGCONT);
+            is_early
+        });
+        let (status, text) = within("mmun trace", move || {
+            let mut text = String::new();
+            output.read_to_string(&mut text).unwrap();
+            (mmun.wait().unwrap(), text)
+        });
+        if is_early {
+            assert_eq!((status.signal(), text.as_str()), (Some(libc::SIGINT), ""));
+            return;
+        }
+    }
+    panic!("the tracer was never stopped in time");
+}
+
 #[test]
 fn a_live_program_does_not_wait_for_the_page() {
     let (gated, page) = (Gated::new(), Fifo::new("page"));
