@@ -140,7 +140,8 @@ impl Stacks {
         };
         let is_partial = |stack: &[Address]| {
             let image = |address: &Address| self.images.list.get(address.image as usize);
-            stack.iter().filter_map(image).any(|image| image.is_partial)
+            stack.len() == space::DEEPEST
+                || stack.iter().filter_map(image).any(|image| image.is_partial)
         };
         Resolved::new(
             list.iter()

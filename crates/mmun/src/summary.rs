@@ -242,7 +242,7 @@ impl Summary {
             // Writing to memory cannot fail.
             let _ = writeln!(
                 out,
-                "Frames may be missing in {partial} stacks: unwind tables of a file were too large to be read."
+                "Frames may be missing in {partial} stacks: deeper than 256 frames, or the unwind tables of a file were too large to be read."
             );
         }
         if let Some((all, nothing)) = self.removals {

@@ -27,7 +27,7 @@ const SCRIPT: &str = concat!(
 /// SHA-256 of [`STYLE`] and [`SCRIPT`] in base64: a browser runs no other script. A test compares
 /// the hashes with the files.
 const STYLE_HASH: &str = "g8P5twbHbM9i2eCKP0QgC+7dqd6ut/9d9buQc1Zx8/0=";
-const SCRIPT_HASH: &str = "5Q9PEIm4FJA6t/GuKoK6LRR7/LLC0NWhfpfTVkxaXD8=";
+const SCRIPT_HASH: &str = "T84vndEp0pwP8i40cpDvgsysMKK/Y89rjS6EPR4yiUg=";
 
 /// The maximum number of changes that are shown one by one. The heaviest changes are shown; the
 /// totals include all changes.

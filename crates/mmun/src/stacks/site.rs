@@ -56,7 +56,8 @@ pub(crate) struct Stack {
     pub(crate) frames: Vec<Frame>,
     /// The index of the frame that is the place of the call.
     pub(crate) place: usize,
-    /// Unwind tables were too large to be read: frames may be missing.
+    /// Frames may be missing: unwind tables were too large to be read, or the stack has more frames
+    /// than are kept.
     pub(crate) is_partial: bool,
 }
 

@@ -36,8 +36,8 @@ struct Part {
     has_module: bool,
 }
 
-/// The maximum number of frames; a deeper stack is cut.
-const DEEPEST: usize = 256;
+/// The maximum number of frames; a deeper stack is cut, and marked as partial.
+pub(super) const DEEPEST: usize = 256;
 
 impl Space {
     /// Writes the addresses of the frames to `scratch`, the innermost first.

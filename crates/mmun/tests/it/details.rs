@@ -10,6 +10,7 @@ use testkit::{Cap, require};
 use crate::support::{check, kind, of_kind, scratch, take_records, text, trace, traced, within};
 
 /// A hundred times: maps 256 anonymous pages, touches ten, and unmaps them in a separate function.
+/// That function is called by `DEPTH` calls of another one, which calls itself.
 const GIVES_BACK: &str = "\
 #define _GNU_SOURCE
 #include <sys/mman.h>
@@ -19,12 +20,17 @@ static __attribute__((noinline)) int give_back(char *at) {
     __asm__ volatile(\"\");
     return result;
 }
+static __attribute__((noinline)) int deeper(int calls, char *at) {
+    int result = calls ? deeper(calls - 1, at) : give_back(at);
+    __asm__ volatile(\"\");
+    return result;
+}
 int main(void) {
     prctl(PR_SET_NAME, \"giver\");
     for (int i = 0; i < 100; i++) {
         char *at = mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         for (int page = 0; page < 10; page++) at[page << 12] = 1;
-        if (give_back(at)) return 1;
+        if (DEPTH ? deeper(DEPTH, at) : give_back(at)) return 1;
     }
     return 0;
 }
@@ -35,6 +41,7 @@ fn gives_back(options: &[&str], flags: &[&str]) -> (Vec<Value>, String) {
     let (source, program, path) = (scratch("give.c"), scratch("give"), scratch("give.json"));
     fs::write(&source, GIVES_BACK).unwrap();
     let done = std::process::Command::new("gcc")
+        .arg("-DDEPTH=0")
         .args(flags)
         .arg("-o")
         .arg(&program)
@@ -104,6 +111,23 @@ fn details_have_the_mapping_the_memory_and_the_time() {
         untouched["what"].as_str().unwrap().contains(".so") && untouched["resident"] == 0,
         "{untouched}"
     );
+}
+
+#[test]
+fn a_stack_that_is_cut_says_so() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    for (depth, frames, is_cut) in [(100, 100..256, false), (300, 256..257, true)] {
+        let flags = ["-g", "-O1", "-UDEPTH", &format!("-DDEPTH={depth}")];
+        let (records, _) = gives_back(&["-k"], &flags);
+        let site = &large(&records, "start").next().unwrap()["site"];
+        let stack = of_kind(&records, "stack")
+            .find(|stack| &stack["site"] == site)
+            .unwrap();
+        assert_eq!(stack["partial"], is_cut, "{depth} calls");
+        assert!(frames.contains(&stack["frames"].as_array().unwrap().len()));
+    }
 }
 
 #[test]

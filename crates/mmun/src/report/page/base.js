@@ -113,7 +113,7 @@ if (left.lives) notes.push(`${count(left.lives)} smaller or shorter lives of map
 if (left.lanes) notes.push(`${many(left.lanes, "address space")} with fewer changes ${left.lanes === 1 ? "has" : "have"} no picture; their changes are in every total.`);
 if (left.places) notes.push(`${count(left.places)} places with less time are not in the table.`);
 if (left.leaves) notes.push(`${count(left.leaves)} lighter stacks are not in the picture by stack.`);
-if (D.partial) notes.push(`${many(D.partial, "stack")} may lack frames: the unwind tables of a file were too large to be read.`);
+if (D.partial) notes.push(`${many(D.partial, "stack")} may lack frames: deeper than 256 frames, or the unwind tables of a file were too large to be read.`);
 if (D.unfinished) notes.push(`${many(D.unfinished, "change")} had not ended when the trace did: left out.`);
 if (!isEmpty && !D.has_births) notes.push("Recorded without --births: a mapping begins with its address space, or where it is first changed.");
 if (!isEmpty && !D.has_stacks) notes.push("Recorded without -k: no places in the code, no stacks.");
