@@ -7,8 +7,8 @@ use crate::sync::{Ordering, mutant};
 use std::fmt;
 use std::marker::PhantomData;
 
-/// A read section of this thread. Data that is reachable when the section begins is not freed
-/// before the guard is dropped.
+/// A read section of this thread. Data that the section finds stays valid until the guard is
+/// dropped, if updaters free data only a grace period after they have unlinked it.
 ///
 /// Returned by [`Srcu::read_lock`](crate::Srcu::read_lock). Inside the section, the thread may
 /// sleep, open further sections of this or another domain, and drop its guards in any order. A
@@ -59,7 +59,7 @@ pub struct Reader<'a> {
     not_send: PhantomData<*mut ()>,
 }
 
-/// The place where a section is counted.
+/// The domain of a section, and how the section was counted.
 #[derive(Clone, Copy)]
 struct Section<'a> {
     state: &'a State,

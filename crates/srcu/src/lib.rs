@@ -1,6 +1,6 @@
 //! Sleepable read-copy-update (SRCU) for userspace. Readers cost a few plain instructions and may
-//! sleep. Updaters wait only for the readers that could still hold an unlinked object. Callbacks
-//! run promptly, and a barrier waits for them.
+//! sleep. Updaters wait for the readers that could still hold an unlinked object, and never for an
+//! endless stream of later ones. Callbacks run promptly, and a barrier waits for them.
 //!
 //! ```
 //! use srcu::Srcu;
@@ -72,10 +72,11 @@
 //! `barrier` returns at once.
 //!
 //! A call that would wait for its own thread returns [`WouldDeadlock`] instead of hanging. Such
-//! calls are `synchronize` inside a section or callback of the same domain, and `barrier` inside a
-//! section of the same domain or in any callback. Two deadlocks are not detected. In the first, a
-//! thread waits while it holds a [`SendGuard`], which belongs to no thread. The second is a cycle
-//! through *other* domains or locks: a section of A waits for B, and a section of B waits for A.
+//! calls are `synchronize` inside a section or callback of the same domain, and `barrier` or
+//! `drain_until_idle` inside a section of the same domain or in any callback. Two deadlocks are not
+//! detected. In the first, a thread waits while it holds a [`SendGuard`], which belongs to no
+//! thread. The second is a cycle through *other* domains or locks: a section of A waits for B, and
+//! a section of B waits for A.
 //!
 //! # Callbacks
 //!

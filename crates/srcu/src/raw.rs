@@ -1,16 +1,18 @@
 //! The unsafe code of the crate, in small modules. The rest of the crate is `deny(unsafe_code)`,
-//! except `Srcu::call_raw` and its relatives, whose callers provide the memory.
+//! except `Srcu::call_raw` and `Srcu::call_raw_dropping`, whose callers provide the memory, and the
+//! macros of `word`.
 //!
 //! # Safety
 //! Nearly every unsafe block of these modules relies on three facts.
 //!
 //! 1. A [`state::State`] lies in a page that is never unmapped. A state is recycled when its
-//!    reference count reaches zero. The `Srcu` handle, the reclaimer's inbox, the current batch and
-//!    a running `call_raw_dropping` each hold one count.
+//!    reference count reaches zero. The `Srcu` handle, the reclaimer's inbox or turn, a batch that
+//!    is not empty and a running `call_raw_dropping` each hold one count.
 //! 2. Guards borrow the `Srcu`. So when the handle is dropped, no thread is in a section or still
 //!    leaving one.
 //! 3. Only one thread writes a slot: the thread that holds the slot's robust mutex in [`ids`],
-//!    until the kernel marks that owner as dead.
+//!    until the kernel marks that owner as dead. (In a forked child, which has one thread, that
+//!    thread ends the sections of the threads that exist only in the parent.)
 
 pub(crate) mod barrier;
 pub(crate) mod callback;

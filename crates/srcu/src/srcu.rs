@@ -16,14 +16,15 @@ use std::fmt;
 ///
 /// Make one domain for every object that has readers of its own, because a reader that sleeps for
 /// an hour delays only its own domain. A new domain is one word and costs nothing until it is used.
-/// A used domain takes a page (4 KiB) for up to 28 threads, and more pages when more threads of the
-/// process take part.
+/// A used domain takes a page (4 KiB), which has room for the first 28 threads of the process that
+/// use any domain. If further threads use this domain, it takes more pages.
 ///
 /// # Dropping
 /// The drop waits until the pending callbacks have run. Inside a callback the drop does not wait:
 /// the background thread keeps the state until the last callback has returned. No section can be
 /// open, because guards borrow the domain. If a guard was leaked (`mem::forget`), no later grace
-/// period of the domain ends. Its callbacks are then leaked too; waiting for them would hang.
+/// period of the domain ends. The domain's pending callbacks are then leaked, because a wait for
+/// them would hang.
 ///
 /// # Forks
 /// The child of a `fork` can use the domains that it inherits. The calling thread's sections stay
@@ -31,9 +32,9 @@ use std::fmt;
 /// stays open in the child, whichever thread of the parent held the guard. Queued callbacks run in
 /// the child too, once the child calls [`prepare`](Self::prepare), [`call`](Self::call),
 /// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or
-/// [`drain_until_idle`](Self::drain_until_idle). The callback that was running at the fork does not
-/// run again. A child made by `_Fork` or by a raw `clone` system call gets none of this handling,
-/// because these calls run no fork handlers.
+/// [`drain_until_idle`](Self::drain_until_idle), or drops the domain. The callback that was running
+/// at the fork does not run again. A child made by `_Fork` or by a raw `clone` system call gets
+/// none of this handling, because these calls run no fork handlers.
 ///
 /// # Signals
 /// Must not be used in signal handlers: a section of a handler that interrupts `read_lock` could
@@ -89,10 +90,10 @@ impl Srcu {
 
     /// Begins a read section, which ends when the guard is dropped.
     ///
-    /// Costs a few plain instructions: no lock, no atomic read-modify-write, no fence. The first
-    /// section of a thread in a domain claims a slot for the thread. The claim never calls the
-    /// allocator, so that section may begin inside `malloc`. Sections nest without limit and may
-    /// sleep.
+    /// Costs a few plain instructions: no lock, no atomic read-modify-write, and no fence unless
+    /// `membarrier` is missing (see *Limits* of the crate). The first section of a thread in a
+    /// domain claims a slot for the thread. The claim never calls the allocator, so that section
+    /// may begin inside `malloc`. Sections nest without limit and may sleep.
     ///
     /// # Source
     /// `srcu_read_lock`, include/linux/srcu.h.
@@ -122,7 +123,8 @@ impl Srcu {
         (state, guard::slot(state))
     }
 
-    /// Whether this thread is inside a section of this domain that it began with `read_lock`.
+    /// Whether this thread is inside a section of this domain that it began with `read_lock`, of
+    /// the domain or of a [`Reader`].
     #[doc(alias = "srcu_read_lock_held")]
     pub fn read_lock_held(&self) -> bool {
         self.handle
@@ -149,9 +151,9 @@ impl Srcu {
 
     /// Begins a read section that may end on another thread: send the guard there and drop it.
     ///
-    /// A little slower than [`read_lock`](Self::read_lock). The section belongs to no thread, so
-    /// this crate cannot detect a thread that waits for a grace period while it holds the guard:
-    /// such a wait hangs.
+    /// Slower than [`read_lock`](Self::read_lock), because the beginning and the end each look up
+    /// the thread's counters. The section belongs to no thread, so this crate cannot detect a
+    /// thread that waits for a grace period while it holds the guard: such a wait hangs.
     ///
     /// # Source
     /// `srcu_down_read` and `srcu_up_read`, include/linux/srcu.h. Differs: the token ends the
@@ -177,15 +179,15 @@ impl Srcu {
     /// Objects that were unlinked before the call can be freed after it. Concurrent callers share
     /// grace periods.
     ///
-    /// If no grace period is in progress at the call, the call does not wait for sections that
-    /// begin later.
+    /// Sections count in one of two banks. A grace period that finds open sections makes new
+    /// sections count in the other bank, and waits for the sections that began before that. If no
+    /// grace period is in progress at the call, one begins at once.
     ///
     /// A grace period may be in progress because of another `synchronize`, a [`call`](Self::call)
     /// or a [`start_poll`](Self::start_poll). Then the call waits for the next one, because the
     /// current one may have scanned the readers before the caller's unlinking. The next grace
-    /// period begins when the current one has ended. Until then new sections count in the same bank
-    /// as older ones, so the call also waits for sections that begin before the next grace period.
-    /// The call does not wait for sections that begin after that.
+    /// period begins when the current one has ended, so the call also waits for sections that begin
+    /// meanwhile.
     ///
     /// The call also waits for a reader that was preempted in the middle of `read_lock`, after it
     /// had chosen its bank. In no case does a stream of new sections delay the caller for ever.
@@ -252,12 +254,15 @@ impl Srcu {
         }
     }
 
-    /// Tells whether all sections that began before the cookie was made have ended.
+    /// Tells whether the grace period of the cookie has ended, and so all sections that began
+    /// before the cookie was made.
     ///
-    /// If so, objects that were unlinked before the cookie was made can be freed.
+    /// If so, objects that were unlinked before the cookie was made can be freed. The answer may be
+    /// false for a moment after the last of these sections has ended.
     ///
     /// # Panics
-    /// If the cookie is of another domain.
+    /// If the cookie is of another domain. A cookie of a domain that was dropped may pass this
+    /// check.
     #[doc(alias = "poll_state_synchronize_srcu")]
     pub fn poll(&self, cookie: Cookie) -> bool {
         let state = self.state();
@@ -272,7 +277,8 @@ impl Srcu {
         }
     }
 
-    /// Calls `f` on the background thread once all sections that are open now have ended.
+    /// Calls `f` on the background thread once all sections that are open now have ended. (If the
+    /// system gives no thread, [`barrier`](Self::barrier) calls `f`.)
     ///
     /// Allocates; [`call_raw`](Self::call_raw) does not. May be called inside sections and
     /// callbacks. The callbacks of one domain run in the order of the calls. `f` should not block,

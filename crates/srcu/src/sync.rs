@@ -25,7 +25,7 @@ pub(crate) fn fence(order: Ordering) {
 /// Tells whether this run omits the named fence, scan or check, to show that the model detects its
 /// absence.
 ///
-/// The environment variable `MMUN_MUTANT` selects it, only in models and under `--cfg
+/// The environment variable `MMUN_MUTANT` names the mutant, only in models and under `--cfg
 /// 'mmun_mutant="env"'`. The variable is read at run time, so that one build can try all mutants.
 #[cfg(not(any(mmun_loom, mmun_mutant = "env")))]
 #[inline(always)]
@@ -33,7 +33,7 @@ pub const fn mutant(_name: &str) -> bool {
     false
 }
 
-/// As above, where the run may select one.
+/// Tells whether this run is that of the named mutant.
 #[cfg(any(mmun_loom, mmun_mutant = "env"))]
 pub fn mutant(name: &str) -> bool {
     use std::sync::OnceLock;

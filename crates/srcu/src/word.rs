@@ -10,7 +10,7 @@
 //! request that model, so the words are declared in assembly. All such libraries of a process share
 //! a surplus of 1.6 KiB that glibc reserves, so there are only few words.
 //!
-//! Each processor architecture has a file with a macro for its instructions.
+//! For each of the two architectures, a file has a macro with the instructions.
 //!
 //! On other platforms, and under loom and Miri, a word is a thread-local of the standard library.
 

@@ -1,5 +1,4 @@
-//! Tests that functions which must not call the allocator do not, with an allocator that counts
-//! calls.
+//! Counts the calls of the allocator in functions that must not allocate.
 #![cfg(not(mmun_loom))]
 
 use srcu::{Head, Srcu};

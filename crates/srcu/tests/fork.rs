@@ -1,7 +1,8 @@
 //! Tests the child of a real `fork`.
 //!
-//! This is a program of its own, which runs one test at a time. A child runs the callbacks that it
-//! inherits, and the callbacks of other tests may wait for threads that the child does not have.
+//! This is a test program of its own, and its tests run one at a time. A child runs the callbacks
+//! that it inherits, and the callbacks of other tests may wait for threads that the child does not
+//! have.
 #![cfg(not(mmun_loom))]
 
 use srcu::Srcu;
@@ -159,7 +160,7 @@ fn a_callback_that_forks_leaves_a_reclaimer_in_both() {
     first.barrier().unwrap();
 }
 
-/// Each process is in its own PID namespace, so each has the PID 1.
+/// The parent and its child are each in a PID namespace of their own, so both have the PID 1.
 #[test]
 fn a_child_with_its_parents_number_is_distinguished_from_it() {
     if !testkit::require(testkit::Cap::Root) {
@@ -200,8 +201,8 @@ fn a_child_has_its_reclaimer_whatever_threads_were_starting_in_the_parent() {
         let begin = Instant::now();
         for _ in (0..4000).take_while(|_| begin.elapsed() < Duration::from_secs(30)) {
             let good = in_child(|| {
-                // SAFETY: `alarm` has no preconditions. After 20 seconds it kills the child, which
-                // may hang.
+                // SAFETY: `alarm` has no preconditions. If the child hangs, the signal kills it
+                // after 20 seconds.
                 unsafe { libc::alarm(20) };
                 let own = count.clone();
                 srcu.call(move || own.add());

@@ -4,8 +4,8 @@
 //! `RUSTFLAGS="--cfg mmun_loom" cargo test -p srcu --release --test loom --target-dir target/loom`
 //!
 //! A model that cannot fail proves nothing. So each model has mutants, in which one fence, scan or
-//! check is left out (`MMUN_MUTANT=no_fence_in_lock`). `mutants_are_caught` runs the models with
-//! the mutants, and each must fail. A full fence models the membarrier system call.
+//! check is left out (`MMUN_MUTANT=no_fence_in_lock`). `mutants_are_caught` runs each model with
+//! its mutants, and each run must fail. A full fence models the membarrier system call.
 //! `docs/ordering.md` argues why this is correct.
 #![cfg(mmun_loom)]
 #![allow(missing_docs, reason = "tests")]

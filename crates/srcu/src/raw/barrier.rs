@@ -8,8 +8,8 @@
 
 use crate::sync::{Ordering, fence};
 
-/// A bit of the index word, which a reader loads first. If the bit is set, readers must use real
-/// fences.
+/// A bit of the index word. A reader loads that word first. If the bit is set, readers must use
+/// real fences.
 pub(crate) const FULL_FENCES: usize = 1 << 1;
 
 /// The reader's side. `word` is the domain's index word as loaded by this reader.
@@ -21,8 +21,8 @@ pub(crate) fn light(word: usize) {
     compiler_barrier();
 }
 
-/// Out of line, so that the fast path contains no jump: on some processors one more jump costs as
-/// much as the whole section.
+/// Out of line, so that the fast path takes no jump: on some processors one more jump costs as much
+/// as the whole section.
 #[cfg_attr(not(mmun_loom), cold, inline(never))]
 fn full() {
     // ORDER(srcu-enter, srcu-wake): the fallback's side of the pairs named at the callers.

@@ -3,8 +3,8 @@
 //!
 //! # Safety
 //! # Invariants
-//! A head in a queue or batch is part of a box that `push_boxed` leaked, or was given to
-//! `call_raw`. The caller of `call_raw` promised that the head stays valid and untouched until its
+//! A head in a queue or batch is part of a box that `push_boxed` leaked, or was given to `call_raw`
+//! or `call_raw_dropping`. Their callers promise that the head stays valid and untouched until its
 //! function is called. So from the push until the call, only this crate reads and writes the head.
 
 use crate::sync::{self, Ordering};
@@ -267,8 +267,8 @@ impl Batch {
         self.newest.store(ptr::null_mut(), Ordering::Relaxed);
     }
 
-    /// Removes the oldest callback from the batch and returns it with its function. The grace
-    /// period of that callback has passed.
+    /// Removes the oldest callback from the batch and returns it with its function. The caller has
+    /// checked that the batch's grace period has passed.
     pub(super) fn take_one(&self) -> Option<(NonNull<Head>, Function)> {
         let oldest = NonNull::new(self.oldest.load(Ordering::Relaxed))?;
         // SAFETY: the head must be valid and belong to this crate, which the module's invariant

@@ -7,18 +7,18 @@ use std::ptr;
 thread_word! {
     /// The address of the domain whose callback runs on this thread, or zero.
     static RUNNING: u64 = 0;
-    /// One if this thread runs callbacks, otherwise zero.
+    /// One if this thread is the reclaimer or acts in its place, otherwise zero.
     static RECLAIMER: u64 = 0;
 }
 
-/// Sets whether this thread runs callbacks, and returns the old value.
+/// Sets whether this thread is the reclaimer or acts in its place, and returns the old value.
 pub(crate) fn set_reclaimer(is: bool) -> bool {
     let before = is_reclaimer();
     RECLAIMER.set(is.into());
     before
 }
 
-/// Runs `f` with this thread marked as the one that runs callbacks. `f` must not unwind, because
+/// Runs `f` with this thread marked as one that acts as the reclaimer. `f` must not unwind, because
 /// the mark would stay.
 pub(crate) fn as_reclaimer(f: impl FnOnce()) {
     let before = set_reclaimer(true);
@@ -26,8 +26,8 @@ pub(crate) fn as_reclaimer(f: impl FnOnce()) {
     set_reclaimer(before);
 }
 
-/// Tells whether this thread runs the callbacks of all domains. If so, a wait for any callback on
-/// this thread would never end.
+/// Tells whether this thread is the reclaimer, or acts in its place at the moment. If so, a wait
+/// for any callback on this thread would never end.
 pub fn is_reclaimer() -> bool {
     RECLAIMER.get() != 0
 }

@@ -2,7 +2,7 @@
 //!
 //! The waiter reads the counter, checks whether its condition holds, and sleeps only if the counter
 //! has not changed. The thread that makes the condition true increments the counter afterwards.
-//! That thread enters the kernel only if another thread sleeps.
+//! That thread enters the kernel only if another thread sleeps or is about to.
 
 use crate::sync::{AtomicU32, Ordering, fence, mutant};
 
@@ -42,8 +42,9 @@ impl Event {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
         // ORDER(srcu-sleep): the increment of `sleepers` comes before the comparison of the count.
         // Partner: the fence in `advance`, between the increment of the count and the load of
-        // `sleepers`. If this thread's increment comes first, that load sees the sleeper; if the
-        // other comes first, the comparison sees the new count, and this thread does not sleep.
+        // `sleepers`. If the increment of `sleepers` comes first, that load sees the sleeper. If
+        // the increment of the count comes first, the comparison sees the new count, and this
+        // thread does not sleep.
         // Model: loom `a_wake_up_is_not_lost`.
         if !mutant("no_fence_before_sleep") {
             fence(Ordering::SeqCst);

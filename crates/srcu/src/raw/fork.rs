@@ -16,15 +16,16 @@ use super::{ids, pages, reclaimer};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 
-/// The number of forks between this process and its first ancestor that used this crate.
+/// The number of forks between this process and the ancestor in which `register` ran first.
 static FORKS: AtomicUsize = AtomicUsize::new(0);
 
 /// How many registrations have begun. More than one only if several threads registered at the same
 /// time.
 static REGISTERED: AtomicUsize = AtomicUsize::new(0);
 
-/// Returns the number of forks between this process and its first ancestor that used this crate. So
-/// the result of a process differs from that of each of its ancestors.
+/// Returns the number of forks between this process and the ancestor that loaded this crate. So the
+/// result of a process differs from that of each of its ancestors since then. A `_Fork` and a raw
+/// `clone` system call run no fork handlers and are not counted.
 #[inline]
 pub fn forks() -> usize {
     // ORDER: Relaxed: the count changes only in the child of a fork, while it has one thread.

@@ -7,10 +7,10 @@
 //!
 //! 1. *idle*: `seq` is even.
 //! 2. *scan*: `seq` is odd. `open` says which banks have not been found quiet.
-//! 3. *blocked*: the stale bank (the bank that `index` does not select) gets no new sections, and a
-//!    scan found it still in use. If a thread must be notified of the end, `waiting` names the
-//!    bank and the threads to notify. The thread that wrote `waiting` has then checked the bank
-//!    again.
+//! 3. *blocked*: a scan found the stale bank (the bank that `index` does not select) still in use.
+//!    Only readers that loaded `index` before its last change still begin sections in that bank. If
+//!    a thread must be notified of the end, `waiting` names the bank and the threads to notify. The
+//!    thread that wrote `waiting` has then checked the bank again.
 //! 4. Both banks are quiet: `seq` is advanced, interested threads are notified, and the state is
 //!    idle again.
 //!
@@ -25,7 +25,7 @@ use super::state::progress::{Announced, Gp, RECLAIMER, UPDATERS};
 use super::state::{State, inbox};
 use crate::sync::{Ordering, fence, mutant, spin_loop};
 
-/// How many times a waiting updater polls the counters before it sleeps.
+/// How many times a waiting updater polls the counters at most before it sleeps.
 const SPINS: usize = if cfg!(mmun_loom) { 0 } else { 200 };
 
 enum Step {

@@ -1,12 +1,12 @@
-//! Thread numbers: a small number for every thread that has used a domain. The kernel frees the
-//! number when the thread dies.
+//! Thread numbers: a small number for every thread that has claimed one, for example by its first
+//! section. The kernel frees the number when the thread dies.
 //!
 //! A thread owns a number by holding the number's *robust mutex*, which it never unlocks. When the
-//! thread has died, the kernel marks the mutex, and the next claim gets `EOWNERDEAD`. So no exit
-//! hook is needed, whose registration could allocate in the middle of the program's `malloc`. A
-//! thread keeps its number until it dies, so its thread-local destructors can still drop guards.
-//! The kernel hands a robust mutex over with a full fence, so the new owner sees the counters as
-//! the old owner left them.
+//! thread has died, the kernel marks the mutex, and the next claim that tries this mutex gets
+//! `EOWNERDEAD`. So no exit hook is needed, whose registration could allocate in the middle of the
+//! program's `malloc`. A thread keeps its number until it dies, so its thread-local destructors can
+//! still drop guards. The kernel hands a robust mutex over with a full fence, so the new owner sees
+//! the counters as the old owner left them.
 //!
 //! A claim blocks all signals, because a signal handler that claims would deadlock with the claim
 //! that it interrupts.

@@ -1,8 +1,9 @@
 //! Maps a thread's number to a place in a table of slots: a bucket, and an offset in the bucket.
 //!
 //! # Invariants
-//! A [`Place`] comes only from `NONE` or `of`, possibly through a word. So its bucket exists and
-//! its offset is that of a slot in the bucket.
+//! A [`Place`] comes only from `NONE` or `of`, possibly through a word. If it is not `NONE`, its
+//! bucket exists and its offset is that of a slot in the bucket. The bucket of `NONE` is the one
+//! past the end.
 
 use super::slot::Slot;
 
@@ -10,8 +11,8 @@ use super::slot::Slot;
 pub(crate) const INLINE: usize = 28;
 /// The number of slots in the second bucket, which is one page.
 const SECOND: usize = 32;
-/// The number of buckets. The buckets have room for 28 + 32 * (2^17 - 1) threads; Linux has at most
-/// 2^22.
+/// The number of buckets. The buckets have room for 28 + 32 * (2^17 - 1) = 2^22 - 4 threads. A
+/// process has fewer, because Linux has at most 2^22 thread ids, some of them for its own threads.
 pub(crate) const BUCKETS: usize = 18;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

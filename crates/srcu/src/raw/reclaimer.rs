@@ -23,7 +23,7 @@ use super::state::inbox::schedule;
 use crate::sync::{Ordering, mutant};
 use std::ptr::NonNull;
 
-/// How many callbacks of a domain run in one turn, before other domains get their turns.
+/// How many callbacks of a domain run at most in one turn, before other domains get their turns.
 const TURN: usize = 256;
 
 /// If the last batch was at least this large, the reclaimer pauses before it takes the next one, so
@@ -34,7 +34,7 @@ const STORM: usize = 64;
 /// Advances a domain as far as possible without waiting, and releases the inbox's count of it.
 ///
 /// # Safety
-/// `state` was taken from the inbox, and the caller is the reclaimer.
+/// `state` was taken from the inbox, and the caller is the reclaimer or acts in its place.
 unsafe fn turn(state: NonNull<State>) {
     {
         // SAFETY: the state must be alive. The count that came with it is released only below.
@@ -189,9 +189,10 @@ mod thread {
         }
     }
 
-    /// Like `start`, but does nothing in the child of a fork or after a failed start. In both cases
-    /// a later call of `start` starts the reclaimer. This function must not allocate there, because
-    /// the caller may be inside an allocator, and relies on its earlier call of `prepare`.
+    /// Like `start`, but does nothing if the reclaimer exists only in the parent of this child, or
+    /// after a failed start. In both cases a later call of `start` starts the reclaimer. This
+    /// function must not allocate there, because the caller may be inside an allocator, and relies
+    /// on its earlier call of `prepare`.
     pub(crate) fn start_unless_forked() {
         match STATUS.load(Ordering::Relaxed) {
             NEVER => start_or(|| ()),
@@ -234,8 +235,9 @@ mod thread {
     /// For a thread that waits for a callback without `barrier`: starts the reclaimer. If the
     /// system gives no thread, this call runs the callbacks that can run now, of all domains, until
     /// `done` says that the caller's callback has run.
-    /// Returns whether there is a reclaimer. If so, the caller can sleep until the callback wakes
-    /// it. If not, the caller must repeat this call until the callback has run.
+    /// Returns whether the reclaimer runs. If so, the caller can sleep until the callback wakes
+    /// it. If not, the caller must repeat this call until the callback has run. The result is false
+    /// also while another thread starts the reclaimer or acts in its place.
     ///
     /// The caller must hold no lock that a callback takes.
     #[doc(hidden)]
@@ -257,8 +259,9 @@ mod thread {
         STATUS.load(Ordering::Relaxed) == RUNNING
     }
 
-    /// Whether the reclaimer, if there is one, has no work and sleeps: it is in no function of libc
-    /// but `syscall`. True in the reclaimer itself, because it cannot wait for its own sleep.
+    /// Whether the reclaimer has no work, and sleeps or is about to: it is in no function of libc
+    /// but `syscall`. True if there is no reclaimer. True also in the reclaimer itself, because it
+    /// cannot wait for its own sleep.
     #[doc(hidden)]
     pub fn reclaimer_sleeps() -> bool {
         let is_there = matches!(STATUS.load(Ordering::Relaxed), HELD | RUNNING);

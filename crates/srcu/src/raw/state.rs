@@ -12,9 +12,10 @@
 //!
 //! 1. The first use of an `Srcu` takes a state from the pool, or makes one in a new page. The
 //!    state's count is then one, and the handle holds it.
-//! 2. A thread that queues a callback into an empty queue puts the state into the inbox, which
-//!    holds a count. The reclaimer takes the state out, moves the callbacks into the batch, and
-//!    releases the inbox's count. The batch holds a count while it is not empty.
+//! 2. A thread that gives the domain work (see `reclaimer`) puts the state into the inbox, which
+//!    holds a count. The reclaimer takes the state out, moves the callbacks into the batch if the
+//!    batch is empty, and releases the inbox's count. The batch holds a count while it is not
+//!    empty.
 //! 3. The drop of the `Srcu` releases the handle's count. When the count reaches zero, the state
 //!    returns to the pool.
 //!
@@ -24,7 +25,8 @@
 //!   inbox or turn, one while its batch holds callbacks, one for each `call_raw_dropping` that is
 //!   running. At zero the state is recycled. No reference to it is left then (module docs of `raw`,
 //!   facts 1 and 2).
-//! * Only the thread that acts as the reclaimer accesses `batch`.
+//! * Only the thread that acts as the reclaimer accesses `batch`, or the only thread of a forked
+//!   child.
 
 pub(crate) mod inbox;
 #[cfg(not(mmun_loom))]

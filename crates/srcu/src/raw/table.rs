@@ -2,9 +2,9 @@
 //! and does not move while the domain lives.
 //!
 //! The first bucket is the rest of the domain's own page, so in a program with few threads each
-//! domain needs one page. Every further bucket doubles the room. A thread's number determines the
-//! place of its slot, which is the same in every domain. Each thread computes its place once, and
-//! keeps it in thread-local storage.
+//! domain needs one page. Every further bucket about doubles the room. A thread's number determines
+//! the place of its slot, which is the same in every domain. Each thread computes its place once,
+//! and keeps it in thread-local storage.
 //!
 //! # Safety
 //! # Invariants

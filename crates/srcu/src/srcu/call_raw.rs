@@ -7,7 +7,8 @@ use crate::raw::state::{State, inbox};
 use std::ptr::NonNull;
 
 impl Srcu {
-    /// Calls `f(head)` on the reclaimer thread once all sections that are open now have ended.
+    /// Calls `f(head)` on the background thread once all sections that are open now have ended. (If
+    /// the system gives no thread, [`Srcu::barrier`] calls it.)
     ///
     /// For objects that embed their [`Head`]. After [`Srcu::prepare`] the call allocates nothing,
     /// takes no lock and never blocks. It may be made inside sections and callbacks. Callbacks of

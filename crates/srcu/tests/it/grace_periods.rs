@@ -152,9 +152,9 @@ fn a_cookie_of_another_domain_is_refused() {
     let _ = b.poll(cookie);
 }
 
-/// If a grace period is under way, the caller waits for the next one. The next grace period waits
-/// for a section that begins before it in the same bank. It does not wait for a section that begins
-/// after it, in the other bank.
+/// If a grace period is under way, a cookie waits for the next one. The next grace period waits for
+/// a section that began before it. It does not wait for a section that begins after it has sent new
+/// sections to the other bank.
 #[test]
 fn s_83_a_grace_period_waits_for_no_section_that_begins_after_it() {
     let srcu = Srcu::new();

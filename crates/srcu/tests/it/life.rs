@@ -1,4 +1,4 @@
-//! Domains are made and dropped.
+//! Making and dropping domains.
 
 use crate::{Count, Gate};
 use srcu::{Head, Srcu};
