@@ -63,8 +63,8 @@ pub trait ShadowOps: Send + 'static {
 /// machine's page tables. For many independent ranges, use
 /// [`IntervalNotifier`](crate::IntervalNotifier)s. An `InvalidateSeq` is a [`Notifier`]: give it to
 /// a [`Subsystem`](crate::Subsystem) or a [`Registration`](crate::Registration), or let a
-/// notifier that contains it call its callbacks. The state is reached only under its lock.
-/// The result of a fault's look-up is installed only if the range has not changed since.
+/// notifier that contains it call its callbacks. The state is reached only under its lock. The
+/// result of a fault's look-up is installed only if the range has not changed since.
 ///
 /// A fault does not wait for an invalidation. The shadow refuses the fault, which then retries with
 /// a new snapshot. While invalidations overlap in time, the smallest range around all of them

@@ -114,8 +114,8 @@ impl Map {
     }
 }
 
-/// Records that this thread is about to wait until brackets and callbacks of the address
-/// space with the id `mm`, or of any address space, have ended.
+/// Records that this thread is about to wait until brackets and callbacks of the address space with
+/// the id `mm`, or of any address space, have ended.
 ///
 /// # Panics
 /// With `debug_assertions`, if this thread holds a lock that was once taken inside a bracket or
@@ -126,8 +126,8 @@ pub(crate) fn might_wait(mm: Option<u64>) {
     imp::might_wait(mm);
 }
 
-/// Records that this thread holds the state of an interval of the address space with the
-/// id `mm`, until dropped. The interval's callback takes that state too.
+/// Records that this thread holds the state of an interval of the address space with the id `mm`,
+/// until dropped. The interval's callback takes that state too.
 #[cfg_attr(debug_assertions, track_caller)]
 #[inline]
 pub(crate) fn holds_state(mm: u64) -> imp::Held<'static> {

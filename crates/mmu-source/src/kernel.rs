@@ -16,9 +16,9 @@
 //! every invalidation of the process's page tables passes the tracepoint `kvm:kvm_unmap_hva_range`,
 //! with its start and end, *before* the page tables change. If the invalidation touches an armed
 //! range, a small BPF program at the tracepoint increments a generation in memory that this process
-//! has mapped, and writes the invalidated range to a ring.
-//! The virtual machine is never run. Nothing is patched, and no change bypasses the tracepoint:
-//! changes by other processes, reclaim, truncation, copy on write and `io_uring` all reach it.
+//! has mapped, and writes the invalidated range to a ring. The virtual machine is never run.
+//! Nothing is patched, and no change bypasses the tracepoint: changes by other processes, reclaim,
+//! truncation, copy on write and `io_uring` all reach it.
 //!
 //! ```no_run
 //! use mmu_notifier::{Va, VaRange};

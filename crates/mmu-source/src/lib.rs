@@ -14,8 +14,7 @@
 //! | whether one range has changed since a given moment, even under a lock or inside `free` | [`Watch`] | [`kernel`] or [`hook`] |
 //!
 //! [`SOURCES`] lists for each source what it sees, when it notifies subscribers, and what it
-//! misses.
-//! Each source is a feature of this crate, and all are on by default.
+//! misses. Each source is a feature of this crate, and all are on by default.
 //!
 //! # One example of each
 //! `kernel`: a watch says whether a range has changed since the watch was made.

@@ -10,9 +10,9 @@ use crate::{InvalidateRange, Mm, Va, VaRange, WouldBlock};
 /// [`try_invalidate_range_start`](Self::try_invalidate_range_start) calls the start; the default of
 /// every other method does nothing.
 ///
-/// The value's own `Drop` is its `free_notifier`. The drop runs on the background thread
-/// of the `srcu` crate, after a grace period, when no callback of this value can still be running.
-/// A value that was never registered, or that `unregister` has returned, is dropped by its owner.
+/// The value's own `Drop` is its `free_notifier`. The drop runs on the background thread of the
+/// `srcu` crate, after a grace period, when no callback of this value can still be running. A value
+/// that was never registered, or that `unregister` has returned, is dropped by its owner.
 ///
 /// Callbacks may run before `get` has returned, in parallel with themselves, and after the last
 /// put, until the grace period ends. A start need not be followed by an end: the subscriber may be

@@ -133,8 +133,8 @@ fn a_threads_first_bracket_is_inside_the_allocator() {
 
 /// The functions that may call the loader's function for thread-locals: parts of the standard
 /// library that run only during a panic, and the sources `kernel` and `uffd` with their threads and
-/// vaults, which run outside of the hook's brackets.
-/// On other processors the look-up is not a call of a named function.
+/// vaults, which run outside of the hook's brackets. On other processors the look-up is not a call
+/// of a named function.
 #[cfg(target_arch = "x86_64")]
 const MAY_LOOK_UP: &[&str] = &[
     "std[",

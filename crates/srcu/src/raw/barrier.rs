@@ -2,9 +2,9 @@
 //!
 //! A [`light`] on one thread and a [`heavy`] on another order each other as two `fence(SeqCst)` do.
 //! `light` is only a compiler barrier. `heavy` is `membarrier(PRIVATE_EXPEDITED)`, which makes
-//! every running thread of the process execute a full fence wherever it runs. If the
-//! system call is missing or refused, both are real fences. That decision is made once, before the
-//! first reader of the process, and never changes.
+//! every running thread of the process execute a full fence wherever it runs. If the system call is
+//! missing or refused, both are real fences. That decision is made once, before the first reader of
+//! the process, and never changes.
 
 use crate::sync::{Ordering, fence};
 

@@ -44,8 +44,7 @@ impl Event {
         // Partner: the fence in `advance`, between the increment of the count and the load of
         // `sleepers`. If the increment of `sleepers` comes first, that load sees the sleeper. If
         // the increment of the count comes first, the comparison sees the new count, and this
-        // thread does not sleep.
-        // Model: loom `a_wake_up_is_not_lost`.
+        // thread does not sleep. Model: loom `a_wake_up_is_not_lost`.
         if !mutant("no_fence_before_sleep") {
             fence(Ordering::SeqCst);
         }

@@ -234,10 +234,10 @@ mod thread {
 
     /// For a thread that waits for a callback without `barrier`: starts the reclaimer. If the
     /// system gives no thread, this call runs the callbacks that can run now, of all domains, until
-    /// `done` says that the caller's callback has run.
-    /// Returns whether the reclaimer runs. If so, the caller can sleep until the callback wakes
-    /// it. If not, the caller must repeat this call until the callback has run. The result is false
-    /// also while another thread starts the reclaimer or acts in its place.
+    /// `done` says that the caller's callback has run. Returns whether the reclaimer runs. If so,
+    /// the caller can sleep until the callback wakes it. If not, the caller must repeat this call
+    /// until the callback has run. The result is false also while another thread starts the
+    /// reclaimer or acts in its place.
     ///
     /// The caller must hold no lock that a callback takes.
     #[doc(hidden)]

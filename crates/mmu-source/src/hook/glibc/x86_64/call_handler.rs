@@ -4,10 +4,9 @@
 //! A trampoline calls a stub with the system call number in `rax` and the arguments in the
 //! registers of the system call. Like the `syscall` instruction, the stub changes `rax`, `rcx` and
 //! `r11` and nothing else that the site may still need. Every stub of a site preserves the general
-//! registers.
-//! Preserving vector registers and flags costs more than everything else, so the scanner examines
-//! the code after each site and decides whether the site still needs them. `xsave` and `fxsave`
-//! would be shorter, but cost 150 to 500 ns.
+//! registers. Preserving vector registers and flags costs more than everything else, so the scanner
+//! examines the code after each site and decides whether the site still needs them. `xsave` and
+//! `fxsave` would be shorter, but cost 150 to 500 ns.
 
 #![allow(unsafe_code, reason = "assembly")]
 
