@@ -71,8 +71,8 @@ pub enum Error {
         /// The source.
         source: &'static str,
     },
-    /// The caller is a callback, a bracket or a signal handler that has interrupted the source, and
-    /// the call would wait for the caller's own thread.
+    /// The call would wait for its own thread: it was made in a callback, in a bracket, or in a
+    /// signal handler that has interrupted the source.
     InCallback {
         /// The source.
         source: &'static str,

@@ -34,7 +34,7 @@ pub(crate) struct Marks {
     /// A thread holds this lock while it makes the target of a pointer in this struct.
     pub(crate) make: Lock,
     /// Identifies this address space among the forks of one program. Zero until the first call of
-    /// [`mark`]: a source is started, a hook is installed or a watch is made.
+    /// [`mark`], when a source is started, a hook is installed or a watch is made.
     pub(crate) alive: AtomicU64,
     /// Points to the mutex with the running source `kernel` of this address space. Each address
     /// space makes its own mutexes, so a thread of the parent cannot have left one locked.

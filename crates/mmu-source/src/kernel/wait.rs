@@ -21,8 +21,8 @@
 //!   this very change. So if an event finds the count at zero, there are two cases. Either the
 //!   event belongs to another address space. Or it is the event of a change of this address space
 //!   at B's tracepoint, and that change will pass A's tracepoint as well. In both cases the program
-//!   need not count the event. So a process that discards memory in a loop costs other processes
-//!   nothing.
+//!   need not count the event. So while B exists, a process that discards memory in a loop causes
+//!   no records in other processes.
 //!
 //! Only a BPF program can read the count, and the caller has no descriptor to run one with, because
 //! all descriptors are in the vault (`vault.rs`). So the caller *makes an event*: it discards a
