@@ -71,7 +71,8 @@
 //! * No end comes without its start. An accepted start lacks its end only if the notifier was
 //!   delisted in between: it was put or unregistered, or its address space ended.
 //! * No callback runs in a freed notifier, and `release` has returned before exit returns.
-//! * A call that would wait for its own thread returns [`WouldDeadlock`].
+//! * A call that would wait for its own thread returns [`WouldDeadlock`]. A call that cannot return
+//!   an error skips the wait, as its documentation says.
 //!
 //! # What a callback must not do
 //! A callback must not allocate, free or print, and must not take a lock whose holders do, because

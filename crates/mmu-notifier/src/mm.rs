@@ -40,13 +40,13 @@ use subscriptions::Subscriptions;
 /// A counted handle of an address space (`mm_count`). The object exists as long as the handle does,
 /// but the address space may have ended.
 ///
-/// Cloning a handle is `mmgrab`, dropping it is `mmdrop`. A subscription holds one. A handle does
-/// not keep the address space alive; for work that needs it alive, take a user with
+/// Cloning a handle is `mmgrab`, dropping it is `mmdrop`. Each notifier holds one until its free. A
+/// handle does not keep the address space alive; for work that needs it alive, take a user with
 /// [`mmget_not_zero`](Self::mmget_not_zero).
 ///
 /// # Blocking
 /// The last drop waits until the deferred work of the address space's domain, if there is any, has
-/// run.
+/// run. On the background thread it does not wait.
 ///
 /// # Source
 /// `struct mm_struct`, `mmgrab`, `mmdrop`; `Mm` of Rust in the kernel.
@@ -153,8 +153,9 @@ impl Mm {
         self.0.users.load(Ordering::Relaxed)
     }
 
-    /// Returns how many handles there are now. Every `Mm`, [`MmWithUser`], subscription,
-    /// registration, interval and [`OwnedBracket`] holds one. For reports and tests.
+    /// Returns how many handles there are now. Every `Mm`, [`MmWithUser`], interval and
+    /// [`OwnedBracket`] holds one, and so does every notifier until its free: all subscriptions of
+    /// one notifier share its handle. For reports and tests.
     #[must_use]
     pub fn mm_count(&self) -> usize {
         Arc::strong_count(&self.0)
@@ -345,14 +346,15 @@ impl fmt::Debug for Mm {
 
 /// A counted handle of an address space that is alive (`mm_users`).
 ///
-/// Cloning it is `mmget`. Dropping the last one is exit: it calls `release` of every subscriber,
-/// delists them, and waits until no callback runs in any of them. A callback may still run in a
-/// subscriber that was put or unregistered before. The owner of the pages frees them after exit has
-/// returned.
+/// Cloning it is `mmget`. Dropping the last one is exit: it calls every interval once, calls
+/// `release` of every subscriber, delists the subscribers, and waits until no callback runs in any
+/// of them. A callback may still run in a subscriber that was put or unregistered before. The owner
+/// of the pages frees them after exit has returned.
 ///
 /// # Blocking
-/// The last drop sleeps while `release` callbacks and open brackets last. Inside a callback of the
-/// same address space, or in a deferred free, the drop does not wait for those brackets.
+/// The last drop sleeps while callbacks run and, if there is a subscriber, while open brackets
+/// last. Inside a bracket or callback of the same address space, or in a deferred free, the drop
+/// does not wait for brackets.
 ///
 /// # Source
 /// `mmget`, `mmput`; `MmWithUser` of Rust in the kernel.

@@ -7,7 +7,7 @@
 //! shadow: a table that translates a page to a pointer and is filled at the first use of the page.
 //! The reader does not ask the kernel whether the page is still mapped. That is sound because the
 //! hook notifies the shadow *before* a page is unmapped, wherever that happens, for example in the
-//! middle of `free`. A mistake in the protocol ends this program with SIGSEGV.
+//! middle of `free`. A mistake in the protocol may end this program with SIGSEGV.
 //!
 //! The callback may run while the allocator's locks are held. So the callback neither allocates nor
 //! frees, and neither does any code that holds the shadow's lock. `SoftTlb` is a table of fixed

@@ -1,4 +1,5 @@
-//! What a callback may do: put, subscribe, map and unmap. It may also change `errno`.
+//! What a callback may do: put, get a subscription that exists, map and unmap. It may also change
+//! `errno`.
 
 use crate::pages::{at, discard, errno, map, page_size, unmap};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Subscription, Subsystem, VaRange};

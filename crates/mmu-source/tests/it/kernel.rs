@@ -25,7 +25,7 @@ fn rehearse(ring: usize) -> Option<Arc<Kernel>> {
     require(Cap::Bpf).then(|| Kernel::rehearse(ring).expect("BPF is there"))
 }
 
-/// Arms `memory`, runs `change`, and checks that a subscriber was notified of a part of it.
+/// Arms `memory`, runs `change`, and checks that a subscriber was notified of a part of the memory.
 fn told(kernel: &Arc<Kernel>, name: &str, memory: Scratch, change: impl FnOnce(&Scratch)) {
     let log = Log::about(&current(), memory.range());
     let armed = kernel.arm(memory.range()).expect("armed");
