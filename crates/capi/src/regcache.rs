@@ -346,10 +346,13 @@ export! {
         if !lease.is_aligned() {
             return fail(-libc::EINVAL, INVALID);
         }
-        // SAFETY: `cache` is null or open (crate docs, Handles).
-        let open = unsafe { cache.as_ref() };
         // SAFETY: `lease` is null or points to memory for a lease (crate docs, Pointers).
-        let (Some(open), Some(place)) = (open, unsafe { lease.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
+        let Some(place) = (unsafe { lease.as_mut() }) else { return fail(-libc::EINVAL, INVALID) };
+        // SAFETY: `cache` is null or open (crate docs, Handles).
+        let Some(open) = (unsafe { cache.as_ref() }) else {
+            *place = Lease::NONE;
+            return fail(-libc::EINVAL, INVALID);
+        };
         let range = match VaRange::covering(Va::from_ptr(address), length as u64) {
             Ok(range) if range.last() != Va::new(u64::MAX) => range,
             _ => {

@@ -33,9 +33,9 @@
  *
  * Errors     A function returns 0 or a negative error number. mmun_last_error() returns the details
  *            as one line of text.
- * Arguments  A null or misaligned pointer, an empty range and a range that wraps are -EINVAL. A
- *            function that fails sets a resulting handle to NULL. Arguments may overlap: a
- *            function reads all inputs before it writes an output.
+ * Arguments  A null handle, a null or misaligned pointer to a struct or to a result, an empty range
+ *            and a range that wraps are -EINVAL. A function that fails sets a resulting handle to
+ *            NULL. Arguments may overlap: a function reads all inputs before it writes an output.
  * Structs    The first field of a struct is its size. The caller sets it to sizeof, and the library
  *            learns from it which fields the caller's header has. The library reads a field that an
  *            older caller does not have as zero. A newer caller must leave each field that the

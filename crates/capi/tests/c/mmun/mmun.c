@@ -452,7 +452,9 @@ static void bad_caches_are_refused(void)
 	CHECK(mmun_regcache_open(mmun, &registrar, NULL, NULL) == -EINVAL);
 	options.merge = MMUN_MERGE_ADJACENT;
 	CHECK(mmun_regcache_open(mmun, &registrar, &options, &cache) == 0);
+	memset(&lease, 0xee, sizeof(lease));
 	CHECK(mmun_regcache_get(NULL, &device, 1, &lease) == -EINVAL);
+	CHECK(lease.handle == NULL && !mmun_lease_valid(&lease));
 	CHECK(mmun_regcache_get(cache, &device, 1, NULL) == -EINVAL);
 	CHECK(mmun_regcache_get(cache, &device, 1, (struct mmun_lease *)((char *)&lease + 4)) == -EINVAL);
 	CHECK(mmun_regcache_get(cache, &device, 0, &lease) == -EINVAL && !mmun_lease_valid(&lease));
