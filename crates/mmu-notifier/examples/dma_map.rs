@@ -12,8 +12,8 @@ use mmu_notifier::{
 };
 use std::io::Error;
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 const PAGE: u64 = mmu_notifier::PAGE_SIZE;
 
@@ -101,8 +101,13 @@ impl Map {
 
 type SharedMap = Subscription<InvalidateSeq<Map>>;
 
+/// Held while a buffer is pinned and installed. `mlock` does not nest: if two devices pinned one
+/// buffer at the same time, the `munlock` of the device that is refused would unlock the pages of
+/// the other one.
+static PINNING: Mutex<()> = Mutex::new(());
+
 /// Gives a device access to a buffer, and returns the bus address. Pins the buffer unless it is
-/// pinned already.
+/// pinned already. Two buffers must not share a page.
 fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error> {
     loop {
         let known = shared.with_shadow(|map| {
@@ -116,14 +121,14 @@ fn map(shared: &SharedMap, device: Device, range: VaRange) -> Result<u64, Error>
         if let Some(bus_address) = known {
             return Ok(bus_address);
         }
+        let _pinning = PINNING.lock().expect("no holder panics");
+        // Another device may have pinned the buffer meanwhile.
+        if shared.with_shadow(|map| map.find(range).is_some()) {
+            continue;
+        }
         let snapshot = shared.snapshot(range);
         let pinned = Pinned::new(range)?;
         let installed = shared.try_install(snapshot, |map| {
-            // If another device has pinned the buffer meanwhile, its `Pinned` stays, and this one
-            // is dropped.
-            if map.find(range).is_some() {
-                return true;
-            }
             let free = map.buffers.iter_mut().find(|place| place.is_none());
             free.map(|place| *place = Some(pinned)).is_some()
         });

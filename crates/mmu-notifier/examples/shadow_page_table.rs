@@ -9,7 +9,9 @@
 //! calls `munmap` stays as it is.
 
 use mmu_notifier::lockdep::CheckedAlloc;
-use mmu_notifier::{Event, InvalidateSeq, MmWithUser, SoftTlb, Subsystem, Va, VaRange};
+use mmu_notifier::{
+    Event, InstallError, InvalidateSeq, MmWithUser, SoftTlb, Subsystem, Va, VaRange,
+};
 use std::io::Error;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -121,9 +123,14 @@ fn increment(shadow: &Shadow, guest: &Guest, number: u64) -> (Option<u8>, bool) 
         let Some(host) = guest.walk(page) else {
             return (None, faulted);
         };
-        // A refusal means that a bracket of some page of the guest has ended since the snapshot, or
-        // that an open one may cover this page. The next turn looks the page up again.
-        let _ = shadow.try_install(snapshot, |table| table.insert(address, host));
+        match shadow.try_install(snapshot, |table| table.insert(address, host)) {
+            // The next turn hits the entry, unless a bracket has zapped it already. A refusal means
+            // that a bracket of some page of the guest has ended since the snapshot, or that an
+            // open one may cover this page. The next turn looks the page up again.
+            Ok(_) | Err(InstallError::Retry) => {}
+            // The address space has ended.
+            Err(_) => return (None, faulted),
+        }
     }
 }
 

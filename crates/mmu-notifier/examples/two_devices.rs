@@ -28,6 +28,8 @@ struct Module {
     invalidations: AtomicU64,
     released: AtomicU64,
     freed: AtomicU64,
+    /// Held while a file is closed, so that one of several closes sees the last reference.
+    closing: Mutex<()>,
 }
 
 /// The state that one device keeps for one process.
@@ -97,6 +99,8 @@ impl File {
     /// Closes the file. If it is the last file of its context, first drops every page of the
     /// context, because put calls no `release`.
     fn close(self) {
+        let module = Arc::clone(&self.0.module);
+        let _closing = module.closing.lock().expect("no holder panics");
         if self.0.users() == 1 {
             self.0.forget(VaRange::ALL);
         }

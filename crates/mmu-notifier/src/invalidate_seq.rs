@@ -174,9 +174,10 @@ pub struct Snapshot {
 #[non_exhaustive]
 pub enum InstallError {
     /// The range may have changed: take a new snapshot and look up again. Either an invalidation of
-    /// some watched range has ended since the snapshot, or an open one meets the range, or the
-    /// address space has ended.
+    /// some watched range has ended since the snapshot, or an open one meets the range.
     Retry,
+    /// The address space has ended: nothing can be installed any more, so a retry is useless.
+    Exited,
     /// The range is not within the ranges that the shadow watches, so no invalidation would zap it.
     NotWatched,
 }
@@ -187,6 +188,7 @@ impl fmt::Display for InstallError {
             Self::Retry => {
                 "the range was invalidated meanwhile: take a new snapshot and look up again"
             }
+            Self::Exited => "the address space has ended: nothing can be installed any more",
             Self::NotWatched => {
                 "the range is not within the ranges that the shadow watches: pass it to `watch`"
             }
@@ -294,7 +296,11 @@ impl<S: ShadowOps> InvalidateSeq<S> {
         let _order = self.order.acquire();
         let mut state = lock(&self.state);
         if self.is_stale(&snapshot) {
-            return Err(InstallError::Retry);
+            drop(state);
+            return Err(match lock(&self.window).released {
+                true => InstallError::Exited,
+                false => InstallError::Retry,
+            });
         }
         if !state.watched.holds(snapshot.range) {
             return Err(InstallError::NotWatched);

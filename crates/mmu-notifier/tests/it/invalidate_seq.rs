@@ -211,7 +211,7 @@ fn b_42_an_unregister_between_start_and_end_needs_a_reset() {
     let mut shadow = shadow.unregister().unwrap();
     assert_eq!(
         fault(&shadow, 7, 1),
-        Err(InstallError::Retry),
+        Err(InstallError::Exited),
         "it was released"
     );
     shadow.reset();
@@ -350,7 +350,7 @@ fn b_44_an_end_after_release_takes_nothing_back() {
     shadow.invalidate_range_end(&bracket.range());
     assert_eq!(
         fault(&shadow, 200, 1),
-        Err(InstallError::Retry),
+        Err(InstallError::Exited),
         "it can never be told of a change again"
     );
 }
@@ -365,9 +365,9 @@ fn nothing_is_installed_after_exit() {
     assert_eq!(entry(&shadow, 7), None);
     assert_eq!(
         shadow.try_install(snapshot, |_| ()),
-        Err(InstallError::Retry)
+        Err(InstallError::Exited)
     );
-    assert_eq!(fault(&shadow, 8, 1), Err(InstallError::Retry));
+    assert_eq!(fault(&shadow, 8, 1), Err(InstallError::Exited));
 }
 
 #[test]

@@ -363,7 +363,8 @@ impl World {
         };
         let got = match shadow.try_install(snapshot, |_| ()) {
             Ok(()) => Answer::Done,
-            Err(InstallError::Retry) => Answer::Retry,
+            // The model knows one answer for both.
+            Err(InstallError::Retry | InstallError::Exited) => Answer::Retry,
             Err(InstallError::NotWatched) => Answer::NotWatched,
             Err(error) => panic!("{error}"),
         };
