@@ -40,7 +40,7 @@ const INSIDE: &str = "agent-inside";
 /// How many machines run at once. Each has two processors.
 const ABREAST: usize = 2;
 
-const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--within SECONDS] [--check [--if VARIABLE]] [--table] \
+const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--within SECONDS] [--check [--if VARIABLE] [--kept]] [--table] [--only LABEL]... \
     [-- ARGUMENTS OF CARGO TEST]";
 
 /// The programs that the host needs for every kind of machine, each with its Debian package.
@@ -65,7 +65,11 @@ struct Options {
     /// Only check that the host has the needed packages, and download the kernels and the packages
     /// for the machine.
     check: bool,
+    /// Download nothing large: only a machine whose packages are there counts.
+    kept: bool,
     table: bool,
+    /// The labels of the standard tests to run. Empty: all.
+    only: Vec<String>,
     tests: Vec<String>,
 }
 
@@ -85,6 +89,13 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     let options = parse(arguments)?;
     check_host(options.arch)?;
     let store = root.join("target/guest");
+    if options.kept && options.arch.foreign.is_some() && !foreign::is_kept(&store, options.arch) {
+        return Err(format!(
+            "the packages (2.3 GB) are not in {}; 'cargo xtask guest --arch {} --check' fetches them",
+            store.join(options.arch.name).display(),
+            options.arch.name
+        ));
+    }
     if options.check {
         let kernels = options.kernels.iter();
         kernels
@@ -216,7 +227,9 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
         limit: Duration::from_secs(240),
         within: None,
         check: false,
+        kept: false,
         table: false,
+        only: Vec::new(),
         tests: Vec::new(),
     };
     let mut words = arguments.iter();
@@ -231,6 +244,7 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
             "--kernel" => kernels.push(*words.next().ok_or(USAGE)?),
             "--shell" => options.shell = true,
             "--check" => options.check = true,
+            "--kept" => options.kept = true,
             "--if" => {
                 let variable = words.next().ok_or(USAGE)?;
                 if std::env::var_os(variable).is_none_or(|value| value.is_empty()) {
@@ -238,6 +252,7 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
                 }
             }
             "--table" => options.table = true,
+            "--only" => options.only.push((*words.next().ok_or(USAGE)?).to_owned()),
             "--limit" | "--within" => {
                 let seconds = words.next().and_then(|word| word.parse().ok());
                 let time = Duration::from_secs(seconds.ok_or(USAGE)?);
@@ -270,6 +285,18 @@ fn parse(arguments: &[&str]) -> Result<Options, String> {
     }
     if options.table && !options.tests.is_empty() {
         return Err("--table is made by the standard tests: leave the others out".into());
+    }
+    let mut labels = options.arch.standard.iter().chain(options.arch.more);
+    if let Some(label) = options
+        .only
+        .iter()
+        .find(|only| labels.clone().all(|(label, _)| label != only))
+    {
+        let known: Vec<&str> = labels.by_ref().map(|(label, _)| *label).collect();
+        return Err(format!(
+            "no tests have the label {label}; known are: {}",
+            known.join(", ")
+        ));
     }
     if options.table && options.within.is_some() {
         return Err("--table has no cell for a test that was skipped: leave --within out".into());
@@ -335,12 +362,16 @@ fn note_all(
     };
     build.agent()?;
     if options.tests.is_empty() {
-        let more = if options.table {
+        let more = if options.table || !options.only.is_empty() {
             options.arch.more
         } else {
             &[]
         };
-        for (label, words) in options.arch.standard.iter().chain(more) {
+        let is_wanted = |(label, _): &&(&str, &str)| {
+            options.only.is_empty() || options.only.iter().any(|only| only == label)
+        };
+        let all = options.arch.standard.iter().chain(more);
+        for (label, words) in all.filter(is_wanted) {
             build.note(label, &words.split(' ').collect::<Vec<_>>(), &mut steps)?;
         }
     } else {

@@ -42,7 +42,7 @@ sources! {
         "nothing; it also reports some changes of other memory",
         "allocate, lock, map, unmap, arm and disarm; it must not wait for a thread that may be in `drain`",
         "two loads for each use; a fill that follows a change waits some microseconds (x86-64 or aarch64 with BTF; elsewhere it creates a virtual machine)",
-        "/dev/kvm, CAP_BPF and CAP_PERFMON, Linux 5.12; or a broker (mmun broker), Linux 5.15";
+        "/dev/kvm, CAP_BPF and CAP_PERFMON, Linux 5.12 (aarch64: 5.18); or a broker (mmun broker), Linux 5.15 (5.18)";
     "hook":
         "changes through libc: munmap, mmap over live memory, mremap, madvise, brk, sbrk, shmat, shmdt, mprotect, syscall(2)",
         "before and after the change, in the calling thread",
@@ -63,7 +63,7 @@ sources! {
         "changes that no system call of a traced task makes; if a call splits a huge page, the rest of that page",
         "allocate, lock and block; it must not wait for a stopped task",
         "two stops of the task for each memory call",
-        "ptrace of a program that no other tracer traces and that does not trace itself (AddressSanitizer: LSAN_OPTIONS=detect_leaks=0), Linux 5.3, x86-64 or aarch64";
+        "ptrace of a program that has no tracer and does not trace itself (AddressSanitizer: LSAN_OPTIONS=detect_leaks=0), Linux 5.3, x86-64 or aarch64";
 }
 
 impl SourceInfo {

@@ -36,7 +36,9 @@ fn main() -> Result<(), Failure> {
     let device = Device::new(rdma, Options::new());
     let cache = device.open(&mmu_source::current())?;
 
-    let (mut stream, _) = TcpListener::bind(&address)?.accept()?;
+    let listener = TcpListener::bind(&address)?;
+    println!("server: listens at {}", listener.local_addr()?);
+    let (mut stream, _) = listener.accept()?;
     let (mine, mut theirs) = (end.address(), [0; 20]);
     stream.write_all(&[&mine.number.to_ne_bytes()[..], &mine.gid].concat())?;
     stream.read_exact(&mut theirs)?;

@@ -243,16 +243,21 @@ pub fn edu() -> Result<PathBuf, String> {
         })
 }
 
-/// Makes a BPF array of one value. Before Linux 5.12 fails, because BPF there is too old for the
-/// source `kernel`.
+/// Makes a BPF array of one value. Before Linux 5.12, or 5.18 on aarch64, fails, because BPF there
+/// is too old for the source `kernel`.
 fn bpf() -> io::Result<()> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let mut numbers = release
         .split('.')
         .map_while(|number| number.parse::<u32>().ok());
-    if let (Some(5), Some(0..12)) = (numbers.next(), numbers.next()) {
+    let enough = if cfg!(target_arch = "aarch64") {
+        18
+    } else {
+        12
+    };
+    if matches!((numbers.next(), numbers.next()), (Some(5), Some(minor)) if minor < enough) {
         return Err(io::Error::other(format!(
-            "Linux 5.12 is needed, and this is {}",
+            "Linux 5.{enough} is needed, and this is {}",
             release.trim()
         )));
     }

@@ -57,6 +57,14 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
     Ok(Folders { tools, root })
 }
 
+/// Whether the folders are there.
+pub(crate) fn is_kept(store: &Path, arch: &Arch) -> bool {
+    let folder = store.join(arch.name);
+    ["tools", "root"]
+        .iter()
+        .all(|name| folder.join(name).exists())
+}
+
 /// Returns a Cargo command that builds for the machine's kind of processor.
 pub(crate) fn cargo(root: &Path, folders: &Folders, arch: &Arch) -> Command {
     let home = std::env::var_os("HOME").unwrap_or_else(|| "/root".into());

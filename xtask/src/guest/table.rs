@@ -9,7 +9,8 @@ use std::path::Path;
 const BEGIN: &str = "<!-- written by cargo xtask guest --table -->\n";
 const END: &str = "<!-- end -->\n";
 
-/// Writes the row of one kernel, and keeps the other rows.
+/// Writes the row of one kernel, and keeps the other rows. The cells of tests that did not run stay
+/// if the row is of the same version, so a row can be made of several runs.
 pub(crate) fn enter(
     root: &Path,
     arch: &Arch,
@@ -21,23 +22,34 @@ pub(crate) fn enter(
     let path = root.join("docs/kernels.md");
     let failed = |error| format!("{}: {error}", path.display());
     let text = fs::read_to_string(&path).map_err(failed)?;
+    let series = &arch.row(series);
+    let old = old_cells(&text, series, version);
     let cells: Vec<String> = labels_of_all()
         .iter()
-        .map(|label| {
+        .enumerate()
+        .map(|(column, label)| {
             let of_label = labels.iter().zip(results).filter(|(step, _)| step == label);
             let outcomes: Vec<_> = of_label.map(|(_, outcome)| outcome).collect();
             if outcomes.is_empty() {
-                "not run".to_owned()
+                let old = old.get(column).copied();
+                old.unwrap_or("not run").to_owned()
             } else {
                 Outcome::cell(&outcomes)
             }
         })
         .collect();
-    let series = &arch.row(series);
     let row = format!("| {series} | {version} | {} |\n", cells.join(" | "));
     let text = with_row(&text, series, &row)
         .ok_or_else(|| format!("{} has no table of the rig's", path.display()))?;
     fs::write(&path, text).map_err(failed)
+}
+
+/// The cells of a row without the first two. Empty if the table has no row of this version.
+fn old_cells<'a>(text: &'a str, series: &str, version: &str) -> Vec<&'a str> {
+    let begin = format!("| {series} | {version} | ");
+    let row = text.lines().find_map(|line| line.strip_prefix(&begin));
+    row.map(|row| row.trim_end_matches(" |").split(" | ").collect())
+        .unwrap_or_default()
 }
 
 fn with_row(text: &str, series: &str, row: &str) -> Option<String> {
@@ -94,6 +106,14 @@ fn labels_of_all() -> Vec<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cells_of_the_same_version_are_found() {
+        let text = "| 6.12 | 6.12.1 | 3 passed | not run |\n";
+        assert_eq!(old_cells(text, "6.12", "6.12.1"), ["3 passed", "not run"]);
+        assert!(old_cells(text, "6.12", "6.12.2").is_empty());
+        assert!(old_cells(text, "6.1", "6.12.1").is_empty());
+    }
 
     #[test]
     fn a_row_replaces_the_old_row_and_kernels_are_in_order() {

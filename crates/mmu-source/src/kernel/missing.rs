@@ -110,14 +110,19 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
     }
 }
 
-/// The first kernel version with everything that the tracepoint's program needs. The resolver needs
-/// Linux 5.14, but the source also runs without the resolver.
-const ENOUGH: (u32, u32) = (5, 12);
+/// The first kernel version with everything that the tracepoint's program needs. The BPF compiler
+/// for aarch64 has the atomic instructions later than the one for x86-64. The resolver needs Linux
+/// 5.14, but the source also runs without the resolver.
+const ENOUGH: (u32, u32) = if cfg!(target_arch = "aarch64") {
+    (5, 18)
+} else {
+    (5, 12)
+};
 
 /// Explains that the kernel is too old, if it is. Then neither a privilege nor a module helps,
 /// whatever error the kernel returned. For example, a kernel before 5.11 charges maps to
 /// `RLIMIT_MEMLOCK`, and returns `EPERM` even to root if that limit is too low.
-fn too_old(error: &io::Error, release: &str) -> Option<Error> {
+fn too_old(error: &io::Error, release: &str, enough: (u32, u32)) -> Option<Error> {
     let mut numbers = release
         .split(['.', '-'])
         .map_while(|number| number.parse::<u32>().ok());
@@ -125,18 +130,19 @@ fn too_old(error: &io::Error, release: &str) -> Option<Error> {
     let missing = || {
         format!(
             "BPF as of Linux {}.{}, and this is {}: {error}",
-            ENOUGH.0,
-            ENOUGH.1,
+            enough.0,
+            enough.1,
             release.trim()
         )
     };
-    (version < ENOUGH).then(|| unavailable(missing(), "uname -r"))
+    (version < enough).then(|| unavailable(missing(), "uname -r"))
 }
 
 fn too_old_here(error: &io::Error) -> Option<Error> {
     too_old(
         error,
         &std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?,
+        ENOUGH,
     )
 }
 
@@ -237,7 +243,7 @@ mod tests {
     #[test]
     fn a_kernel_that_is_too_old_is_the_reason() {
         let refused = io::Error::from_raw_os_error(libc::EPERM);
-        let lack = too_old(&refused, "5.10.0-39-amd64\n")
+        let lack = too_old(&refused, "5.10.0-39-amd64\n", (5, 12))
             .expect("it is too old")
             .to_string();
         assert!(
@@ -245,8 +251,10 @@ mod tests {
             "{lack}"
         );
         for enough in ["5.12.0", "6.1.0-50-amd64", "7.3.4+deb13-amd64", "unknown"] {
-            assert!(too_old(&refused, enough).is_none(), "{enough}");
+            assert!(too_old(&refused, enough, (5, 12)).is_none(), "{enough}");
         }
+        let lack = too_old(&refused, "5.15.0-arm64", (5, 18)).expect("it is too old");
+        assert!(lack.to_string().contains("Linux 5.18"), "{lack}");
     }
 
     #[test]

@@ -177,10 +177,10 @@ mod tests {
     #[test]
     fn ioctls_and_files_agree_and_count_touched_pages() {
         const SIZE: usize = 1 << 20;
-        let layout = std::alloc::Layout::from_size_align(SIZE, 4096).unwrap();
-        let mut memory = vec![0_u8; SIZE + 2 * 4096];
-        let skip = memory.as_ptr().align_offset(layout.align());
-        let memory = &mut memory[skip + 4096..][..SIZE - 4096];
+        let page = rustix::param::page_size();
+        let mut memory = vec![0_u8; SIZE + 2 * page];
+        let skip = memory.as_ptr().align_offset(page);
+        let memory = &mut memory[skip + page..][..SIZE - page];
         let resident = |memory: &[u8]| {
             let [(vma, pages), (old_vma, old_pages)] = both(memory);
             let (vma, old_vma) = (vma.unwrap(), old_vma.unwrap());
@@ -194,7 +194,7 @@ mod tests {
         };
         let before = resident(memory);
         assert!(before < SIZE as u64 / 2, "{before}");
-        memory.iter_mut().step_by(4096).for_each(|byte| *byte = 1);
+        memory.iter_mut().step_by(page).for_each(|byte| *byte = 1);
         assert_eq!(resident(memory), memory.len() as u64);
     }
 

@@ -1,5 +1,6 @@
 //! Runs `mmun` as a user does.
 
+mod assembly;
 mod bad_input;
 mod broker;
 mod browser;

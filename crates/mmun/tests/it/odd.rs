@@ -8,6 +8,7 @@ use std::process::Command;
 use serde_json::Value;
 use testkit::{Cap, has_optional_program, require};
 
+use crate::assembly;
 use crate::support::{check, of_kind, scratch, take_records, text, trace, within};
 
 /// A program of a test, removed when this is dropped.
@@ -154,10 +155,15 @@ fn a_stripped_program_has_offsets_and_a_static_one_names() {
 /// Copies a function to anonymous memory and calls it there. The function unmaps memory.
 const JIT: &str = "\
 int main(int argc, char **argv) {
-    /* mov eax, 11; syscall; ret */
+    /* munmap; return */
+#ifdef __aarch64__
+    static const unsigned code[] = { 0xd2801ae8, 0xd4000001, 0xd65f03c0 };
+#else
     static const unsigned char code[] = { 0xb8, 11, 0, 0, 0, 0x0f, 0x05, 0xc3 };
+#endif
     char *jit = make(PROT_READ | PROT_WRITE | PROT_EXEC), name[64];
     memcpy(jit + 0x100, code, sizeof code);
+    __builtin___clear_cache(jit + 0x100, jit + 0x100 + sizeof code);
     sprintf(name, \"/tmp/perf-%d.map\", getpid());
     if (!strcmp(argv[1], \"pipe\") && mkfifo(name, 0600)) return 2;
     if (!strcmp(argv[1], \"link\") && symlink(argv[2], name)) return 2;
@@ -176,12 +182,18 @@ fn code_made_at_run_time_is_named_by_a_file_and_by_nothing_else() {
     if !require(Cap::Program("gcc")) {
         return;
     }
+    // The last byte of the system call's instruction.
+    let unnamed = if cfg!(target_arch = "aarch64") {
+        "[anon]+0x107"
+    } else {
+        "[anon]+0x106"
+    };
     let (program, other) = (Program::new(&give(JIT), &[]), scratch("perf.map"));
     fs::write(&other, "0 ffffffffffffffff a name that was not asked for\n").unwrap();
     for (kind, name) in [
-        ("none", "[anon]+0x106"),
+        ("none", unnamed),
         ("file", "made at run time"),
-        ("link", "[anon]+0x106"),
+        ("link", unnamed),
     ] {
         let records = program.traced(&[kind, other.to_str().unwrap()]);
         let [start] = unmaps(&records, SIZE)[..] else {
@@ -197,7 +209,7 @@ fn code_made_at_run_time_is_named_by_a_file_and_by_nothing_else() {
     let [start] = unmaps(&records, SIZE)[..] else {
         panic!("one call")
     };
-    assert_eq!(functions(&records, start)[0], "[anon]+0x106");
+    assert_eq!(functions(&records, start)[0], unnamed);
     fs::remove_file(other).unwrap();
 }
 
@@ -280,24 +292,11 @@ fn a_stack_pointer_may_point_anywhere() {
     if !require(Cap::Program("gcc")) {
         return;
     }
-    let main = "\
-int main(void) {
-    static const unsigned long values[] = { 0, 1, 8, 4095, 0x7fffffffefffUL, 0x7ffffffff000UL, 1UL << 47, 1UL << 63,
-                                            ~0UL, ~7UL, ~4095UL };
-    for (int i = 0; i < sizeof values / sizeof *values; i++) {
-        register char *at __asm__(\"rdi\") = make(PROT_READ);
-        register long size __asm__(\"rsi\") = SIZE;
-        long result;
-        __asm__ volatile(\"mov %%rsp, %%r12; mov %%rbp, %%r13; mov %4, %%rsp; mov %4, %%rbp; syscall;\"
-                         \"mov %%r12, %%rsp; mov %%r13, %%rbp\"
-                         : \"=a\"(result) : \"a\"(11L), \"r\"(at), \"r\"(size), \"d\"(values[i])
-                         : \"rcx\", \"r11\", \"r12\", \"r13\", \"memory\");
-        if (result) return 1;
-    }
-    return give_back(make(PROT_READ));
-}
-";
-    let records = Program::new(&give(main), &["-O1", "-fomit-frame-pointer"]).traced(&[]);
+    let records = Program::new(
+        &give(assembly::STACK_ANYWHERE),
+        &["-O1", "-fomit-frame-pointer"],
+    )
+    .traced(&[]);
     let starts = unmaps(&records, SIZE);
     assert_eq!(starts.len(), 12);
     assert!(
@@ -313,28 +312,18 @@ fn a_program_may_unmap_its_own_text() {
     if !require(Cap::Program("gcc")) {
         return;
     }
-    let main = "\
-extern char __executable_start, etext;
-int main(void) {
-    /* munmap twice, then exit_group(0) */
-    static const unsigned char code[] = {
-        0xb8, 11, 0, 0, 0, 0x0f, 0x05, 0x4c, 0x89, 0xe7, 0x4c, 0x89, 0xee, 0xb8, 11, 0, 0, 0, 0x0f, 0x05,
-        0x31, 0xff, 0xb8, 0xe7, 0, 0, 0, 0x0f, 0x05 };
-    char *jit = make(PROT_READ | PROT_WRITE | PROT_EXEC), *begin = &__executable_start;
-    memcpy(jit, code, sizeof code);
-    register char *other __asm__(\"r12\") = make(PROT_READ);
-    register long size __asm__(\"r13\") = SIZE;
-    __asm__ volatile(\"jmp *%0\" : : \"r\"(jit), \"D\"(begin), \"S\"((&etext - begin + 4095) & ~4095L),
-                     \"r\"(other), \"r\"(size));
-    return 1;
-}
-";
-    let program = Program::new(&give(main), &["-O1"]);
+    let program = Program::new(&give(assembly::UNMAPS_ITS_TEXT), &["-O1"]);
     let records = program.traced(&[]);
     let [start] = unmaps(&records, SIZE)[..] else {
         panic!("one call")
     };
-    assert_eq!(functions(&records, start)[0], "[anon]+0x13");
+    // The last byte of the second system call's instruction.
+    let place = if cfg!(target_arch = "aarch64") {
+        "[anon]+0x17"
+    } else {
+        "[anon]+0x13"
+    };
+    assert_eq!(functions(&records, start)[0], place);
     let path = program.0.to_str().unwrap();
     assert!(
         of_kind(&records, "start").any(|start| start["cause"] == "munmap" && start["what"] == path)
@@ -579,7 +568,7 @@ fn limits_stand_in_the_help_in_doctor_and_in_the_documents() {
         assert!(man.contains(limit), "{limit}");
     }
     let doctor = run(&["doctor"]);
-    for limit in ["detect_leaks=0", "huge page that a call splits"] {
+    for limit in ["detect_leaks=0", "a call splits a huge page"] {
         assert!(
             doctor.contains(limit) && documents.contains(limit),
             "{limit}"

@@ -17,6 +17,8 @@ mod removal;
 mod stale;
 #[cfg(feature = "verbs")]
 mod torture;
+#[cfg(feature = "verbs")]
+mod two_programs;
 
 #[cfg(not(feature = "verbs"))]
 #[test]

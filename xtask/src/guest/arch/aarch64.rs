@@ -8,10 +8,18 @@ use super::{Arch, Foreign};
 
 /// The capabilities that the machine lacks. Java, MPI, a browser and systemd are left out, because
 /// they would double the size of the root folder.
-const LACKS: &str = "rdma vfio i386calls program(\"javac\") program(\"chromium\") \
-                     program(\"mpirun.openmpi\") program(\"mpicc.openmpi\") program(\"mpirun.mpich\") \
-                     program(\"mpicc.mpich\") pythonmodule(\"mpi4py\") pythonmodule(\"numpy\") \
-                     program(\"systemd-analyze\") program(\"systemd-socket-activate\")";
+macro_rules! lacks {
+    ($more:literal) => {
+        concat!(
+            "rdma vfio i386calls program(\"javac\") program(\"chromium\") \
+             program(\"mpirun.openmpi\") program(\"mpicc.openmpi\") program(\"mpirun.mpich\") \
+             program(\"mpicc.mpich\") pythonmodule(\"mpi4py\") pythonmodule(\"numpy\") \
+             program(\"systemd-analyze\") program(\"systemd-socket-activate\")",
+            $more
+        )
+    };
+}
+const LACKS: &str = lacks!("");
 
 pub(super) const ARCH: Arch = Arch {
     name: "aarch64",
@@ -19,6 +27,18 @@ pub(super) const ARCH: Arch = Arch {
     triple: "aarch64-unknown-linux-gnu",
     emulator: "qemu-system-aarch64",
     series: &[
+        Series {
+            name: "5.10",
+            suite: "bullseye",
+            flavour: "",
+            lacks: lacks!(" userfaultfd bpf iouring"),
+        },
+        Series {
+            name: "6.1",
+            suite: "bookworm",
+            flavour: "",
+            lacks: lacks!(" userfaultfd"),
+        },
         Series {
             name: "6.12",
             suite: "trixie",
@@ -72,15 +92,15 @@ pub(super) const ARCH: Arch = Arch {
             "process",
             "test -p mmu-source --test it -- --skip kernel --skip broker",
         ),
-        ("stress", "run -p stress -- srcu --seconds 20"),
-        ("stress", "run -p stress -- mmu --seconds 20"),
+        ("stress", "run -p stress -- srcu --seconds 60"),
+        ("stress", "run -p stress -- mmu --seconds 60"),
         (
             "stress",
-            "run -p stress -- regcache --seconds 20 --source hook",
+            "run -p stress -- regcache --seconds 60 --source hook",
         ),
         (
             "stress",
-            "run -p stress -- regcache --seconds 20 --source kernel",
+            "run -p stress -- regcache --seconds 60 --source kernel",
         ),
     ],
     needed: &[

@@ -59,6 +59,8 @@ pub(super) const ARCH: Arch = Arch {
             "coverage",
             "test -p mmun --test it -- coverage::the_kernel_misses_nothing",
         ),
+        // The test of two processes runs two examples.
+        ("RDMA", "build -p regcache-rdma --features verbs --examples"),
         ("RDMA", "test -p regcache-rdma --features verbs --test it"),
         (
             "RDMA",

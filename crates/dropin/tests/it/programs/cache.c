@@ -29,7 +29,12 @@
 #include <sys/wait.h>
 #include <time.h>
 
+#ifdef __aarch64__
+/* A kernel there has pages of 4, 16 or 64 KiB. */
+enum { PAGE = 65536, LENGTH = 16 * PAGE };
+#else
 enum { PAGE = 4096, LENGTH = 16 * PAGE };
+#endif
 
 /* Looks a range up without a transfer. Returns its slot, which may be free again by then, or -1. */
 static long cache_get(void *start, size_t length)
@@ -81,8 +86,16 @@ static char *large_to_free(void)
 
 static void raw(long number, long a, long b, long c)
 {
+#ifdef __aarch64__
+    register long x8 __asm__("x8") = number;
+    register long x0 __asm__("x0") = a;
+    register long x1 __asm__("x1") = b;
+    register long x2 __asm__("x2") = c;
+    __asm__ volatile("svc #0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2) : "memory");
+#else
     long result;
     __asm__ volatile("syscall" : "=a"(result) : "a"(number), "D"(a), "S"(b), "d"(c) : "rcx", "r11", "memory");
+#endif
 }
 
 static void by_child(void (*act)(char *), char *at)

@@ -17,8 +17,6 @@ use crate::source::Source;
 
 const MADV_COLLAPSE: i32 = 25;
 const MADV_GUARD_INSTALL: i32 = 102;
-/// A huge page of x86-64.
-const HUGE: usize = 2 << 20;
 
 pub(super) const OPERATIONS: &[Operation] = &[
     Operation {
@@ -184,8 +182,15 @@ fn small_pages_but_one() -> Result<Region, Unavailable> {
     Ok(region)
 }
 
+/// The size of a huge page: as much as one table of pages maps. A table has the size of a page, and
+/// eight bytes for each page.
+pub(super) fn huge_page() -> usize {
+    page_size() / 8 * page_size()
+}
+
 fn untouched_huge() -> Result<Region, Unavailable> {
-    let region = Region::untouched(2 * HUGE / page_size())?.aligned(HUGE, HUGE / page_size());
+    let (huge, pages) = (huge_page(), huge_page() / page_size());
+    let region = Region::untouched(2 * pages)?.aligned(huge, pages);
     region.advise(libc::MADV_NOHUGEPAGE)?;
     Ok(region)
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Advice, MemfdFlags, fadvise, ftruncate, memfd_create};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::advice::{known, small_pages};
+use super::advice::{huge_page, known, small_pages};
 use super::maps::PAGES;
 use super::{LIBC, NONE, is_guest, until_changed};
 use crate::coverage::files::scratch_file;
@@ -86,13 +86,10 @@ pub(super) const OPERATIONS: &[Operation] = &[
                         .into(),
                 );
             }
-            let file = memfd_create(
-                "coverage",
-                MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
-            )?;
-            ftruncate(&file, (PAGES * page_size()) as u64)?;
+            let file = memfd_create("coverage", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)?;
+            ftruncate(&file, huge_page() as u64)?;
             let file = fs::File::from(file);
-            let region = Region::shared(&file, PAGES)?;
+            let region = Region::shared(&file, huge_page() / page_size())?;
             Ok(Prepared::new(&region, 0, move || Ok(ftruncate(&file, 0)?)))
         },
     },
