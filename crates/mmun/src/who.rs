@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 
 use mmu_source::process::{Pid, Task, proc_is_foreign};
@@ -22,6 +22,8 @@ use crate::record::{Kind, Record};
 #[derive(Debug, Default)]
 pub(crate) struct Who {
     tasks: HashMap<Pid, Named>,
+    /// The task that made a task last, and the open file with its name.
+    last_maker: Option<(Pid, File)>,
 }
 
 #[derive(Debug)]
@@ -64,7 +66,7 @@ impl Who {
         let is_power_of_eight =
             named.records.is_power_of_two() && named.records.trailing_zeros() % 3 == 0;
         if is_power_of_eight && !is_late {
-            if let Some(name) = read(task.tid) {
+            if let Some(name) = open(task.tid).and_then(|comm| read(&comm)) {
                 named.name = name;
             }
         }
@@ -77,7 +79,9 @@ impl Who {
         if known.is_some_and(|known| known.pid == child.pid && !known.ended) {
             return;
         }
-        let Some(name) = read(parent.tid) else { return };
+        let Some(name) = self.name_of_maker(parent.tid) else {
+            return;
+        };
         let named = Named {
             pid: child.pid,
             name,
@@ -85,6 +89,19 @@ impl Who {
             ended: false,
         };
         self.tasks.insert(child.tid, named);
+    }
+
+    /// The name that the stopped task `maker` has now.
+    fn name_of_maker(&mut self, maker: Pid) -> Option<String> {
+        let last = self.last_maker.take().filter(|(tid, _)| *tid == maker);
+        // If that task has ended and another one has its number, reading the old file fails.
+        let read_last = last.and_then(|(_, file)| Some((read(&file)?, file)));
+        let (name, file) = read_last.or_else(|| {
+            let file = open(maker)?;
+            Some((read(&file)?, file))
+        })?;
+        self.last_maker = Some((maker, file));
+        Some(name)
     }
 
     /// The name that was read last; empty if no name was read.
@@ -130,10 +147,15 @@ pub(crate) fn shown(tid: Pid, file: &str) -> Option<String> {
     (!proc_is_foreign()).then(|| format!("/proc/{tid}/{file}"))
 }
 
-/// The kernel's name of a task, with unprintable characters escaped; `None` if the task has ended.
-fn read(tid: Pid) -> Option<String> {
+/// The file with the kernel's name of a task; `None` if the task has ended.
+fn open(tid: Pid) -> Option<File> {
+    File::open(shown(tid, "comm")?).ok()
+}
+
+/// Reads a name, with unprintable characters escaped; `None` if the task has ended.
+fn read(comm: &File) -> Option<String> {
     let mut name = [0; 64];
-    let count = File::open(shown(tid, "comm")?).ok()?.read(&mut name).ok()?;
+    let count = comm.read_at(&mut name, 0).ok()?;
     let name = &name[..count];
     let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(name));
     Some(if name.chars().any(char::is_control) {

@@ -8,28 +8,46 @@ use mmu_notifier::{Va, VaRange};
 use super::{Pid, maps, sys};
 use crate::procfs;
 
-/// Adds the memory that a `fork` of the stopped task `tid` write-protects: private writable
-/// mappings, with adjacent ones joined.
-///
-/// Private memory that is now read-only needs no range: its pages are write-protected already. If
-/// the mappings are not known, everything counts as writable.
-pub(super) fn by_fork(tid: Pid, ranges: &mut Vec<VaRange>) {
-    // Most mappings of a program are read-only. So asking for the writable ones is faster than
-    // reading the text of all.
-    match asked(tid).or_else(|_| read(tid)) {
-        Ok(writable) => join(&writable, ranges),
-        Err(_) => ranges.push(VaRange::ALL),
+/// The open `maps` file of the address space that forked last. A program that forks in a loop finds
+/// it open.
+#[derive(Debug, Default)]
+pub(super) struct LastMaps(Option<(u64, File)>);
+
+impl LastMaps {
+    /// Adds the memory that a `fork` write-protects: private writable mappings, with adjacent ones
+    /// joined. The stopped task `tid` is about to fork the address space with the identifier `mm`.
+    ///
+    /// Private memory that is now read-only needs no range: its pages are write-protected already.
+    /// If the mappings are not known, everything counts as writable.
+    pub(super) fn writable(&mut self, tid: Pid, mm: u64, ranges: &mut Vec<VaRange>) {
+        // Most mappings of a program are read-only. So asking for the writable ones is faster than
+        // reading the text of all.
+        match self.asked(tid, mm).or_else(|_| read(tid)) {
+            Ok(writable) => join(&writable, ranges),
+            Err(_) => ranges.push(VaRange::ALL),
+        }
+    }
+
+    /// Asks for the mappings one by one.
+    ///
+    /// # Errors
+    /// If the kernel is older than 6.11, the file cannot be opened, or the task has ended.
+    fn asked(&mut self, tid: Pid, mm: u64) -> io::Result<Vec<(u64, u64)>> {
+        // The file stays that of the address space which the task was in when it was opened. So it
+        // serves no other one, whose task may have the same number.
+        let maps = match self.0.take().filter(|(of, _)| *of == mm) {
+            Some((_, maps)) => maps,
+            None => File::open(procfs::of(tid, "maps")?)?,
+        };
+        let found = asked(&maps)?;
+        self.0 = Some((mm, maps));
+        Ok(found)
     }
 }
 
-/// Asks for the mappings one by one.
-///
-/// # Errors
-/// If the kernel is older than 6.11, the file cannot be opened, or the task has ended.
-fn asked(tid: Pid) -> io::Result<Vec<(u64, u64)>> {
-    let maps = File::open(procfs::of(tid, "maps")?)?;
+fn asked(maps: &File) -> io::Result<Vec<(u64, u64)>> {
     let (mut found, mut at) = (Vec::new(), 0);
-    while let Some(mapping) = sys::writable_at_or_after(&maps, at)? {
+    while let Some(mapping) = sys::writable_at_or_after(maps, at)? {
         if mapping.private {
             found.push((mapping.start, mapping.end));
         }
@@ -77,7 +95,21 @@ mod tests {
     #[test]
     fn a_task_that_cannot_be_read_may_have_everything_writable() {
         let mut found = Vec::new();
-        by_fork(Pid::MAX, &mut found);
+        LastMaps::default().writable(Pid::MAX, 1, &mut found);
         assert_eq!(found, [VaRange::ALL]);
+    }
+    #[test]
+    fn the_file_of_another_address_space_is_not_used() {
+        let (own, mut last) = (std::process::id() as Pid, LastMaps::default());
+        let mut of = |tid, mm| {
+            let mut found = Vec::new();
+            last.writable(tid, mm, &mut found);
+            found
+        };
+        let (all, first) = (vec![VaRange::ALL], of(own, 1));
+        assert_ne!(first, all, "a process can read its own");
+        if of(Pid::MAX, 1) != all {
+            assert_eq!(of(Pid::MAX, 2), all);
+        }
     }
 }

@@ -7,7 +7,7 @@ use mmu_notifier::{Event, Va, VaRange};
 use super::abi::{Abi, Call, IPC_SHMAT, IPC_SHMDT};
 use super::proc::Named;
 use super::space::Break;
-use super::{Pid, copied, huge_page, maps, proc, sys};
+use super::{Pid, huge_page, maps, proc, sys};
 use crate::page;
 use crate::ranges::{
     PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap,
@@ -53,6 +53,8 @@ pub(super) struct Context<'a> {
     pub(super) alone: bool,
     /// Returns the traced tasks.
     pub(super) tasks: &'a dyn Fn() -> Vec<Pid>,
+    /// Adds the memory that a `fork` write-protects.
+    pub(super) copied: &'a mut dyn FnMut(&mut Vec<VaRange>),
 }
 
 impl Entry {
@@ -185,7 +187,7 @@ impl Entry {
                     Ok(_) => return None,
                     Err(_) => Then::MayCopy,
                 };
-                copied::by_fork(self.tid, ranges);
+                (context.copied)(ranges);
                 Event::ProtectionPage
             }
         };
@@ -309,6 +311,7 @@ impl Entry {
 
 #[cfg(test)]
 mod tests {
+    use super::super::copied::LastMaps;
     use super::*;
 
     fn ranges_of(call: Call, args: [u64; 6]) -> (Option<Plan>, Vec<(u64, u64)>) {
@@ -324,6 +327,7 @@ mod tests {
                 brk: &mut brk,
                 alone: true,
                 tasks: &Vec::new,
+                copied: &mut |ranges| LastMaps::default().writable(entry.tid, 1, ranges),
             },
             &mut ranges,
         );
@@ -463,6 +467,7 @@ mod tests {
                     brk: &mut brk,
                     alone: true,
                     tasks: &Vec::new,
+                    copied: &mut |ranges| LastMaps::default().writable(entry.tid, 1, ranges),
                 },
                 &mut ranges,
             );
@@ -523,6 +528,7 @@ mod tests {
                     brk: &mut Break::default(),
                     alone: true,
                     tasks: &Vec::new,
+                    copied: &mut |ranges| LastMaps::default().writable(entry.tid, 1, ranges),
                 },
                 &mut Vec::new(),
             );

@@ -9,6 +9,7 @@ use std::{io, mem};
 
 use mmu_notifier::VaRange;
 
+use super::copied::LastMaps;
 use super::current::Scope;
 use super::filter::Traced;
 use super::space::Space;
@@ -106,6 +107,7 @@ pub struct Tracer<O: Observer> {
     root: Option<(Pid, Option<ExitStatus>)>,
     /// Whether the process spawned last, and so each of its descendants, has the filter.
     filters: bool,
+    last_maps: LastMaps,
     /// Reused storage for the ranges of one call.
     ranges: Vec<VaRange>,
     /// Makes the tracer `!Send`: the kernel ties ptrace to one thread.
@@ -134,6 +136,7 @@ impl<O: Observer> Tracer<O> {
             held: Vec::new(),
             root: None,
             filters: false,
+            last_maps: LastMaps::default(),
             ranges: Vec::new(),
             _thread: PhantomData,
         })

@@ -3,7 +3,7 @@
 use std::mem;
 use std::rc::Rc;
 
-use mmu_notifier::Event;
+use mmu_notifier::{Event, VaRange};
 
 use super::super::abi::Abi;
 use super::super::births::Birth;
@@ -51,6 +51,8 @@ impl<O: Observer> Tracer<O> {
         let plan = space.update_brk(|brk| {
             let alone = space.tasks.get() == 1 && !self.in_doubt;
             let tasks = || self.tasks.keys().copied().collect();
+            let mut copied =
+                |ranges: &mut Vec<VaRange>| self.last_maps.writable(tid, space.mm.id(), ranges);
             Entry {
                 tid,
                 abi,
@@ -62,6 +64,7 @@ impl<O: Observer> Tracer<O> {
                     brk,
                     alone,
                     tasks: &tasks,
+                    copied: &mut copied,
                 },
                 &mut ranges,
             )
