@@ -1,5 +1,5 @@
-//! Filling a cache without the kernel source: one interval over the whole address space gives the
-//! sequence number.
+//! Filling a cache: one interval over the whole address space gives the sequence number. It sees
+//! the brackets of all sources and those that the program opens itself.
 //!
 //! A bracket calls intervals before subscribers. If the change's interval callback comes before the
 //! fill's check of the sequence, the fill sees the new sequence and retries. If the interval

@@ -8,7 +8,7 @@ use libc::{c_char, c_int};
 use mmu_notifier::MmWithUser;
 use mmu_source::Error;
 use mmu_source::hook::Hook;
-use mmu_source::kernel::{Kernel, ReadSeq};
+use mmu_source::kernel::Kernel;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -170,26 +170,36 @@ impl Mmun {
 
     fn fill_begin(&self) -> Result<u64, c_int> {
         self.may_wait()?;
-        match &self.kernel {
-            Some(kernel) => kernel
-                .read_begin()
-                .map(ReadSeq::to_bits)
-                .map_err(|error| of_source(&error)),
-            None => self
-                .fills
-                .begin(self.mm)
-                .ok_or_else(|| fail(-libc::EDEADLK, IN_CALLBACK)),
-        }
+        let settle = |kernel: &Kernel| kernel.read_begin().map(drop);
+        let settled = || {
+            let kernel = self.kernel.as_deref();
+            kernel
+                .map_or(Ok(()), settle)
+                .map_err(|error| of_source(&error))
+        };
+        // The brackets of changes that are known already would advance the sequence.
+        settled()?;
+        let seq = self
+            .fills
+            .begin(self.mm)
+            .ok_or_else(|| fail(-libc::EDEADLK, IN_CALLBACK))?;
+        // A change whose bracket was opened and closed between these calls did not advance `seq`.
+        // It is over after this call.
+        settled()?;
+        Ok(seq)
     }
 
     fn fill_retry(&self, seq: u64) -> bool {
         if seq == 0 || self.mm.is_inherited() {
             return true;
         }
-        match &self.kernel {
-            Some(kernel) => kernel.read_retry(ReadSeq::from_bits(seq)),
-            None => self.fills.retry(seq),
-        }
+        // In this order: a change that was counted before the first check has either not been
+        // reported yet, or its bracket advanced the sequence before the second check.
+        let is_settled = self
+            .kernel
+            .as_deref()
+            .is_none_or(|kernel| kernel.is_settled());
+        !is_settled || self.fills.retry(seq)
     }
 }
 

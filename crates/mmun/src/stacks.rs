@@ -2,8 +2,9 @@
 //! the trace.
 //!
 //! A stack is unwound at once, with the program's unwind tables (`.eh_frame`) or its frame
-//! pointers. Stacks repeat, so copying each stack for later would cost more than unwinding it. A
-//! frame is stored as an offset in a file, so that programs with a common library share its stacks.
+//! pointers. A copy of each stack for later would cost more: most stacks repeat an earlier one, and
+//! of a repeated stack only the index is stored. A frame is stored as a file and an address by the
+//! file's ELF headers, so that programs with a common library share its stacks.
 
 mod aside;
 mod bounded;
@@ -38,7 +39,8 @@ use crate::record::{Kind, Record};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 struct Address {
     image: u32,
-    /// The file's own address, or the process's address for memory without a file.
+    /// The address by the file's ELF headers: the process's address minus the bias. For memory
+    /// without a file, the process's address.
     at: u64,
 }
 

@@ -115,7 +115,7 @@ fn copy(
             };
             next += LEN as u64;
             let entry = request.entry(from, to).user_data(number as u64);
-            // SAFETY: the buffer and its lease stay in `requests` until the completion below.
+            // SAFETY: the memory must stay mapped until the completion. No code unmaps a buffer.
             unsafe { ring.submission().push(&entry)? };
             *place = Some(request);
         }
@@ -132,7 +132,7 @@ fn copy(
             if request.step == Step::Read {
                 (request.step, request.len) = (Step::Write, result as u32);
                 let entry = request.entry(from, to).user_data(number as u64);
-                // SAFETY: the buffer and its lease go back into `requests` until the completion.
+                // SAFETY: as above.
                 unsafe { ring.submission().push(&entry)? };
                 requests[number] = Some(request);
             } else {
@@ -192,8 +192,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn copy_file(from: &PathBuf, to: &PathBuf) -> Result<(), Box<dyn Error>> {
-    // One source is enough here, because only libc calls of this process remap the buffers: the
-    // hook, or the kernel source if the hook cannot be installed.
+    // One source is enough here: the hook, or the kernel source if the hook cannot be installed.
+    // Only libc calls of this process remap the buffers.
     let hook = Hook::install();
     let mut options = Options::new().max_regions(BUFFERS as u32 * 2);
     if let Err(error) = &hook {

@@ -28,7 +28,7 @@ fn run(name: &str, flags: &[&str], source: &str, wrapper: &[&str]) {
         .lines()
         .filter(|line| line.starts_with("ok "))
         .count();
-    assert_eq!(passed, 18, "{output}");
+    assert_eq!(passed, 19, "{output}");
 }
 
 #[test]

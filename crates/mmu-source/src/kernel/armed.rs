@@ -17,8 +17,8 @@ pub struct Armed {
     level: Option<usize>,
 }
 
-/// The result of [`Armed::read_begin`]: a generation such that subscribers know of every change of
-/// an armed range up to it, and all these changes are over.
+/// The result of [`Armed::read_begin`]: a generation. Every change of an armed range that was
+/// counted up to this generation is over, and subscribers know of it.
 ///
 /// The result of [`settle`](Kernel::settle) is no `ReadSeq`, because changes may be under way when
 /// `settle` returns.
@@ -31,19 +31,6 @@ pub struct Armed {
 #[must_use = "a fill that is not checked with `read_retry` may be stale"]
 #[doc(alias = "mmu_interval_read_begin")]
 pub struct ReadSeq(Settled);
-
-impl ReadSeq {
-    /// Returns the sequence as a number, for callers in other languages. The number is never zero.
-    #[must_use]
-    pub const fn to_bits(self) -> u64 {
-        self.0.0
-    }
-
-    /// Makes a sequence from the number that [`to_bits`](Self::to_bits) returned.
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(Settled(bits))
-    }
-}
 
 impl Kernel {
     /// Begins to fill a cache with translations of ranges that the caller has armed or watches. For
@@ -59,14 +46,6 @@ impl Kernel {
         let settled = self.settle()?;
         self.wait_for(settled)?;
         Ok(ReadSeq(settled))
-    }
-
-    /// Tells whether the caller must discard the translations that it has made since `seq`.
-    #[doc(hidden)]
-    #[must_use]
-    #[inline]
-    pub fn read_retry(&self, seq: ReadSeq) -> bool {
-        !self.is_current(seq.0)
     }
 }
 
@@ -117,10 +96,10 @@ impl Armed {
     ///
     /// # Blocking
     /// Blocks as [`settle`](Kernel::settle) does. If an armed range was changed since the last wait
-    /// of any thread, also waits for the changes under way. That takes some two microseconds if the
-    /// program can read the kernel's count of changes under way. Otherwise, or while others change
-    /// this address space without a pause, it makes a virtual machine, which takes from a hundred
-    /// microseconds to some milliseconds.
+    /// of any thread, also waits for the changes under way. This wait takes some two microseconds
+    /// if the source's BPF program can read the kernel's count of changes under way. If it cannot,
+    /// or while other threads change this address space without a pause, the source makes a virtual
+    /// machine, which takes from a hundred microseconds to some milliseconds.
     /// # Errors
     /// The errors of [`settle`](Kernel::settle). [`Error::InCallback`] also in a signal handler
     /// that has interrupted such a wait. [`Error::Kernel`] if no virtual machine can be made.
@@ -137,7 +116,7 @@ impl Armed {
     #[must_use]
     #[inline]
     pub fn read_retry(&self, seq: ReadSeq) -> bool {
-        self.kernel.read_retry(seq)
+        !self.kernel.is_current(seq.0)
     }
 }
 

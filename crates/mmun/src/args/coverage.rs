@@ -34,10 +34,10 @@ pub(crate) struct CoverageArgs {
     /// the registration up again and sends data through it. 'right' means that the data arrived in
     /// the page, or that the library refused to register the page again; 'stale' means that the
     /// data went elsewhere. 'shipped' is the library alone, 'hook' the library with
-    /// libmmun_dropin.so and the source hook, 'both' with the source kernel as well. The device is
-    /// an io_uring. UCX's cache is the one that libucs exports. libfabric's is the cache of its
-    /// verbs provider (1.13 or later), over a verbs device that this program plays: no network card
-    /// is needed. Exits 1 if a registration was stale in the column 'both', 2 if mmun could not
+    /// libmmun_dropin.so and the source hook, 'both' with the source kernel as well. No network
+    /// card is needed: an io_uring plays the device. UCX's cache is the one that libucs exports.
+    /// libfabric's is the cache of its verbs provider (1.13 or later), which sees the io_uring as a
+    /// verbs device. Exits 1 if a registration was stale in the column 'both', 2 if mmun could not
     /// find out.
     #[arg(
         long,

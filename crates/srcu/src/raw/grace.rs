@@ -113,8 +113,8 @@ impl State {
     fn step(&self, gp: &mut Gp, who: u32) -> Step {
         let Announced { bank, interest } = gp.announced;
         if interest != 0 && interest == gp.interest && !self.looks_quiet(bank) {
-            // The reader that ends the last section will notify this thread, so another heavy fence
-            // would achieve nothing.
+            // The bank is still in use, and the interested threads are announced: the reader that
+            // ends the last section notifies them. Another heavy fence would achieve nothing.
             return Step::Blocked(bank);
         }
         let seq = self.updater.seq.load(Ordering::Relaxed);

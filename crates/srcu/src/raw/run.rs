@@ -57,7 +57,7 @@ fn report(payload: Box<dyn Any + Send>) {
     let dropped =
         reported.or_else(|payload| panic::catch_unwind(AssertUnwindSafe(|| drop(payload))));
     if let Err(payload) = dropped {
-        // Forget the second payload: dropping it could panic again, without end.
+        // Forget this payload, of a panic in the drop above: dropping it could panic again.
         std::mem::forget(payload);
     }
 }

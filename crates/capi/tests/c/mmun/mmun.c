@@ -317,6 +317,23 @@ static void a_fill_that_collides_is_repeated(void)
 	mmun_unwatch(watch);
 }
 
+/* The program announces changes of its own on the same address space. */
+static void a_fill_that_collides_with_an_own_invalidation_is_repeated(void)
+{
+	char *memory = map(1);
+	struct mmu_notifier_range range;
+	uint64_t seq;
+
+	mmu_notifier_range_init(&range, MMU_NOTIFY_CLEAR, 0, mmun_current_mm(), (unsigned long)memory,
+				(unsigned long)memory + PAGE);
+	seq = mmun_fill_begin(mmun);
+	CHECK(seq != 0);
+	mmu_notifier_invalidate_range_start(&range);
+	mmu_notifier_invalidate_range_end(&range);
+	CHECK(mmun_fill_retry(mmun, seq));
+	unmap(memory, 1);
+}
+
 /* -- the registration cache
  * ---------------------------------------------------------------------- */
 
@@ -629,6 +646,7 @@ int main(int argc, char **argv)
 	RUN(a_callback_that_would_wait_for_itself_is_refused);
 	RUN(bad_subscriptions_are_refused);
 	RUN(a_fill_that_collides_is_repeated);
+	RUN(a_fill_that_collides_with_an_own_invalidation_is_repeated);
 	RUN(a_cache_hits_and_serves_nothing_stale);
 	RUN(a_cache_ends_after_its_leases);
 	RUN(errors_of_the_registrar_go_through);

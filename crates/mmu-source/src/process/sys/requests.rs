@@ -34,8 +34,8 @@ pub(in super::super) enum SyscallInfo {
     None,
 }
 
-/// A call that a task is about to make. If a task makes two equal calls, and a signal interrupted
-/// the first, the second counts as the first call, restarted.
+/// A call that a task is about to make. After a signal, the kernel may restart the interrupted
+/// call. If the task's next call is equal in all fields, it counts as that call, restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in super::super) struct RawCall {
     pub(in super::super) arch: u32,
@@ -61,8 +61,9 @@ pub(super) fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
 }
 
 pub(super) fn ptrace(request: Request, tid: Pid, addr: usize, data: usize) -> io::Result<c_long> {
-    // SAFETY: `addr` and `data` are integers, or the address and size of a live buffer of the
-    // callers below. The requests used here write nowhere else in this process.
+    // SAFETY: `data` is an integer, or the address of a live buffer of the caller. `addr` is an
+    // integer, for some requests the buffer's size. The requests that this folder uses write
+    // nowhere else in this process.
     let result = unsafe { libc::ptrace(request, tid, addr as *mut c_void, data as *mut c_void) };
     if result == -1 {
         Err(io::Error::last_os_error())

@@ -20,7 +20,7 @@ struct Pair {
     tree: Tree<u64>,
     list: BTreeMap<Interval, VaRange>,
     removed: usize,
-    /// Whether the test reserved the spare nodes of all inserts at the start.
+    /// Whether the test has reserved the spare nodes of all later inserts.
     reserved: bool,
 }
 
@@ -108,7 +108,7 @@ impl Pair {
         }
     }
 
-    /// Checks order, heights and sums.
+    /// Checks the order, the heights, and the first and last address that each child covers.
     fn check(&self) {
         fn below(node: &Node<u64>, level: usize, keys: &mut Vec<Key<u64>>) {
             assert!((1..=FANOUT).contains(&node.len));
@@ -254,8 +254,9 @@ fn the_last_address_and_the_whole_of_an_address_space_are_found() {
     }
 }
 
-/// Inserts in descending order split full nodes at their front. An earlier bound was too low for
-/// them: on every new level each insert took a node.
+/// These inserts arrive in descending order, but after the interval at page 0, so not at an edge of
+/// the tree. If each of them split a full node at its front, each would take one node on every new
+/// level, more than `need_each` reserves.
 #[test]
 fn inserts_down_to_a_full_tree_take_no_more_than_each_reserves() {
     for up in [15, 224, 3100, 3375] {
