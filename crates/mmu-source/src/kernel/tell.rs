@@ -169,11 +169,15 @@ impl Inner {
         // Count a generation for the loss. Otherwise all generations would count as handled
         // already, and no thread would run the callbacks of the loss.
         self.header
-            .u64(header::LOST)
-            .fetch_add(1, Ordering::Relaxed);
-        self.header
             .u64(header::GENERATION)
             .fetch_add(1, Ordering::Relaxed);
+        // ORDER(source-lost): Release, as in the program: the generation is counted before the
+        // loss. Otherwise a thread that takes in records could handle the loss without its
+        // generation, and nothing would ever handle that generation. Partner:
+        // `Intake::look_for_losses`.
+        self.header
+            .u64(header::LOST)
+            .fetch_add(1, Ordering::Release);
         self.wake_teller();
     }
 

@@ -5,7 +5,7 @@ use crate::testkit::{Cap, require};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va};
 use std::sync::{PoisonError, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn range(start: u64, len: u64) -> VaRange {
     VaRange::covering(Va::new(start), len).expect("a range")
@@ -63,6 +63,37 @@ fn the_filter_finds_overlapping_ranges_and_few_others() {
 /// Before the first range is armed, the program does not set `dirty`. A change that begins in that
 /// time may still be under way when the first range is armed. So a wait in that time must leave
 /// `dirty` set, and arming must wait again.
+/// Another thread may take in the loss between the two counts of `note_loss`.
+#[test]
+fn a_loss_that_is_noted_while_another_thread_takes_in_is_handled() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                let target = kernel.generation();
+                let inner = &kernel.inner;
+                inner.with_intake(|intake, words| intake.run(words, target));
+            }
+        });
+        let is_handled = |_| {
+            kernel.inner.note_loss();
+            let target = kernel.generation();
+            let end = Instant::now() + Duration::from_secs(60);
+            while kernel.inner.handled() < target && Instant::now() < end {
+                kernel.inner.hand_on(target);
+            }
+            kernel.inner.handled() >= target
+        };
+        let are_handled = (0..100_000).all(is_handled);
+        stop.store(true, Ordering::Relaxed);
+        assert!(are_handled);
+    });
+}
+
 #[test]
 fn a_wait_before_the_first_range_does_not_replace_the_wait_of_that_range() {
     if !require(Cap::Bpf) {

@@ -41,11 +41,11 @@ impl Watching {
         let word = Arc::new(Word::default());
         let base = kernel.generation();
         let inside = || Error::InCallback { source: "kernel" };
-        let id = kernel.enter(range, base, &word).ok_or_else(inside)?;
         let inner = &kernel.inner;
         let glance =
             inner.with_intake(|intake, _| intake.ring.glance(&inner.header, &inner.progress));
         let glance = glance.ok_or_else(inside)?;
+        let id = kernel.enter(range, base, &word).ok_or_else(inside)?;
         let watching = Watching {
             glance,
             word,

@@ -13,6 +13,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Returns the credentials of the process at the other end, at the time of its `connect` or
 /// `listen`.
@@ -95,6 +96,7 @@ pub(super) fn group_named(name: &str) -> io::Result<Option<u32>> {
 /// if there is one.
 pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
     const FIRST: i32 = 3;
+    static TAKEN: AtomicBool = AtomicBool::new(false);
     let value = |name| {
         std::env::var(name)
             .ok()
@@ -112,12 +114,16 @@ pub(super) fn take_passed() -> io::Result<Option<OwnedFd>> {
             )));
         }
     }
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return Err(io::Error::other("it has been taken already"));
+    }
     // SAFETY: takes integers.
     if unsafe { libc::fcntl(FIRST, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: `from_raw_fd` needs an open descriptor without another owner. The service manager
-    // opened this one for the process with this pid, and the caller takes it once.
+    // opened this one for the process with this pid, and `TAKEN` lets one call of this process come
+    // here.
     Ok(Some(unsafe { OwnedFd::from_raw_fd(FIRST) }))
 }
 
