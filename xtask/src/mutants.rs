@@ -137,6 +137,13 @@ const MUTANTS: &[Mutant] = &[
         to: "while let Some(record) = None::<Record> {",
         test: "-p mmu-source --test it a_full_ring_is_a_loss",
     },
+    Mutant {
+        name: "libfabric-is-expected-to-unsubscribe",
+        file: "crates/dropin/src/ranges.rs",
+        from: "if verdict == Verdict::Valid || entry.count > 1 {",
+        to: "if verdict == Verdict::Valid || entry.count > 0 {",
+        test: "-p mmun-dropin --test it memory_that_is_registered_anew",
+    },
     // Each of the following mutants removes one premise of the kernel source's wait
     // (`kernel/wait.rs`).
     Mutant {
@@ -159,6 +166,13 @@ const MUTANTS: &[Mutant] = &[
         from: "        self.wait_for(settled)?;\n        Ok(ReadSeq(settled))",
         to: "        self.wait_for(settled)?;\n        Ok(ReadSeq(self.settle()?))",
         test: "stress kernel --seconds 50 --slow",
+    },
+    Mutant {
+        name: "every-mark-is-the-callers",
+        file: "crates/mmu-source/src/kernel/wait.rs",
+        from: " && MARK.get() == dirty",
+        to: "",
+        test: "-p mmu-source --test it a_thread_waits_for_the_changes_of_others",
     },
     Mutant {
         name: "looks-without-the-machine-that-follows",

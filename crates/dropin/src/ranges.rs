@@ -11,7 +11,19 @@
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
 //! | 1 | valid: `stale` is `None` | a change or a note that overlaps it (2), last unsubscription |
-//! | 2 | stale, counted in `dirty` | last unsubscription |
+//! | 2 | stale, counted in `dirty` | last unsubscription, `ask`, `dropped` |
+//!
+//! # Versions that never unsubscribe
+//! Up to 2.0, libfabric drops a registration without a call of `unsubscribe`. So the table has to
+//! find out by itself that a stale registration is gone. Otherwise each later registration of the
+//! same range would be refused at every look-up.
+//! * `valid` has answered false and the range has one subscription: libfabric drops the
+//!   registration that it has asked for, and there is no other.
+//! * `notify` has returned: every cache has dropped the registrations that were there when `notify`
+//!   was called. Later ones are counted in `newer`.
+//!
+//! If a range has several subscriptions, some may be of registrations that are long gone, and
+//! `valid` does not say which one it asks for. Then all are refused until `notify` has returned.
 //!
 //! # Invariants
 //! `dirty` is the count of stale ranges, and is changed under the lock only. `pending` is 0 or
@@ -34,11 +46,17 @@ type Key = (u64, u64);
 
 #[derive(Debug)]
 struct Entry {
-    /// How many caches have subscribed this range: libfabric does not say which cache subscribes.
+    /// How many registrations of this range there are at most, in all caches: libfabric does not
+    /// say which cache subscribes.
     count: usize,
     stale: Option<Change>,
-    /// Whether the kernel has changed the range since its registration. `None` if the kernel source
-    /// is not in use.
+    /// If the range is stale: how many registrations are newer than the change, and newer than the
+    /// last call of [`Ranges::stale`].
+    newer: usize,
+    /// The number of the change that made the range stale.
+    mark: u64,
+    /// Tells whether the kernel has changed the range since the first of the registrations that are
+    /// not stale. `None` if the kernel source is not in use.
     watch: Option<Watch>,
 }
 
@@ -48,7 +66,21 @@ impl Entry {
     /// older than the registration, or it has not begun, and the kernel source will report it
     /// again.
     fn is_met(&self) -> bool {
-        self.stale.is_none() && !self.watch.as_ref().is_some_and(Watch::is_valid)
+        self.has_valid() && !self.watch.as_ref().is_some_and(Watch::is_valid)
+    }
+
+    /// Whether there may be a registration that no reported change has met.
+    fn has_valid(&self) -> bool {
+        self.stale.is_none() || self.newer != 0
+    }
+
+    /// Makes all registrations stale. Returns whether the range was valid before. `marks` numbers
+    /// the changes.
+    fn meet(&mut self, change: Change, marks: &mut u64) -> bool {
+        *marks += 1;
+        self.mark = *marks;
+        self.newer = 0;
+        self.stale.replace(change).is_none()
     }
 
     /// Stale if a change was reported, or if the kernel has counted a change that is not reported
@@ -56,10 +88,7 @@ impl Entry {
     fn verdict(&self, start: u64, len: u64) -> Verdict {
         match (&self.stale, &self.watch) {
             (Some(change), _) => Verdict::Stale(*change),
-            (None, Some(watch)) if !watch.is_valid() => Verdict::Stale(Change {
-                event: "a change that the kernel counted",
-                range: covering(start, len).unwrap_or(VaRange::ALL),
-            }),
+            (None, Some(watch)) if !watch.is_valid() => Verdict::Stale(counted(start, len)),
             (None, _) => Verdict::Valid,
         }
     }
@@ -72,6 +101,18 @@ struct Table {
     classes: [BTreeMap<Key, Entry>; 64],
     /// The classes that are not empty.
     used: u64,
+    /// Numbers the changes that have made a range stale.
+    marks: u64,
+    /// The watch of the range that was refused last, valid again, for its next registration.
+    spare: Option<Watch>,
+}
+
+/// A stale range, and the number of the change that made it stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stale {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    mark: u64,
 }
 
 /// The watched ranges; the module's documentation describes them.
@@ -96,6 +137,8 @@ impl Ranges {
         let table = Table {
             classes: [const { BTreeMap::new() }; 64],
             used: 0,
+            marks: 0,
+            spare: None,
         };
         Ranges {
             table: Mutex::new(table),
@@ -105,57 +148,120 @@ impl Ranges {
     }
 
     /// Enters a registration of `start..start + len`. A range that is already entered keeps its
-    /// first watch. A stale range stays stale: another cache registered it before the change.
-    pub(crate) fn subscribe(&self, start: u64, len: u64, watch: Option<Watch>) {
+    /// first watch. A stale range stays stale: another cache may have registered it before the
+    /// change. `make` makes a watch if none is left over from the range's last registration, and is
+    /// called without the lock. If it fails, the range is stale at once.
+    pub(crate) fn subscribe(
+        &self,
+        start: u64,
+        len: u64,
+        make: impl FnOnce() -> Result<Option<Watch>, Change>,
+    ) -> Result<(), Change> {
         let mut table = self.lock();
+        let range = covering(start, len);
+        let spare = table.spare.take_if(|watch| Some(watch.range()) == range);
+        let made = match spare {
+            Some(watch) => Ok(Some(watch)),
+            None => {
+                drop(table);
+                let made = make();
+                table = self.lock();
+                made
+            }
+        };
         let class = class(len);
         table.used |= 1 << class;
-        let mut watch = watch;
-        let entry = table.classes[class].entry((start, len));
-        let entry = entry.or_insert_with(|| Entry {
+        let Table { classes, marks, .. } = &mut *table;
+        let entry = classes[class].entry((start, len)).or_insert(Entry {
             count: 0,
             stale: None,
-            watch: watch.take(),
+            newer: 0,
+            mark: 0,
+            watch: None,
         });
+        // A change that the kernel has counted and not reported yet makes the older ones stale.
+        let is_changed = entry.watch.as_ref().is_some_and(|watch| !watch.is_valid());
+        if entry.count != 0 && entry.has_valid() && is_changed {
+            self.add_dirty(entry.meet(counted(start, len), marks));
+        }
+        let is_first = entry.count == 0 || !entry.has_valid();
         entry.count += 1;
+        entry.newer += usize::from(entry.stale.is_some());
+        let (watch, refused) = match made {
+            Ok(watch) => (watch, Ok(())),
+            Err(change) => {
+                self.add_dirty(entry.meet(change, marks));
+                (None, Err(change))
+            }
+        };
+        let unused = match is_first {
+            true => std::mem::replace(&mut entry.watch, watch),
+            false => watch,
+        };
         // A watch that is not needed is dropped without the lock held, because the drop takes a
         // lock of the kernel source.
         drop(table);
-        drop(watch);
-    }
-
-    /// Marks a registration as stale because no source can watch it.
-    pub(crate) fn give_up(&self, start: u64, len: u64, change: Change) {
-        let mut table = self.lock();
-        let entry = table.classes[class(len)].get_mut(&(start, len));
-        if let Some(entry) = entry.filter(|entry| entry.stale.is_none()) {
-            entry.stale = Some(change);
-            // ORDER(dropin-dirty): Release. Partner: `is_clean`.
-            self.dirty.fetch_add(1, Ordering::Release);
-        }
+        drop(unused);
+        refused
     }
 
     /// Removes one registration of `start..start + len`, if there is one.
     pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
         let mut table = self.lock();
-        let class = class(len);
-        let Some(entry) = table.classes[class].get_mut(&(start, len)) else {
+        let Some(entry) = table.classes[class(len)].get_mut(&(start, len)) else {
             return;
         };
         entry.count -= 1;
+        entry.newer = entry.newer.min(entry.count);
         if entry.count == 0 {
-            let was_stale = entry.stale.is_some();
-            let removed = table.classes[class].remove(&(start, len));
-            if table.classes[class].is_empty() {
-                table.used &= !(1 << class);
-            }
-            if was_stale {
-                // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
-                self.dirty.fetch_sub(1, Ordering::Relaxed);
-            }
+            let removed = self.remove(&mut table, (start, len));
             drop(table);
             drop(removed);
         }
+    }
+
+    /// Notes that every cache has dropped the registrations of a range that were there when
+    /// [`stale`](Self::stale) returned it.
+    pub(crate) fn dropped(&self, stale: Stale) {
+        let mut table = self.lock();
+        let key = (stale.start, stale.len);
+        let Some(entry) = table.classes[class(stale.len)].get_mut(&key) else {
+            return;
+        };
+        // Another change has met registrations that are newer.
+        if entry.stale.is_none() || entry.mark != stale.mark {
+            return;
+        }
+        if entry.newer != 0 {
+            entry.count = entry.count.min(entry.newer);
+            entry.newer = 0;
+            entry.stale = None;
+            // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
+            self.dirty.fetch_sub(1, Ordering::Relaxed);
+            return;
+        }
+        let removed = self.remove(&mut table, key);
+        drop(table);
+        drop(removed);
+    }
+
+    /// Removes an entry. The caller must drop it without the lock.
+    fn remove(&self, table: &mut Table, key: Key) -> Option<Entry> {
+        let class = class(key.1);
+        let removed = table.classes[class].remove(&key)?;
+        if table.classes[class].is_empty() {
+            table.used &= !(1 << class);
+        }
+        if removed.stale.is_some() {
+            // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
+            self.dirty.fetch_sub(1, Ordering::Relaxed);
+        }
+        Some(removed)
+    }
+
+    fn add_dirty(&self, is_new: bool) {
+        // ORDER(dropin-dirty): Release. Partner: `is_clean`.
+        self.dirty.fetch_add(usize::from(is_new), Ordering::Release);
     }
 
     /// Tells whether no range is stale and no note is pending. Costs two loads.
@@ -171,11 +277,38 @@ impl Ranges {
 
     /// Looks up `start..start + len`: stale if a reported change or its watch says that the range
     /// has changed since it was subscribed. Runs no callback.
-    #[cold]
-    pub(crate) fn look(&self, start: u64, len: u64) -> Verdict {
+    #[cfg(test)]
+    fn look(&self, start: u64, len: u64) -> Verdict {
         let table = self.lock();
         let entry = table.classes[class(len)].get(&(start, len));
         entry.map_or(Verdict::Unknown, |entry| entry.verdict(start, len))
+    }
+
+    /// Looks a registration up for a cache. The caller holds the lock of all caches. If the result
+    /// is not `Valid`, libfabric drops the registration before it unlocks. So a range with a single
+    /// registration is removed.
+    #[cold]
+    pub(crate) fn ask(&self, start: u64, len: u64) -> Verdict {
+        let mut table = self.lock();
+        let Some(entry) = table.classes[class(len)].get(&(start, len)) else {
+            return Verdict::Unknown;
+        };
+        let verdict = entry.verdict(start, len);
+        if verdict == Verdict::Valid || entry.count > 1 {
+            return verdict;
+        }
+        let removed = self.remove(&mut table, (start, len));
+        drop(table);
+        // libfabric registers the range anew, and then subscribes. The watch is valid again from
+        // here on, so it also sees a change between the two.
+        let watch = removed.and_then(|entry| entry.watch);
+        let watch = watch.and_then(|mut watch| watch.renew().is_ok().then_some(watch));
+        if watch.is_some() {
+            // The lock is released before the old one is dropped.
+            let before = std::mem::replace(&mut self.lock().spare, watch);
+            drop(before);
+        }
+        verdict
     }
 
     /// Marks the ranges that `change` overlaps as stale. Returns whether a range may be newly
@@ -196,12 +329,21 @@ impl Ranges {
         true
     }
 
-    /// The ranges that are stale.
-    pub(crate) fn stale(&self) -> Vec<Key> {
-        let table = self.lock();
-        let all = table.classes.iter().flatten();
+    /// Returns the ranges that are stale. The caller makes every cache drop them, and then calls
+    /// [`dropped`](Self::dropped).
+    pub(crate) fn stale(&self) -> Vec<Stale> {
+        let mut table = self.lock();
+        let all = table.classes.iter_mut().flatten();
         all.filter(|(_, entry)| entry.stale.is_some())
-            .map(|(key, _)| *key)
+            .map(|((start, len), entry)| {
+                // `notify` drops these, too.
+                entry.newer = 0;
+                Stale {
+                    start: *start,
+                    len: *len,
+                    mark: entry.mark,
+                }
+            })
             .collect()
     }
 
@@ -227,16 +369,17 @@ impl Ranges {
         // ORDER(dropin-dirty): Acquire. Partner: `changed`.
         let bits = self.pending.load(Ordering::Acquire);
         let mut marked = 0;
-        for ((start, len), entry) in table.classes.iter_mut().flatten() {
+        let Table { classes, marks, .. } = table;
+        for ((start, len), entry) in classes.iter_mut().flatten() {
             let Some(range) = covering(*start, *len) else {
                 continue;
             };
             if granules(range) & bits != 0 && entry.is_met() {
-                entry.stale = Some(Change {
+                let change = Change {
                     event: "a change nearby",
                     range,
-                });
-                marked += 1;
+                };
+                marked += usize::from(entry.meet(change, marks));
             }
         }
         // ORDER(dropin-dirty): Release, before the bits are cleared. Partner: `is_clean`.
@@ -253,19 +396,25 @@ impl Ranges {
         let start = change.range.start().get();
         // `None` is the end of the address space.
         let end = change.range.end().map(|end| end.get());
-        let mut marked = 0;
-        let mut used = table.used;
+        let (mut marked, mut is_met) = (0, false);
+        let Table {
+            classes,
+            marks,
+            used,
+            ..
+        } = table;
+        let mut used = *used;
         while used != 0 {
             let class = used.trailing_zeros() as usize;
             used &= used - 1;
             let longest = (2_u64 << class).wrapping_sub(1);
             let from = start.saturating_sub(longest);
-            let entries = table.classes[class].range_mut((from, 0)..);
+            let entries = classes[class].range_mut((from, 0)..);
             let entries = entries.take_while(|((at, _), _)| end.is_none_or(|end| *at < end));
             for ((at, len), entry) in entries {
                 if at.saturating_add(*len) > start && entry.is_met() {
-                    entry.stale = Some(change);
-                    marked += 1;
+                    marked += usize::from(entry.meet(change, marks));
+                    is_met = true;
                 }
             }
         }
@@ -273,7 +422,15 @@ impl Ranges {
             // ORDER(dropin-dirty): Release. Partner: `is_clean`.
             self.dirty.fetch_add(marked, Ordering::Release);
         }
-        marked != 0
+        is_met
+    }
+}
+
+/// A change that the kernel source has counted and not reported yet.
+fn counted(start: u64, len: u64) -> Change {
+    Change {
+        event: "a change that the kernel counted",
+        range: covering(start, len).unwrap_or(VaRange::ALL),
     }
 }
 

@@ -29,6 +29,9 @@ const ASKED: u32 = 1;
 /// The thread sleeps, or is about to, and must be woken.
 const ASLEEP: u32 = 2;
 
+/// How long stale registrations stay pinned if the program does not look them up.
+const NAP: Duration = Duration::from_millis(1);
+
 /// Makes libfabric drop every registration that overlaps the range of a start and a length.
 ///
 /// # Blocking
@@ -90,12 +93,18 @@ impl Reaper {
                 self.sleep();
                 continue;
             }
-            for (start, len) in ranges.stale() {
+            // A program that registers the memory anew drops the registration itself. Meanwhile
+            // further changes need no call to wake this thread.
+            std::thread::sleep(NAP);
+            // ORDER(dropin-reaper): Acquire, as above.
+            self.word.swap(IDLE, Ordering::AcqRel);
+            for stale in ranges.stale() {
                 if EXITING.load(Ordering::Relaxed) {
                     return;
                 }
                 counts::REAPED.add(1);
-                notify(start, len);
+                notify(stale.start, stale.len);
+                ranges.dropped(stale);
             }
         }
     }

@@ -23,7 +23,7 @@ use mmu_source::Watch;
 use mmu_source::hook::Hook;
 use mmu_source::kernel::{Armed, Kernel};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,6 +41,7 @@ pub(crate) struct Space {
     pub(crate) reaper: Reaper,
     /// The subscription that marks `ranges`. Made when the first cache starts.
     marks: Mutex<Option<Registration<Marks>>>,
+    is_marked: AtomicBool,
     /// The subscription that reports to UCX. Made when UCX's first cache subscribes.
     pub(crate) fed: Mutex<Option<Feeding>>,
 }
@@ -63,6 +64,20 @@ fn own(space: *mut Space) -> Option<&'static Space> {
     // SAFETY: the pointer is null or comes from `Box::leak` in `make`, and is never freed.
     let space = unsafe { space.as_ref() }?;
     (space.id == mmu_source::current_ref().id()).then_some(space)
+}
+
+/// The space of this process, if its kernel source is in use and the callbacks have run for every
+/// change that this source has counted. For fast paths: loads only, no call.
+///
+/// A parent's space is never returned: in the child of a fork its kernel source is not settled.
+#[inline]
+pub(crate) fn settled() -> Option<&'static Space> {
+    // ORDER(dropin-space): Acquire, as in `current`.
+    let space = CURRENT.load(Ordering::Acquire);
+    // SAFETY: as in `current`.
+    let space = unsafe { space.as_ref() }?;
+    let is_settled = |kernel: &Arc<Kernel>| kernel.is_settled();
+    space.kernel.as_ref().is_ok_and(is_settled).then_some(space)
 }
 
 /// The space of this process, made at first use.
@@ -122,6 +137,7 @@ impl Space {
             ranges: Ranges::new(),
             reaper: Reaper::new(),
             marks: Mutex::new(None),
+            is_marked: AtomicBool::new(false),
             fed: Mutex::new(None),
         };
         if settings().strict && !space.is_complete() {
@@ -199,11 +215,16 @@ impl Space {
 
     /// Starts to mark ranges. Returns false if the subscription fails.
     pub(crate) fn mark(&'static self) -> bool {
+        // Relaxed: the flag publishes no data.
+        if self.is_marked.load(Ordering::Relaxed) {
+            return true;
+        }
         let mut marks = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         if marks.is_none() {
             *marks = Registration::new(mmu_source::current_ref(), Marks(self)).ok();
             wait_for_threads();
         }
+        self.is_marked.store(marks.is_some(), Ordering::Relaxed);
         marks.is_some()
     }
 }
@@ -231,6 +252,10 @@ struct Marks(&'static Space);
 
 impl Notifier for Marks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
+        // With the kernel source each range has a watch, and the kernel reports this change, too.
+        if self.0.kernel.is_ok() && !Kernel::is_telling() {
+            return;
+        }
         let no_unwinding = Aborts;
         let change = Change {
             event: range.event().name(),

@@ -215,10 +215,39 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
     f: usize,
     g: usize,
 ) -> i8 {
-    type Real = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, usize) -> i8;
-    static REAL: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
-    // Relaxed: the address of code that stays loaded; a thread that reads null looks the function
-    // up.
+    // Fast path: no change is left to be reported. The call of the real function is a jump, because
+    // it has the arguments of this function.
+    if space::settled().is_some() && counts::LOOKED_UP.load(Ordering::Relaxed) {
+        if let Some(real) = NonNull::new(REAL.load(Ordering::Relaxed)) {
+            // SAFETY: as in `ask_first`.
+            let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
+            // SAFETY: the caller's duty.
+            return unsafe { real(a, b, c, d, e, f, g) };
+        }
+    }
+    // SAFETY: the caller's duty.
+    unsafe { ask_first(a, b, c, d, e, f, g) }
+}
+
+type RcacheGet = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, usize) -> i8;
+
+/// The real `ucs_rcache_get`, or null. Relaxed: it is the address of code that stays loaded; a
+/// thread that reads null looks the function up.
+static REAL: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+
+/// # Safety
+/// As for `ucs_rcache_get`.
+#[cold]
+#[inline(never)]
+unsafe extern "C" fn ask_first(
+    a: usize,
+    b: usize,
+    c: usize,
+    d: usize,
+    e: usize,
+    f: usize,
+    g: usize,
+) -> i8 {
     let real = NonNull::new(REAL.load(Ordering::Relaxed)).or_else(|| {
         let found = found::function(UCS, c"ucs_rcache_get")?;
         REAL.store(found.as_ptr(), Ordering::Relaxed);
@@ -231,13 +260,12 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
     ask();
     // SAFETY: the real function takes its arguments as words, in the same registers and stack
     // slots.
-    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Real>(real) };
+    let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
     // SAFETY: the arguments are valid for `ucs_rcache_get`, because the caller promises so (see #
     // Safety).
     unsafe { real(a, b, c, d, e, f, g) }
 }
 
-#[inline]
 fn ask() {
     match space::current() {
         Some(space) => {

@@ -240,7 +240,7 @@ impl Kernel {
     }
 
     /// Tells whether subscribers know of every change that has begun. If so,
-    /// [`settle`](Self::settle) has nothing to do.
+    /// [`settle`](Self::settle) has nothing to do. Always false in the child of a fork.
     #[must_use]
     #[inline]
     pub fn is_settled(&self) -> bool {

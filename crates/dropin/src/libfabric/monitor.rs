@@ -103,21 +103,18 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
     let (start, len) = (address.addr() as u64, len as u64);
     // A change before the registration does no harm. A change between the registration and this
     // call is missed by every monitor, because libfabric does not tell monitors that a miss begins.
-    let watch = space.watch(start, len);
     // In the child of a fork, the sources start here. If no source works in the child, no change
     // would be reported.
-    let refused = watch.is_err() || !is_ready(space);
+    let is_ready = is_ready(space);
+    let make = || match space.watch(start, len) {
+        Ok(watch) if is_ready => Ok(watch),
+        _ => Err(Change {
+            event: "no watch could be made",
+            range: VaRange::ALL,
+        }),
+    };
     // Returns no error: after one, some versions of libfabric unsubscribe and others do not.
-    space.ranges.subscribe(start, len, watch.unwrap_or(None));
-    if refused {
-        space.ranges.give_up(
-            start,
-            len,
-            Change {
-                event: "no watch could be made",
-                range: VaRange::ALL,
-            },
-        );
+    if space.ranges.subscribe(start, len, make).is_err() {
         space.reaper.wake();
     }
     0
@@ -131,22 +128,31 @@ extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize
 }
 
 extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> bool {
-    let (start, len) = (address.addr() as u64, len as u64);
+    counts::HITS.add_one_under_lock();
+    // Fast path, loads only: no range has changed, and no change is left to be reported.
+    if space::settled().is_some_and(|space| space.ranges.is_clean()) {
+        return true;
+    }
+    is_valid(address.addr() as u64, len as u64)
+}
+
+#[cold]
+#[inline(never)]
+fn is_valid(start: u64, len: u64) -> bool {
     let unknown = Change {
         event: "fork",
         range: VaRange::ALL,
     };
     let verdict = match space::current() {
-        // Fast path, five loads: no range has changed, and no change is left to be reported.
+        // Without the kernel source.
         Some(space) if space.is_settled() && space.ranges.is_clean() => Verdict::Valid,
-        Some(space) => space.ranges.look(start, len),
+        Some(space) => space.ranges.ask(start, len),
         // A registration of the parent.
         None => {
             place::begin();
             Verdict::Stale(unknown)
         }
     };
-    counts::HITS.add_one_under_lock();
     match verdict {
         Verdict::Valid => true,
         Verdict::Stale(change) => {

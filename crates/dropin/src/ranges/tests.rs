@@ -11,6 +11,11 @@ fn change(start: u64, len: u64) -> Change {
     }
 }
 
+/// Enters a registration that has no watch.
+fn watched(ranges: &Ranges, start: u64, len: u64) {
+    ranges.subscribe(start, len, || Ok(None)).expect("a watch");
+}
+
 fn is_stale(ranges: &Ranges, start: u64, len: u64) -> bool {
     matches!(ranges.look(start, len), Verdict::Stale(_))
 }
@@ -26,7 +31,7 @@ fn a_change_makes_stale_what_it_meets_and_nothing_else() {
         (0x8000, 0x1000),
     ];
     for (start, len) in keys {
-        ranges.subscribe(start, len, None);
+        watched(&ranges, start, len);
     }
     assert!(ranges.is_clean());
     assert!(ranges.changed(change(0x6000, 0x1000)));
@@ -48,8 +53,8 @@ fn a_change_makes_stale_what_it_meets_and_nothing_else() {
 #[test]
 fn equal_ranges_are_counted() {
     let ranges = Ranges::new();
-    ranges.subscribe(0x1000, 8, None);
-    ranges.subscribe(0x1000, 8, None);
+    watched(&ranges, 0x1000, 8);
+    watched(&ranges, 0x1000, 8);
     ranges.unsubscribe(0x1000, 8);
     ranges.changed(change(0x1000, 1));
     assert!(is_stale(&ranges, 0x1000, 8));
@@ -66,8 +71,8 @@ fn equal_ranges_are_counted() {
 fn a_callback_that_finds_the_table_locked_leaves_a_note() {
     let ranges = Ranges::new();
     let far = 0x7000_0000_0000;
-    ranges.subscribe(0x1000, 8, None);
-    ranges.subscribe(far + (5 << 21), 8, None);
+    watched(&ranges, 0x1000, 8);
+    watched(&ranges, far + (5 << 21), 8);
     let held = ranges.table.lock().unwrap();
     // This thread itself holds the lock, as it does when entering a range frees memory.
     assert!(ranges.changed(change(far + (5 << 21), 4096)));
@@ -108,7 +113,7 @@ fn the_table_agrees_with_a_plain_list() {
         let ranges = Ranges::new();
         spots
             .iter()
-            .for_each(|(start, len)| ranges.subscribe(*start, *len, None));
+            .for_each(|(start, len)| watched(&ranges, *start, *len));
         let change = change(*start, *len);
         ranges.changed(change);
         for (at, long) in &spots {
@@ -143,7 +148,7 @@ fn no_change_is_lost_between_threads() {
                         _ => round % 100 * 4 + thread,
                     };
                     let start = page << 12;
-                    ranges.subscribe(start, 4096, None);
+                    watched(ranges, start, 4096);
                     ranges.changed(change(start, 4096));
                     assert!(
                         matches!(ranges.look(start, 4096), Verdict::Stale(_)),
@@ -157,4 +162,77 @@ fn no_change_is_lost_between_threads() {
     assert_eq!(ranges.stale(), []);
     assert_eq!(ranges.count(), Some(0));
     assert_eq!(ranges.dirty.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_range_that_was_refused_and_registered_anew_is_valid() {
+    let ranges = Ranges::new();
+    for _ in 0..3 {
+        watched(&ranges, 0x1000, 8);
+        assert_eq!(ranges.look(0x1000, 8), Verdict::Valid);
+        ranges.changed(change(0x1000, 1));
+        assert!(is_stale(&ranges, 0x1000, 8));
+        // libfabric drops it, and up to 2.0 calls nothing.
+        assert!(matches!(ranges.ask(0x1000, 8), Verdict::Stale(_)));
+        assert!(ranges.is_clean());
+    }
+    assert_eq!(ranges.count(), Some(0));
+}
+
+#[test]
+fn a_range_with_two_registrations_is_refused_until_all_are_dropped() {
+    let ranges = Ranges::new();
+    watched(&ranges, 0x1000, 8);
+    watched(&ranges, 0x1000, 8);
+    ranges.changed(change(0x1000, 1));
+    // One cache asks and registers anew; the other still has the stale registration.
+    assert!(matches!(ranges.ask(0x1000, 8), Verdict::Stale(_)));
+    watched(&ranges, 0x1000, 8);
+    assert!(is_stale(&ranges, 0x1000, 8));
+    let stale = ranges.stale();
+    assert_eq!(stale.len(), 1);
+    // After `notify` and before its end is noted.
+    watched(&ranges, 0x1000, 8);
+    ranges.dropped(stale[0]);
+    assert_eq!(ranges.look(0x1000, 8), Verdict::Valid);
+    assert!(ranges.is_clean());
+    // Only the last registration can be there.
+    ranges.changed(change(0x1000, 1));
+    ranges.ask(0x1000, 8);
+    assert_eq!(ranges.count(), Some(0));
+}
+
+#[test]
+fn a_change_after_the_list_was_made_is_not_forgotten() {
+    let ranges = Ranges::new();
+    watched(&ranges, 0x1000, 8);
+    ranges.changed(change(0x1000, 1));
+    let first = ranges.stale();
+    watched(&ranges, 0x1000, 8);
+    assert!(
+        ranges.changed(change(0x1000, 1)),
+        "the thread is woken again"
+    );
+    ranges.dropped(first[0]);
+    assert!(is_stale(&ranges, 0x1000, 8));
+    ranges
+        .stale()
+        .into_iter()
+        .for_each(|stale| ranges.dropped(stale));
+    assert_eq!((ranges.count(), ranges.is_clean()), (Some(0), true));
+    // The number of the first change means nothing for a range that was entered again.
+    watched(&ranges, 0x1000, 8);
+    ranges.changed(change(0x1000, 1));
+    ranges.dropped(first[0]);
+    assert!(is_stale(&ranges, 0x1000, 8));
+}
+
+#[test]
+fn a_range_that_cannot_be_watched_is_refused() {
+    let ranges = Ranges::new();
+    watched(&ranges, 0x1000, 8);
+    let reason = change(0x1000, 1);
+    assert_eq!(ranges.subscribe(0x1000, 8, || Err(reason)), Err(reason));
+    assert!(is_stale(&ranges, 0x1000, 8), "the other one, too");
+    assert_eq!(ranges.stale().len(), 1);
 }

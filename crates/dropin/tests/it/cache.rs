@@ -111,6 +111,21 @@ fn nothing_is_stale_with_both_and_much_without() {
 }
 
 #[test]
+fn memory_that_is_registered_anew_is_found_again() {
+    for cache in ALL {
+        let Some(program) = program(cache) else {
+            continue;
+        };
+        for source in [None, Some("hook"), Some("auto")] {
+            let out = run(&program, &["again", "200"], source);
+            let found: u32 = out.split(' ').next().unwrap().parse().unwrap();
+            // A thread of the drop-in drops stale registrations, and can meet a new one.
+            assert!(found > 100, "{cache:?} {source:?}: {out}");
+        }
+    }
+}
+
+#[test]
 fn a_program_that_closes_all_descriptors_is_served_on() {
     for cache in ALL {
         let Some(program) = program(cache) else {

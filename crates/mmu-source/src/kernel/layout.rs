@@ -11,7 +11,7 @@ pub(super) mod header {
     pub(in super::super) const GENERATION: usize = 0;
     /// Whether a range has ever been armed.
     pub(in super::super) const ON: usize = 128;
-    /// Whether an event has happened since the last wait: 0, 1 or 2, see `wait.rs`.
+    /// Whether an event has happened since the last wait, and which thread made it: see `wait.rs`.
     pub(in super::super) const DIRTY: usize = 136;
     /// The address of the page whose events are questions to the program: see `wait.rs`.
     pub(in super::super) const SCRATCH: usize = 144;
@@ -34,6 +34,16 @@ pub(super) mod header {
     /// question that the program has answered with "nothing is under way".
     pub(in super::super) const ASKED: usize = 640;
     pub(in super::super) const ANSWERED: usize = 648;
+    /// The mark that the program sets in `DIRTY` for events of the thread that has asked, or 0 if
+    /// that thread has none.
+    pub(in super::super) const ASKER: usize = 656;
+}
+
+/// The values of [`header::DIRTY`], besides the marks of threads, which are larger: see `wait.rs`.
+pub(super) mod dirty {
+    pub(in super::super) const QUIET: i32 = 0;
+    pub(in super::super) const MANY: i32 = 1;
+    pub(in super::super) const WAITING: i32 = 2;
 }
 
 /// The offsets of the words that only programs see.
@@ -45,4 +55,6 @@ pub(super) mod private {
     pub(in super::super) const FILE_OPS: usize = 8;
     /// The source's address space: the address of its `struct mm_struct`.
     pub(in super::super) const SPACE: usize = 16;
+    /// The process (`tgid`) that has asked the first question, or 0 before that.
+    pub(in super::super) const PROCESS: usize = 24;
 }

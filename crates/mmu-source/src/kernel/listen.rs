@@ -102,7 +102,8 @@ fn listen(
         } else {
             (2 * nap).min(64)
         };
-        if inner.generation() - generation > FLOOD && !inner.waits.has_b() {
+        let is_flood = inner.generation() - generation > FLOOD;
+        if is_flood && lease.suspects_others() && !inner.waits.has_b() {
             let shared = Arc::clone(inner);
             vault.post(move |machines| machines.make_b(&shared));
         }
@@ -122,9 +123,12 @@ struct Lease {
     at: Instant,
     begun: u64,
     ignored: u64,
+    generation: u64,
     had_b: bool,
     /// When B was last closed.
     ended: Option<Instant>,
+    /// Whether B was closed although many changes were counted: all of this address space.
+    is_own: bool,
 }
 
 impl Lease {
@@ -134,9 +138,16 @@ impl Lease {
             at: Instant::now(),
             begun: 0,
             ignored: 0,
+            generation: 0,
             had_b: false,
             ended: None,
+            is_own: false,
         }
+    }
+
+    /// Tells whether many records may come from other address spaces.
+    fn suspects_others(&self) -> bool {
+        !self.is_own || self.ended.is_none_or(|ended| ended.elapsed() >= SOON)
     }
 
     /// Closes B if it was not used for a while.
@@ -154,13 +165,19 @@ impl Lease {
         }
         let begun = inner.waits.begun();
         let ignored = inner.header.u64(header::IGNORED).load(Ordering::Relaxed);
+        let generation = inner.generation();
         let noise = NOISE * self.length.as_millis() as u64;
-        let is_idle = begun == self.begun && ignored.wrapping_sub(self.ignored) < noise;
-        if has_b && self.had_b && is_idle {
+        // Each change of this address space is ignored once, at B's tracepoint, and counted at A's.
+        let own = generation.wrapping_sub(self.generation);
+        let others = ignored.wrapping_sub(self.ignored).saturating_sub(own);
+        if has_b && self.had_b && begun == self.begun && others < noise {
             let shared = Arc::clone(inner);
             vault.post(move |machines| machines.close_idle_b(&shared, begun));
             self.ended = Some(Instant::now());
+            self.is_own = own >= noise;
         }
-        (self.at, self.begun, self.ignored, self.had_b) = (Instant::now(), begun, ignored, has_b);
+        self.at = Instant::now();
+        (self.begun, self.ignored, self.generation) = (begun, ignored, generation);
+        self.had_b = has_b;
     }
 }

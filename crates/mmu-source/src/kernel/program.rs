@@ -8,7 +8,13 @@
 //! if (start == scratch) goto question;
 //! if (!on) return;                                   // No range was ever armed.
 //! fence();                                           // No instruction on x86-64.
-//! if (dirty != 1) xchg(&dirty, 1);                   // A full barrier before the filter is read: `arm` needs it.
+//! if (dirty != MANY) {                               // Who makes this event? See `wait.rs`.
+//!     me = pid_tgid >> 32 == process ? pid_tgid : MANY;
+//!     if (dirty != me && !(count && *count == 0)) {  // Count zero: see below, at `hit`.
+//!         old = xchg(&dirty, me);                    // A full barrier before the filter is read: `arm` needs it.
+//!         if (old != QUIET && old != WAITING && old != me) xchg(&dirty, MANY);
+//!     }
+//! }
 //! if (!armed) return;
 //! if (wide) goto hit;
 //! last = end - 1;
@@ -33,13 +39,18 @@
 //! question:                                          // Is anything under way? See `wait.rs`.
 //! number = asked;
 //! fence();
-//! if (count && *count == 0) answered = number;
+//! if (count && *count == 0) {
+//!     if (!process) process = pid_tgid >> 32;
+//!     asker = pid_tgid >> 32 == process ? pid_tgid : 0;
+//!     answered = number;
+//! }
 //! ```
 //!
 //! [`build`] unrolls the loops over levels. The loop over granules exists once, for all levels.
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, STARTS, shift, start_of};
+use super::layout::dirty::{MANY, QUIET, WAITING};
 use super::layout::{header, private};
 use super::owner;
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
@@ -47,6 +58,8 @@ use std::os::fd::BorrowedFd;
 
 /// The size of a record: start, end and number.
 const RECORD: i32 = 24;
+/// The helper that returns the ids of the current process and thread, 32 bits each.
+const GET_CURRENT_PID_TGID: i32 = 14;
 
 const START: Reg = R6;
 const LAST: Reg = R7;
@@ -60,8 +73,18 @@ const BASE: Reg = R9;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Label {
     Question,
+    /// The event is made by another process.
+    Foreign,
+    /// The event's mark is known.
+    Mark,
+    /// B's count cannot be read.
+    Unknown,
     /// `dirty` is set.
     Dirty,
+    /// The process is known.
+    Process,
+    /// Register 0 has the mark of the thread that asks.
+    Asker,
     Hit,
     Count,
     Lost,
@@ -181,11 +204,11 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     // ORDER(source-forgotten): if the kernel did not find B among the notifiers, `load_count` does
     // not find B's count. Partner: the store in the resolver.
     a.fence();
-    a.load(R2, HEADER, word(header::DIRTY));
-    a.jump(If::Equal, R2, 1, Label::Dirty);
-    a.op(Op::Mov, R2, 1);
-    a.exchange(HEADER, word(header::DIRTY), R2);
-    a.label(Label::Dirty);
+    let peek = match audience {
+        Audience::Own { peek } => peek,
+        Audience::Client => true,
+    };
+    mark(&mut a, maps, peek);
     a.load(R2, HEADER, word(header::ARMED));
     a.jump(If::Equal, R2, 0, Label::Out);
     a.load(R2, HEADER, word(header::WIDE));
@@ -227,11 +250,8 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     }
     a.label(Label::Coarser(LEVELS));
     a.goto(Label::Out);
-    let peek = match audience {
-        Audience::Own { peek } => {
-            question(&mut a, maps, peek, Label::Question);
-            peek
-        }
+    match audience {
+        Audience::Own { .. } => question(&mut a, maps, peek, Label::Question),
         Audience::Client => {
             a.label(Label::Question);
             a.label(Label::Hit);
@@ -246,9 +266,8 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
             a.load(R2, HEADER, word(header::SCRATCH));
             a.jump_reg(If::NotEqual, R2, START, Label::Record);
             question(&mut a, maps, true, Label::Answer);
-            true
         }
-    };
+    }
     hit(
         &mut a,
         maps,
@@ -289,6 +308,43 @@ pub(super) fn fingerprint(any: BorrowedFd<'_>) -> u64 {
         })
 }
 
+/// Sets `dirty` to the mark of this event. Preserves registers 6 to 8.
+fn mark(a: &mut Code, maps: Maps<'_>, peek: bool) {
+    let (dirty, mark) = (header::DIRTY as isize, R9);
+    a.load(R2, HEADER, dirty);
+    a.jump(If::Equal, R2, MANY, Label::Dirty);
+    a.call(GET_CURRENT_PID_TGID);
+    a.op_reg(Op::Mov, mark, R0);
+    a.op(Op::Shr, R0, 32);
+    a.map_value(R3, maps.private);
+    a.load(R3, R3, private::PROCESS as isize);
+    a.jump_reg(If::NotEqual, R0, R3, Label::Foreign);
+    // ORDER(source-own): this code runs in the thread that makes the change. Partner: `is_own` in
+    // `wait.rs`.
+    // Only this thread sets its own mark. So if the mark is there, this thread set it in an earlier
+    // event, with a full barrier.
+    a.load(R2, HEADER, dirty);
+    a.jump_reg(If::NotEqual, R2, mark, Label::Mark);
+    a.goto(Label::Dirty);
+    a.label(Label::Foreign);
+    // A client of a broker must not learn which other process makes a change.
+    a.op(Op::Mov, mark, MANY);
+    a.label(Label::Mark);
+    if peek {
+        load_count(a, maps, Label::Unknown);
+        a.jump(If::Equal, R0, 0, Label::Dirty);
+        a.label(Label::Unknown);
+    }
+    a.op_reg(Op::Mov, R2, mark);
+    a.exchange(HEADER, dirty, R2);
+    a.jump(If::Equal, R2, QUIET, Label::Dirty);
+    a.jump(If::Equal, R2, WAITING, Label::Dirty);
+    a.jump_reg(If::Equal, R2, mark, Label::Dirty);
+    a.op(Op::Mov, R2, MANY);
+    a.exchange(HEADER, dirty, R2);
+    a.label(Label::Dirty);
+}
+
 /// Loads B's count into register 0, or jumps to `unknown` if the count cannot be read. Overwrites
 /// registers 1 to 5.
 fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
@@ -311,6 +367,19 @@ fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
         a.fence();
         load_count(a, maps, Label::Out);
         a.jump(If::NotEqual, R0, 0, Label::Out);
+        a.call(GET_CURRENT_PID_TGID);
+        a.op_reg(Op::Mov, R1, R0);
+        a.op(Op::Shr, R1, 32);
+        a.map_value(R2, maps.private);
+        a.load(R3, R2, private::PROCESS as isize);
+        a.jump(If::NotEqual, R3, 0, Label::Process);
+        a.store(R2, private::PROCESS as isize, R1);
+        a.op_reg(Op::Mov, R3, R1);
+        a.label(Label::Process);
+        a.jump_reg(If::Equal, R1, R3, Label::Asker);
+        a.op(Op::Mov, R0, 0);
+        a.label(Label::Asker);
+        a.store(HEADER, header::ASKER as isize, R0);
         a.store(HEADER, header::ANSWERED as isize, R7);
     }
     a.goto(Label::Out);

@@ -210,7 +210,7 @@ impl Inner {
             own: part(&maps.own)?,
         };
         let ring = Ring::new(maps.ring.as_fd(), ring).map_err(mapped)?;
-        let waits = Waits::new(&header).map_err(mapped)?;
+        let waits = Waits::new(id, &header).map_err(mapped)?;
         Ok(Self {
             id,
             alive: &marks().alive,

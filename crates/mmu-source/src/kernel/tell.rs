@@ -135,6 +135,7 @@ impl Inner {
         });
     }
 
+    #[inline]
     pub(super) fn is_caught_up(&self) -> bool {
         self.handled() >= self.generation()
     }

@@ -21,8 +21,8 @@
 //!   this very change. So if an event finds the count at zero, there are two cases. Either the
 //!   event belongs to another address space. Or it is the event of a change of this address space
 //!   at B's tracepoint, and that change will pass A's tracepoint as well. In both cases the program
-//!   need not count the event. So while B exists, a process that discards memory in a loop causes
-//!   no records in other processes.
+//!   need neither count the event nor note it in `dirty`. So while B exists, a process that
+//!   discards memory in a loop causes no records in other processes.
 //!
 //! Only a BPF program can read the count, and the caller has no descriptor to run one with, because
 //! all descriptors are in the vault (`vault.rs`). So the caller *makes an event*: it discards a
@@ -55,15 +55,31 @@
 //! of other ranges do not matter to it. `over` is the generation that the last wait loaded before
 //! its first question.
 //!
+//! # If only the caller changes memory
+//! The caller's own changes are over: a change ends before the system call or the page fault that
+//! makes it, and the caller is in neither. So the program notes who made the events since the last
+//! wait. If only the caller did, nothing is under way, and the caller need not wait. So a program
+//! with one thread, which maps, registers and unmaps, never waits, and needs no B.
+//!
+//! The note is the thread's *mark*, its id in the kernel's initial pid namespace. A thread cannot
+//! ask for that id, but the program writes it when it answers the thread's question. No event but a
+//! question starts at the scratch page, because that page never has content, and only the holder of
+//! the lock asks. Threads of other processes have no mark. They can change this address space: the
+//! child of a `vfork`, a reclaiming task. So can kernel threads and the workers of an io_uring,
+//! which have ids of their own.
+//!
 //! # Sharing
-//! `dirty` says whether an event has happened since the last wait: 0 if not, 1 if so, 2 while a
-//! thread waits. Waits are numbered. If a thread holds the lock and finds that a wait has ended
+//! `dirty` says whether an event has happened since the last wait: [`QUIET`] if not, [`WAITING`]
+//! while a thread waits, a thread's mark if only that thread made events, otherwise [`MANY`]. While
+//! a thread waits, an event replaces [`WAITING`]; afterwards `dirty` says who made the events since
+//! the wait began. Waits are numbered. If a thread holds the lock and finds that a wait has ended
 //! which began after the thread's own call, the thread need not wait.
 //!
 //! # Source
 //! `virt/kvm/kvm_main.c`, `mm/mmu_notifier.c`, Linux 6.12 and 6.18.
 
 use super::busy::Flag;
+use super::layout::dirty::{MANY, QUIET, WAITING};
 use super::layout::header;
 use super::machine::Machines;
 use super::sys::{self, Scratch, Shared};
@@ -78,14 +94,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 const POLLS: u32 = 300;
 const SPINS: u32 = 100;
 
-/// The values of `dirty`.
-const QUIET: u64 = 0;
-const DIRTY: u64 = 1;
-const WAITING: u64 = 2;
+srcu::thread_word! {
+    /// The mark of this thread, or 0 if it is not known.
+    static MARK: u64 = 0;
+    /// The source that told the mark. The child of a fork inherits the parent's words, and has
+    /// another source.
+    static MARKED_BY: u64 = 0;
+}
 
 /// The state of the waits.
 #[derive(Debug)]
 pub(super) struct Waits {
+    /// Identifies the address space: see `Inner::id`.
+    id: u64,
     scratch: Scratch,
     /// The number of the last wait that has begun. Only the holder of the lock writes it.
     begun: AtomicU64,
@@ -116,15 +137,18 @@ struct State {
 }
 
 impl Waits {
-    pub(super) fn new(header: &Shared) -> std::io::Result<Self> {
+    pub(super) fn new(id: u64, header: &Shared) -> std::io::Result<Self> {
         let scratch = Scratch::map()?;
         // Events set `dirty` only after the first range is armed. So `dirty` is set from the start,
         // and stays set until then.
-        header.u64(header::DIRTY).store(DIRTY, Ordering::Relaxed);
+        header
+            .u64(header::DIRTY)
+            .store(MANY as u64, Ordering::Relaxed);
         header
             .u64(header::SCRATCH)
             .store(scratch.address(), Ordering::Relaxed);
         Ok(Self {
+            id,
             scratch,
             begun: AtomicU64::new(0),
             has_b: AtomicBool::new(false),
@@ -166,7 +190,8 @@ impl Waits {
         // ORDER(source-quiet): Acquire: the changes before the last wait are over for this thread
         // too. Partner: the exchange below. This load comes after the fence of `arm`:
         // ORDER(source-arm).
-        if dirty.load(Ordering::Acquire) == QUIET {
+        let since = dirty.load(Ordering::Acquire);
+        if since == QUIET as u64 || self.is_own(since) {
             return Ok(());
         }
         let ticket = self.begun.load(Ordering::Relaxed);
@@ -177,11 +202,13 @@ impl Waits {
         }
         let number = self.begun.load(Ordering::Relaxed) + 1;
         self.begun.store(number, Ordering::Relaxed);
-        // Before the first range is armed, events do not set `dirty`. A wait in that time must
-        // leave it set: a change that begins unseen after this wait may still be under way when the
-        // first range is armed.
+        // Before the first range is armed, events do not set `dirty`. A wait in that time leaves it
+        // at `MANY`, which no event replaces: a change that begins unseen after this wait may still
+        // be under way when the first range is armed.
         let is_on = header.u64(header::ON).load(Ordering::Relaxed) != 0;
-        dirty.store(WAITING, Ordering::Relaxed);
+        if is_on {
+            dirty.store(WAITING as u64, Ordering::Relaxed);
+        }
         // ORDER(source-generation): Acquire, like every load of the generation: the question comes
         // after this load.
         let generation = header.u64(header::GENERATION).load(Ordering::Acquire);
@@ -195,7 +222,7 @@ impl Waits {
         if !self.is_over(state, header) {
             vault
                 .run(Machines::renew_b)
-                .inspect_err(|_| dirty.store(DIRTY, Ordering::Relaxed))?;
+                .inspect_err(|_| dirty.store(MANY as u64, Ordering::Relaxed))?;
             self.machines.fetch_add(1, Ordering::Relaxed);
         }
         state.ended = number;
@@ -203,9 +230,23 @@ impl Waits {
         self.over.store(generation, Ordering::Release);
         // ORDER(source-quiet): Release, after the wait. Partner: the load above. If the exchange
         // fails, an event happened meanwhile.
-        let after = if is_on { QUIET } else { DIRTY };
-        let _ = dirty.compare_exchange(WAITING, after, Ordering::Release, Ordering::Relaxed);
+        if is_on {
+            let _ = dirty.compare_exchange(
+                WAITING as u64,
+                QUIET as u64,
+                Ordering::Release,
+                Ordering::Relaxed,
+            );
+        }
         Ok(())
+    }
+
+    /// Tells whether only the calling thread has made events since the last wait.
+    fn is_own(&self, dirty: u64) -> bool {
+        // ORDER(source-own): the calling thread is in no system call and no page fault, so its own
+        // changes are over. Partner: the mark in the program, which runs in the thread that makes
+        // the change.
+        dirty > WAITING as u64 && MARKED_BY.get() == self.id && MARK.get() == dirty
     }
 
     /// Asks the program until it answers that nothing is under way. Returns false if there is no
@@ -228,7 +269,13 @@ impl Waits {
             sys::ask(&self.scratch);
             // ORDER(source-quiet): Acquire: the changes that were under way are over for this
             // thread too. Partner: the program's load of the count, before its store.
-            header.u64(header::ANSWERED).load(Ordering::Acquire) == state.asked
+            let is_over = header.u64(header::ANSWERED).load(Ordering::Acquire) == state.asked;
+            if is_over {
+                // Relaxed: the program ran in this thread.
+                MARK.set(header.u64(header::ASKER).load(Ordering::Relaxed));
+                MARKED_BY.set(self.id);
+            }
+            is_over
         })
     }
 

@@ -299,3 +299,43 @@ fn threads_come_to_rest_after_the_start_and_a_child_does_not_wait_for_them() {
     }));
     kernel.wait_for_threads();
 }
+
+/// Runs `f` until a run begins no wait. Returns false if that does not happen.
+fn passes_without_a_wait(kernel: &Kernel, f: impl Fn()) -> bool {
+    (0..20_000).any(|_| {
+        let before = kernel.waits().0;
+        f();
+        kernel.waits().0 == before
+    })
+}
+
+#[test]
+fn a_thread_waits_for_the_changes_of_others_and_not_for_its_own() {
+    if !can_start() {
+        return;
+    }
+    assert!(in_child(|| {
+        let kernel = Kernel::start().expect("it starts");
+        let arm = |memory: &Scratch| drop(kernel.arm(memory.range()).expect("armed"));
+        let own = || {
+            let memory = Scratch::anonymous(1);
+            discard(&memory);
+            arm(&memory);
+        };
+        if !passes_without_a_wait(&kernel, own) {
+            let (waits, machines) = kernel.waits();
+            println!("SKIP: {waits} waits made {machines} machines: the count cannot be read");
+            return waits == machines;
+        }
+        let memory = Scratch::anonymous(1);
+        // Each round makes a change in another thread, which is over when the thread ends. In most
+        // rounds this thread makes none.
+        (0..100).all(|_| {
+            let before = kernel.waits().0;
+            let other = std::thread::spawn(|| discard(&Scratch::anonymous(1)));
+            other.join().expect("no panic");
+            arm(&memory);
+            kernel.waits().0 != before
+        })
+    }));
+}

@@ -11,6 +11,8 @@
  *                        a second thread sleeps meanwhile
  * cache threads SECONDS  five threads map, register, look up and unmap: "N rounds"
  * cache cycles N         N starts and stops of the cache while five threads map and unmap
+ * cache again N          N times maps, registers, looks up, unmaps, at one address: prints how many
+ *                        look-ups found the registration
  * cache close            closes all descriptors but the standard ones and the device's, then does
  *                        what `stale` does, in this process
  * cache middle           a fork, then close_range, while five threads map and unmap
@@ -457,6 +459,24 @@ static int after_close(void)
     return 0;
 }
 
+static int again(int count)
+{
+    int found = 0;
+    device.is_off = 1;
+    cache_open();
+    char *at = map();
+    for (int i = 0; i < count; i++) {
+        long slot = cache_get(at, LENGTH);
+        found += slot >= 0 && cache_get(at, LENGTH) == slot;
+        munmap(at, LENGTH);
+        if (mmap(at, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != at)
+            device_die("mmap");
+        *at = 1;
+    }
+    printf("%d found\n", found);
+    return 0;
+}
+
 static int forked(void)
 {
     device_open();
@@ -530,10 +550,12 @@ int main(int count, char **words)
         return throughput(atof(number));
     if (!strcmp(what, "cycles"))
         return cycles(atoi(number));
+    if (!strcmp(what, "again"))
+        return again(atoi(number));
     if (!strcmp(what, "close"))
         return after_close();
     if (!strcmp(what, "fork"))
         return forked();
-    fprintf(stderr, "cache stale|patcher first|last|speed|middle|threads SECONDS|cycles N|close|fork\n");
+    fprintf(stderr, "cache stale|patcher first|last|speed|middle|threads SECONDS|cycles N|again N|close|fork\n");
     return 2;
 }
