@@ -26,9 +26,9 @@
 //! `valid` does not say which one it asks for. Then all are refused until `notify` has returned.
 //!
 //! # Invariants
-//! `dirty` is the count of stale ranges, and is changed under the lock only. `pending` is 0 or
-//! holds the bits of changes that have not been entered yet. So if both are 0, every range is
-//! valid.
+//! `dirty` is the count of stale ranges, in the child of a fork plus one, and is changed under the
+//! lock only. `pending` is 0 or holds the bits of changes that have not been entered yet. So if
+//! both are 0, every range is valid.
 
 use crate::counts::Change;
 use mmu_notifier::VaRange;
@@ -133,7 +133,12 @@ pub(crate) enum Verdict {
 }
 
 impl Ranges {
-    pub(crate) const fn new() -> Ranges {
+    /// Makes an empty table.
+    ///
+    /// In the child of a fork, the caches have registrations of the parent, which this table does
+    /// not know. So a clean table does not mean there that every registration is valid: `dirty`
+    /// stays above zero for ever, and each hit is looked up.
+    pub(crate) const fn new(in_child: bool) -> Ranges {
         let table = Table {
             classes: [const { BTreeMap::new() }; 64],
             used: 0,
@@ -142,7 +147,7 @@ impl Ranges {
         };
         Ranges {
             table: Mutex::new(table),
-            dirty: AtomicUsize::new(0),
+            dirty: AtomicUsize::new(in_child as usize),
             pending: AtomicU64::new(0),
         }
     }

@@ -97,7 +97,7 @@ fn make() -> &'static Space {
     if let Some(space) = own(before) {
         return space;
     }
-    let space = Box::leak(Box::new(Space::new()));
+    let space = Box::leak(Box::new(Space::new(!before.is_null())));
     // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first.
     // Partner: `current`.
     match CURRENT.compare_exchange(before, space, Ordering::AcqRel, Ordering::Acquire) {
@@ -111,7 +111,7 @@ fn make() -> &'static Space {
 }
 
 impl Space {
-    fn new() -> Space {
+    fn new(in_child: bool) -> Space {
         let begin = Instant::now();
         let choice = settings().choice;
         let off = || format!("MMUN={} does not ask for it", choice.name());
@@ -134,7 +134,7 @@ impl Space {
             hook,
             kernel,
             everything: Mutex::new(None),
-            ranges: Ranges::new(),
+            ranges: Ranges::new(in_child),
             reaper: Reaper::new(),
             marks: Mutex::new(None),
             is_marked: AtomicBool::new(false),

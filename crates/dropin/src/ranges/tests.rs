@@ -22,7 +22,7 @@ fn is_stale(ranges: &Ranges, start: u64, len: u64) -> bool {
 
 #[test]
 fn a_change_makes_stale_what_it_meets_and_nothing_else() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     let keys = [
         (0x1000, 0x1000),
         (0x1000, 0x10_0000),
@@ -52,7 +52,7 @@ fn a_change_makes_stale_what_it_meets_and_nothing_else() {
 
 #[test]
 fn equal_ranges_are_counted() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     watched(&ranges, 0x1000, 8);
     watched(&ranges, 0x1000, 8);
     ranges.unsubscribe(0x1000, 8);
@@ -69,7 +69,7 @@ fn equal_ranges_are_counted() {
 
 #[test]
 fn a_callback_that_finds_the_table_locked_leaves_a_note() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     let far = 0x7000_0000_0000;
     watched(&ranges, 0x1000, 8);
     watched(&ranges, far + (5 << 21), 8);
@@ -110,7 +110,7 @@ fn the_table_agrees_with_a_plain_list() {
         })
         .collect();
     for (start, len) in &spots {
-        let ranges = Ranges::new();
+        let ranges = Ranges::new(false);
         spots
             .iter()
             .for_each(|(start, len)| watched(&ranges, *start, *len));
@@ -135,7 +135,7 @@ fn the_table_agrees_with_a_plain_list() {
 /// subscription is stale.
 #[test]
 fn no_change_is_lost_between_threads() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     std::thread::scope(|scope| {
         for thread in 0..4_u64 {
             let ranges = &ranges;
@@ -166,7 +166,7 @@ fn no_change_is_lost_between_threads() {
 
 #[test]
 fn a_range_that_was_refused_and_registered_anew_is_valid() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     for _ in 0..3 {
         watched(&ranges, 0x1000, 8);
         assert_eq!(ranges.look(0x1000, 8), Verdict::Valid);
@@ -181,7 +181,7 @@ fn a_range_that_was_refused_and_registered_anew_is_valid() {
 
 #[test]
 fn a_range_with_two_registrations_is_refused_until_all_are_dropped() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     watched(&ranges, 0x1000, 8);
     watched(&ranges, 0x1000, 8);
     ranges.changed(change(0x1000, 1));
@@ -204,7 +204,7 @@ fn a_range_with_two_registrations_is_refused_until_all_are_dropped() {
 
 #[test]
 fn a_change_after_the_list_was_made_is_not_forgotten() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     watched(&ranges, 0x1000, 8);
     ranges.changed(change(0x1000, 1));
     let first = ranges.stale();
@@ -229,7 +229,7 @@ fn a_change_after_the_list_was_made_is_not_forgotten() {
 
 #[test]
 fn a_range_that_cannot_be_watched_is_refused() {
-    let ranges = Ranges::new();
+    let ranges = Ranges::new(false);
     watched(&ranges, 0x1000, 8);
     let reason = change(0x1000, 1);
     assert_eq!(ranges.subscribe(0x1000, 8, || Err(reason)), Err(reason));

@@ -173,6 +173,25 @@ fn a_child_registers_anew_and_its_parent_goes_on() {
     }
 }
 
+/// The child's first registration makes its sources. The parent's other registrations are unknown
+/// to them.
+#[test]
+fn a_child_finds_no_registration_of_its_parent() {
+    for cache in ALL {
+        let Some(program) = program(cache) else {
+            continue;
+        };
+        for source in ["hook", "auto"] {
+            let out = run(&program, &["inherited"], Some(source));
+            assert_eq!(
+                out.matches("child right").count(),
+                3,
+                "{cache:?} {source}: {out}"
+            );
+        }
+    }
+}
+
 #[test]
 fn caches_start_and_stop_while_others_map_and_unmap() {
     for cache in ALL {

@@ -501,6 +501,33 @@ static int forked(void)
     return status != 0;
 }
 
+/* The child registers one of the parent's buffers anew, and looks the others up afterwards. */
+static int inherited(void)
+{
+    char *at[3];
+    long before[3];
+    device.is_off = 1;
+    cache_open();
+    for (int i = 0; i < 3; i++) {
+        at[i] = map();
+        cache_get(at[i], LENGTH);
+        before[i] = cache_get(at[i], LENGTH);
+    }
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        for (int i = 0; i < 3; i++) {
+            long slot = cache_get(at[i], LENGTH);
+            printf("child %s\n", slot >= 0 && slot == before[i] ? "stale" : "right");
+        }
+        fflush(stdout);
+        _exit(0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    return status != 0;
+}
+
 static int middle(void)
 {
     pthread_t threads[5];
@@ -556,6 +583,8 @@ int main(int count, char **words)
         return after_close();
     if (!strcmp(what, "fork"))
         return forked();
-    fprintf(stderr, "cache stale|patcher first|last|speed|middle|threads SECONDS|cycles N|again N|close|fork\n");
+    if (!strcmp(what, "inherited"))
+        return inherited();
+    fprintf(stderr, "cache stale|patcher first|last|speed|middle|threads SECONDS|cycles N|again N|close|fork|inherited\n");
     return 2;
 }
