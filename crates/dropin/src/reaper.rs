@@ -40,6 +40,9 @@ pub(crate) type Notify = fn(u64, u64);
 
 /// Set when the process exits: libfabric's destructors may be running.
 static EXITING: AtomicBool = AtomicBool::new(false);
+/// The process whose thread is about to call `notify`, or is in it; 0 if none. The child of a fork
+/// inherits the parent's value, and has no such thread.
+static NOTIFYING: AtomicU32 = AtomicU32::new(0);
 
 impl Reaper {
     pub(crate) const fn new() -> Reaper {
@@ -99,11 +102,16 @@ impl Reaper {
             // ORDER(dropin-reaper): Acquire, as above.
             self.word.swap(IDLE, Ordering::AcqRel);
             for stale in ranges.stale() {
-                if EXITING.load(Ordering::Relaxed) {
+                // ORDER(dropin-exit): SeqCst: either this load sees `EXITING`, or `stop_all` sees
+                // `NOTIFYING` and waits. Partner: the store and the load there.
+                NOTIFYING.store(std::process::id(), Ordering::SeqCst);
+                if EXITING.load(Ordering::SeqCst) {
+                    NOTIFYING.store(0, Ordering::Relaxed);
                     return;
                 }
                 counts::REAPED.add(1);
                 notify(stale.start, stale.len);
+                NOTIFYING.store(0, Ordering::Release);
                 ranges.dropped(stale);
             }
         }
@@ -133,8 +141,12 @@ impl Reaper {
     }
 }
 
-/// After this, the thread makes no further call of `notify`. A call may still run if the thread has
-/// checked `EXITING` before.
+/// After this, the thread makes no further call of `notify`. Waits for a call that runs, for a
+/// second at most: the call may itself wait for a lock that the exiting thread holds.
 pub(crate) fn stop_all() {
-    EXITING.store(true, Ordering::Relaxed);
+    // ORDER(dropin-exit): SeqCst, as in `serve`.
+    EXITING.store(true, Ordering::SeqCst);
+    wait_until(Duration::from_secs(1), || {
+        NOTIFYING.load(Ordering::SeqCst) != std::process::id()
+    });
 }
