@@ -91,9 +91,13 @@
 //!
 //! # Signal handlers
 //! A signal handler may call [`Watch::is_valid`](crate::Watch::is_valid),
-//! [`is_current`](Kernel::is_current) and [`settle`](Kernel::settle), and nothing else of this
-//! module. If the handler has interrupted the source itself, `is_valid` may return false although
-//! the range has not changed, and `settle` may return [`Error::InCallback`].
+//! [`is_current`](Kernel::is_current) and [`is_settled`](Kernel::is_settled), and nothing else of
+//! this module. If the handler has interrupted the source itself, `is_valid` may return false
+//! although the range has not changed.
+//!
+//! A handler must not call [`settle`](Kernel::settle), because `settle` may run callbacks: the
+//! handler may have interrupted code that holds a lock of the address space or of a subscriber, or
+//! code that begins a read section. So a cache that handlers use keeps a `Watch` in each entry.
 //!
 //! # Descriptors
 //! The source's descriptors are in a separate descriptor table, which no system call of the program
@@ -240,7 +244,8 @@ impl Kernel {
     }
 
     /// Tells whether subscribers know of every change that has begun. If so,
-    /// [`settle`](Self::settle) has nothing to do. Always false in the child of a fork.
+    /// [`settle`](Self::settle) has nothing to do. Always false in the child of a fork. Runs no
+    /// callback and takes no lock.
     #[must_use]
     #[inline]
     pub fn is_settled(&self) -> bool {
@@ -251,11 +256,12 @@ impl Kernel {
     /// has run them. Costs two loads and a comparison if there is no such change.
     ///
     /// # Blocking
-    /// Waits while callbacks run, on this thread or on another one that drains.
+    /// Waits while callbacks run, on this thread or on another one that drains. Must not be called
+    /// in a signal handler: see the [module](self#signal-handlers).
     /// # Errors
     /// [`Error::AfterFork`] in the child of a fork. [`Error::InCallback`] if there is a change
-    /// whose callbacks have not run, and the caller is a callback that the source runs, or a signal
-    /// handler that has interrupted the source.
+    /// whose callbacks have not run, and the caller is a callback that the source runs, or has
+    /// interrupted the source.
     #[inline]
     pub fn settle(&self) -> Result<Settled, Error> {
         let generation = self.generation();

@@ -306,3 +306,40 @@ impl<R: Registrar> Drop for Cache<R> {
         debug_assert!(left == 0 || !cfg!(mmun_loom), "no model forgets a lease");
     }
 }
+
+#[cfg(all(test, feature = "kernel", not(mmun_loom)))]
+mod tests {
+    use super::*;
+    use crate::Counting;
+    use crate::lease::Lease;
+    use mmu_notifier::{Registration, Va};
+    use mmu_source::kernel::Kernel;
+    use testkit::{Cap, in_child, require};
+
+    /// A signal handler may interrupt its thread while the thread holds the lock of the cache.
+    #[test]
+    fn no_callback_runs_in_a_thread_that_holds_the_lock() {
+        if !require(Cap::Bpf) {
+            return;
+        }
+        assert!(in_child(|| {
+            let range = VaRange::covering(Va::new(0x7000_0000), 4096).unwrap();
+            let kernel = Kernel::rehearse(1 << 16).unwrap();
+            let options = Options::new().kernel(Arc::clone(&kernel));
+            let cache = Cache::new(Arc::new(Counting::default()), options).unwrap();
+            let cache = Registration::new(&mmu_source::current(), cache).unwrap();
+            let lease = Lease::new(&cache, cache.find_or_register(range, None).unwrap());
+            let change = || kernel.inject(0x7000_0000, 0x7000_1000).unwrap();
+            let lock = cache.lock();
+            assert!(lease.is_current(), "there is no callback to run");
+            // No other thread can complete the callback of this change before the lock is free.
+            change();
+            let refused = cache.find_or_register(range, None);
+            assert!(matches!(refused, Err(Refusal::WouldDeadlock)));
+            assert!(!lease.is_current(), "it cannot know");
+            drop(lock);
+            let again = Lease::new(&cache, cache.find_or_register(range, None).unwrap());
+            !lease.is_current() && again.is_current()
+        }));
+    }
+}

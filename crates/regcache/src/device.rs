@@ -128,13 +128,19 @@ impl<R: Registrar + fmt::Debug> fmt::Debug for Device<R> {
 /// with [`Lease::end_later`], which never deregisters. Both are safe whatever code the handler has
 /// interrupted.
 ///
-/// A handler may call [`get`](Self::get) and drop a lease only if the registrar, and the
-/// subscribers of the kernel source, are safe in signal handlers. The reason is that any `get` can
-/// be a miss: a change of its memory removes even a leased region from the look-up, and with
-/// [`Options::kernel`] each fork changes all private writable memory. [`Mlock`](crate::Mlock) is
-/// not safe in handlers, because it would wait for the lock that the interrupted code may hold. If
-/// the handler has interrupted work on this cache, and `get` would have to wait for that work,
-/// `get` returns [`Error::WouldDeadlock`].
+/// With [`Options::kernel`], a handler must not call [`get`](Self::get) or [`Lease::is_current`],
+/// and must not drop a lease. Both calls may run callbacks, and the handler may have interrupted
+/// code that holds a lock which the callbacks need.
+///
+/// Without it, a handler may call `is_current`. It may call `get` and drop a lease only if it
+/// cannot have interrupted the allocator, and if the registrar is safe in signal handlers. The
+/// reason is that any `get` can be a miss, which may allocate: a change of its memory removes even
+/// a leased region from the look-up. [`Mlock`](crate::Mlock) is not safe in handlers, because it
+/// would wait for the lock that the interrupted code may hold.
+///
+/// If the handler has interrupted work on this cache, and `get` would have to wait for that work,
+/// `get` returns [`Error::WouldDeadlock`]. `get` does not notice the locks of other code, such as
+/// the registrar's.
 ///
 /// A handler must not call `flush`, `stats` or `get_owned`, and must not open or drop handles.
 pub struct RegCache<R: Registrar> {

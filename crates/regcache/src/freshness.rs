@@ -9,6 +9,7 @@
 //! run, these callbacks have removed the changed regions from the look-up.
 
 use crate::Error;
+use crate::sync::is_locking;
 use mmu_notifier::{Mm, VaRange};
 pub(crate) use mmu_source::kernel::Armed;
 use mmu_source::kernel::Kernel;
@@ -54,12 +55,17 @@ impl Freshness {
         }
     }
 
-    /// Runs the callbacks of all changes so far, so that the cache knows of them. The caller must
-    /// not hold the lock of the cache, because the callbacks take it.
+    /// Runs the callbacks of all changes so far, so that the cache knows of them. The callbacks
+    /// take the lock of the cache. So if this thread may hold that lock, this function runs no
+    /// callback, and refuses if there is one to run.
     #[inline]
     pub(crate) fn settle<E>(&self) -> Result<(), Error<E>> {
         match &self.kernel {
             None => Ok(()),
+            Some(kernel) if is_locking() => {
+                let is_known = kernel.is_settled();
+                is_known.then_some(()).ok_or(Error::WouldDeadlock)
+            }
             Some(kernel) => kernel.settle().map(drop).map_err(failed),
         }
     }

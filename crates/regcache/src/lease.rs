@@ -74,8 +74,9 @@ impl<'a, R: Registrar> Lease<'a, R> {
     /// buffers in use must check.
     ///
     /// # Blocking
-    /// Waits while callbacks run, if the cache uses the kernel source and that source has
-    /// unreported changes.
+    /// With [`Options::kernel`](crate::Options::kernel), runs the callbacks of unreported changes,
+    /// or waits while another thread runs them. So a signal handler must not call this function
+    /// then.
     #[must_use]
     pub fn is_current(&self) -> bool {
         let cache = self.cache;

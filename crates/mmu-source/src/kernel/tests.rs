@@ -228,3 +228,47 @@ fn no_thread_waits_for_callbacks_that_came_later() {
     });
     assert!(slow.unregister().is_ok());
 }
+
+/// Counts the callbacks that run on one thread.
+struct CountsOn(thread::ThreadId, AtomicU64);
+
+impl Notifier for CountsOn {
+    fn invalidate_range_start(&self, _: &InvalidateRange<'_>) {
+        let is_there = thread::current().id() == self.0;
+        self.1.fetch_add(u64::from(is_there), Ordering::Relaxed);
+    }
+}
+
+/// A signal handler may check a watch, and it may have interrupted any code of its thread.
+#[test]
+fn a_watch_answers_without_a_callback_whatever_its_thread_has_locked() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    const AT: u64 = 0x5800_0000_0000;
+    const OTHER: u64 = AT + (1 << 30);
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let counts = CountsOn(thread::current().id(), AtomicU64::new(0));
+    let counts = Registration::new(&crate::current(), counts).expect("outside of brackets");
+    let watch = kernel.watch(range(AT, 4096)).expect("it can be armed");
+    let other = kernel.watch(range(OTHER, 4096)).expect("it can be armed");
+    let handing = kernel.inner.handing.lock();
+    let waiting = kernel.inner.waits.lock();
+    // More changes than the check examines in the ring, so that it takes them in.
+    for _ in 0..100 {
+        kernel.inject(OTHER, OTHER + 4096).expect("it runs");
+    }
+    crate::wait::until(|| watch.is_valid());
+    assert!(!other.is_valid() && !kernel.is_settled());
+    kernel.inject(AT, AT + 4096).expect("it runs");
+    kernel.inner.with_intake(|_, _| {
+        assert!(!watch.is_valid() && !kernel.is_settled());
+        assert!(matches!(kernel.settle(), Err(Error::InCallback { .. })));
+    });
+    drop((handing, waiting));
+    assert!(!watch.is_valid());
+    let ran = counts.1.load(Ordering::Relaxed);
+    _ = kernel.settle().expect("no fork");
+    drop((watch, other, kernel));
+    assert!(counts.unregister().is_ok() && ran == 0);
+}
