@@ -41,7 +41,7 @@ fn wrapper() -> Option<String> {
         "#!/bin/sh\n\
          for argument; do\n\
          \tcase $argument in\n\
-         \t--version-script=*) sed -i '1s/^{{/MMUN_{ABI} {{/' \"${{argument#--version-script=}}\" ;;\n\
+         \t--version-script=*) sed -i '1s/^{{/MMUN_{ABI} {{/' \"${{argument#--version-script=}}\" || exit ;;\n\
          \tesac\n\
          done\n\
          exec \"$@\"\n"

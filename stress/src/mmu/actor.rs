@@ -346,6 +346,8 @@ impl Actor {
                 match shadow.try_install(snapshot, |shadow| shadow.entry = Some(found)) {
                     Ok(()) => add(&self.world.counts.faults),
                     Err(InstallError::Retry) => add(&self.world.counts.retries),
+                    // Another actor has ended the address space.
+                    Err(InstallError::Exited) => {}
                     Err(_) => self.world.check(false, "the page is watched"),
                 }
             }

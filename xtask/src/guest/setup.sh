@@ -54,6 +54,8 @@ echo 1000 >/sys/kernel/mm/ksm/pages_to_scan
 echo 1 >/sys/kernel/mm/ksm/run
 echo always >/sys/kernel/mm/transparent_hugepage/enabled
 echo 50 >/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs
+# After it found no free huge page, khugepaged sleeps for a minute, which is longer than a test waits.
+echo 100 >/sys/kernel/mm/transparent_hugepage/khugepaged/alloc_sleep_millisecs
 # Let khugepaged collapse only regions without a hole. A region that a test will collapse with
 # madvise() has a hole until then, so khugepaged leaves it alone.
 echo 0 >/sys/kernel/mm/transparent_hugepage/khugepaged/max_ptes_none
