@@ -218,7 +218,9 @@ pub(crate) struct TraceArgs {
 /// If the program stops in the foreground of a terminal, mmun stops as well, because a shell waits
 /// for that; elsewhere it does not stop. SIGCONT to either of them continues the program. Exits as
 /// the program did; 125 if mmun itself failed or cannot write the report of a program that exits
-/// with 0, 126 if the program cannot be run, 127 if it does not exist.
+/// with 0, 126 if the program cannot be run, 127 if it does not exist. If TMPDIR is full or cannot
+/// be written, the program runs and only the reports of its processes are lost, which is said; with
+/// -o, mmun refuses to run without a folder in TMPDIR.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
@@ -230,10 +232,13 @@ pub(crate) struct RunArgs {
     #[arg(long, value_name = "NAME", value_enum)]
     pub(crate) source: Option<Watch>,
 
-    /// Refuses to start a process whose sources could miss a change (it exits with 125)
+    /// Ends a process at its first use of UCX or libfabric if that use is not protected or a change
+    /// could be missed (it exits with 125)
     ///
     /// A program that is statically linked, set-user-ID, or has file capabilities never loads the
-    /// library, so it starts all the same.
+    /// library, so it starts all the same. Neither is a use noticed that does not go through the
+    /// library (RTLD_DEEPBIND, a static UCX or libfabric); the report names such a process if it
+    /// can. Not with --source off.
     #[arg(long)]
     pub(crate) strict: bool,
 
@@ -241,8 +246,8 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) check: bool,
 
-    /// Writes the report to FILE instead of standard error; it must be writable before the program
-    /// starts
+    /// Writes the report to FILE instead of standard error; - is standard output. FILE must be
+    /// writable before the program starts; a FIFO must have a reader when the program has ended
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
 

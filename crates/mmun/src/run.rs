@@ -23,6 +23,16 @@ use crate::who::shown;
 use crate::{complain, coverage, reason};
 
 pub(crate) fn main(args: &RunArgs) -> Outcome {
+    let source = args.source.or_else(inherited);
+    let is_set_strict =
+        is_set("MMUN_STRICT") && std::env::var_os("MMUN_STRICT") != Some("0".into());
+    let is_strict = args.strict || is_set_strict;
+    if is_strict && source == Some(Watch::Off) {
+        complain(
+            "--strict (MMUN_STRICT) and --source off (MMUN) exclude each other: off protects no process",
+        );
+        return FAILED;
+    }
     let library = match library() {
         Ok(library) => library,
         Err(reason) => {
@@ -31,7 +41,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         }
     };
     if args.check {
-        check(args.source.or_else(inherited).unwrap_or(Watch::Auto));
+        check(source.unwrap_or(Watch::Auto));
     }
     let mut command = Command::new(&args.program[0]);
     command.args(&args.program[1..]);
@@ -91,7 +101,12 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
             return refused(&args.program[0], &error);
         }
     };
-    let text = reports::merged(&folder);
+    let text = match source {
+        Some(Watch::Off) => {
+            "mmun: the source is off: no process was protected or observed\n".into()
+        }
+        _ => reports::merged(&folder),
+    };
     let _ = fs::remove_dir_all(&folder);
     match report.write(&text) {
         Ok(()) => outcome,
@@ -169,10 +184,27 @@ fn is_stopped(pid: i32) -> bool {
 
 /// Reports that the program could not be run, and why.
 fn refused(program: &OsString, error: &io::Error) -> Outcome {
+    // `execve` has these errors only if a limit is reached between the fork and the call.
+    if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::ENOMEM)) {
+        complain(&format!(
+            "fork: {}; a limit on processes (ulimit -u, pids.max) or memory is reached",
+            reason(error)
+        ));
+        return FAILED;
+    }
+    let program = Path::new(program);
+    let is_there = error.kind() == io::ErrorKind::NotFound
+        && program.as_os_str().as_encoded_bytes().contains(&b'/')
+        && program.exists();
     complain(&format!(
-        "execve on {}: {}",
-        Path::new(program).display(),
-        reason(error)
+        "execve on {}: {}{}",
+        program.display(),
+        reason(error),
+        if is_there {
+            "; the file is there, its interpreter is not"
+        } else {
+            ""
+        }
     ));
     match error.kind() {
         io::ErrorKind::NotFound => NOT_FOUND,
@@ -192,7 +224,8 @@ fn preload(library: &Path) -> OsString {
 
 /// Makes a new directory for the reports, one file for each process.
 fn folder() -> io::Result<PathBuf> {
-    let base = std::env::temp_dir();
+    // Absolute, because the program's processes may have other working directories.
+    let base = std::path::absolute(std::env::temp_dir())?;
     for attempt in 0..100_u32 {
         let name = base.join(format!("mmun-run-{}-{attempt}", std::process::id()));
         match fs::create_dir(&name) {
@@ -223,4 +256,18 @@ fn check(watch: Watch) {
         library: None,
         wait: 0,
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_fork_is_not_the_programs_fault() {
+        let of = |number| refused(&"./a".into(), &io::Error::from_raw_os_error(number));
+        assert_eq!(of(libc::EAGAIN), FAILED);
+        assert_eq!(of(libc::ENOMEM), FAILED);
+        assert_eq!(of(libc::EACCES), NOT_EXECUTABLE);
+        assert_eq!(of(libc::ENOENT), NOT_FOUND);
+    }
 }

@@ -3,19 +3,26 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::Access;
 
-use crate::output::replace;
+use crate::output::{STDOUT, is_standard, replace, stdout};
 use crate::reason;
 
-/// Standard error, or a file that can be written.
+/// How long a write waits for room in a full FIFO.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 2,
+    tv_nsec: 0,
+};
+
+/// A standard stream, or a file that can be written.
 #[derive(Debug)]
 pub(super) struct Destination<'a> {
     path: Option<&'a Path>,
-    /// Open since before the program started; `None` for standard error and for a FIFO.
+    /// Open since before the program started; `None` for a standard stream and for a FIFO.
     file: Option<File>,
     /// Whether the file did not exist before.
     is_new: bool,
@@ -32,7 +39,7 @@ impl Destination<'_> {
             file: None,
             is_new: false,
         };
-        let Some(path) = path else {
+        let Some(path) = path.filter(|path| !is_standard(path)) else {
             return Ok(destination);
         };
         let opened = match fs::metadata(path) {
@@ -77,10 +84,45 @@ impl Destination<'_> {
             let _ = io::stderr().write_all(text.as_bytes());
             return Ok(());
         };
-        let written = match self.file {
-            None => fs::write(path, text),
-            Some(mut file) => replace(&mut file, text.as_bytes()),
+        let (written, name) = match self.file {
+            None if is_standard(path) => (
+                stdout().and_then(|mut stdout| stdout.write_all(text.as_bytes())),
+                STDOUT.to_owned(),
+            ),
+            None => (write_fifo(path, text), path.display().to_string()),
+            Some(mut file) => (
+                replace(&mut file, text.as_bytes()),
+                path.display().to_string(),
+            ),
         };
-        written.map_err(|error| format!("write on {}: {}", path.display(), reason(&error)))
+        written.map_err(|error| format!("write on {name}: {}", reason(&error)))
     }
+}
+
+/// Writes to a FIFO. Neither the opening nor the writing waits for a reader for long.
+fn write_fifo(path: &Path, text: &str) -> io::Result<()> {
+    let mut options = File::options();
+    let opened = options
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    let mut fifo = opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ENXIO) => io::Error::other("no process reads this FIFO"),
+        _ => error,
+    })?;
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() {
+        match fifo.write(rest) {
+            Ok(count) => rest = &rest[count..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let ready = poll(&mut [PollFd::new(&fifo, PollFlags::OUT)], Some(&PATIENCE));
+                if ready? == 0 {
+                    return Err(io::Error::other("its reader reads nothing"));
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }

@@ -14,16 +14,33 @@ const NAME: usize = 10;
 /// The line of a process that has begun to use a library and has not written its report.
 const SILENT: &str = "  no report: ";
 
+/// The line of a process that `MMUN_STRICT=1` has refused; the process has said why.
+const REFUSED: &str = "  strict    refused: ";
+
+/// The line of a process in which a library is loaded of which the drop-in has seen no call.
+const UNSEEN: &str = "  unseen    ";
+
 /// The report of one process.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Report {
     process: String,
     rank: String,
     program: String,
     lines: Vec<(String, String)>,
     text: String,
-    /// Whether the process wrote no report, or only a part of it.
-    is_silent: bool,
+    kind: Kind,
+}
+
+/// What the report of a process says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    /// The process used a library.
+    #[default]
+    Told,
+    /// The process wrote no report, or only a part of it.
+    Silent,
+    Refused,
+    Unseen,
 }
 
 /// Merges the reports in `folder` into one text.
@@ -46,36 +63,46 @@ pub(super) fn merged(folder: &Path) -> String {
 }
 
 fn joined(reports: Vec<Report>) -> String {
-    let (silent, told): (Vec<Report>, Vec<Report>) =
-        reports.into_iter().partition(|report| report.is_silent);
-    let text = match (told.as_slice(), silent.as_slice()) {
-        ([], []) => "mmun: no process used UCX or libfabric\n".to_owned(),
-        ([], _) => String::new(),
-        ([one], _) => one.text.clone(),
-        (many, _) => table(many),
+    let is_empty = reports.is_empty();
+    let of = |kind| {
+        let reports = reports.iter().filter(move |report| report.kind == kind);
+        reports.cloned().collect::<Vec<Report>>()
     };
-    text + &without_report(&silent)
+    let text = match of(Kind::Told).as_slice() {
+        [] if is_empty => "mmun: no use of UCX or libfabric came through the drop-in\n".to_owned(),
+        [] => String::new(),
+        [one] => one.text.clone(),
+        many => table(many),
+    };
+    let silent = listed(&of(Kind::Silent), |processes| {
+        format!(
+            "no report of {processes} that used UCX or libfabric: killed, ended by _exit, replaced by execve, or no room for it (TMPDIR)"
+        )
+    });
+    let refused = listed(&of(Kind::Refused), |processes| {
+        format!("refused as not protected (--strict): {processes}")
+    });
+    let unseen = listed(&of(Kind::Unseen), |processes| {
+        format!(
+            "{processes} loaded UCX or libfabric, and no call came through the drop-in: unused, or bound past it (RTLD_DEEPBIND, static)"
+        )
+    });
+    text + &silent + &refused + &unseen
 }
 
-/// Names the processes that had begun to use UCX or libfabric and then were killed or called
-/// `_exit`: their statistics are not known.
-fn without_report(silent: &[Report]) -> String {
-    if silent.is_empty() {
-        return String::new();
-    }
-    let processes = match silent.len() {
-        1 => "1 process".to_owned(),
-        count => format!("{count} processes"),
+/// A line about some processes, and a line with the name of each.
+fn listed(reports: &[Report], line: impl Fn(&str) -> String) -> String {
+    let mut text = match reports.len() {
+        0 => return String::new(),
+        1 => format!("mmun: {}\n", line("1 process")),
+        count => format!("mmun: {}\n", line(&format!("{count} processes"))),
     };
-    let mut text = format!(
-        "mmun: no report of {processes} that loaded UCX or libfabric: killed, ended by _exit, or no room for it (TMPDIR)\n"
-    );
     for Report {
         process,
         rank,
         program,
         ..
-    } in silent
+    } in reports
     {
         let rank = match rank.as_str() {
             "-" => String::new(),
@@ -96,7 +123,15 @@ impl Report {
         };
         let (head, lines) = text.split_once('\n').unwrap_or((text, ""));
         // A report without a final newline was cut, because the disk was full.
-        report.is_silent = lines.is_empty() || !text.ends_with('\n') || lines.starts_with(SILENT);
+        report.kind = if lines.is_empty() || !text.ends_with('\n') || lines.starts_with(SILENT) {
+            Kind::Silent
+        } else if lines.starts_with(REFUSED) {
+            Kind::Refused
+        } else if lines.lines().all(|line| line.starts_with(UNSEEN)) {
+            Kind::Unseen
+        } else {
+            Kind::Told
+        };
         let head = head.strip_prefix("mmun: process ").unwrap_or(head);
         let (who, program) = head.split_once(": ").unwrap_or((number, "?"));
         let (process, rank) = who.split_once(" rank ").unwrap_or((who, "-"));
@@ -297,7 +332,7 @@ mod tests {
         let text = joined(vec![silent(3), silent(4)]);
         assert_eq!(
             text,
-            "mmun: no report of 2 processes that loaded UCX or libfabric: killed, ended by _exit, or no room for it (TMPDIR)\n  \
+            "mmun: no report of 2 processes that used UCX or libfabric: killed, ended by _exit, replaced by execve, or no room for it (TMPDIR)\n  \
              process 3 rank 0: ./a\n  process 4 rank 0: ./a\n"
         );
         let text = joined(vec![Report::read("7", ONE), silent(3)]);
@@ -313,6 +348,24 @@ mod tests {
         // A full disk: the file exists but is empty.
         let text = joined(vec![Report::read("12", "")]);
         assert!(text.ends_with("(TMPDIR)\n  process 12: ?\n"), "{text}");
+    }
+
+    #[test]
+    fn refused_and_unseen_processes_have_lines_of_their_own() {
+        let of = |line: &str| Report::read("3", &format!("mmun: process 3: ./a\n{line}\n"));
+        let text = joined(vec![
+            of("  strict    refused: kernel"),
+            of("  unseen    libucs is loaded"),
+        ]);
+        assert_eq!(
+            text,
+            "mmun: refused as not protected (--strict): 1 process\n  process 3: ./a\n\
+             mmun: 1 process loaded UCX or libfabric, and no call came through the drop-in: unused, or bound past it (RTLD_DEEPBIND, static)\n  process 3: ./a\n"
+        );
+        assert_eq!(
+            joined(Vec::new()),
+            "mmun: no use of UCX or libfabric came through the drop-in\n"
+        );
     }
 
     #[test]

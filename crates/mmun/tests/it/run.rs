@@ -1,6 +1,8 @@
 //! `mmun run`: the program runs as if `mmun` were not there, with the drop-in preloaded.
 
 use std::fs;
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -106,13 +108,12 @@ fn input_output_and_arguments_pass_through() {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    use std::io::Write;
     child.stdin.take().unwrap().write_all(b"through").unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!(text(&output.stdout), "through");
     assert_eq!(
         text(&output.stderr),
-        "2 a  b\nmmun: no process used UCX or libfabric\n"
+        "2 a  b\nmmun: no use of UCX or libfabric came through the drop-in\n"
     );
 }
 
@@ -171,6 +172,77 @@ fn without_a_folder_for_reports_the_program_runs_and_has_none() {
 }
 
 #[test]
+fn a_relative_folder_for_reports_is_found_from_every_directory() {
+    let folder = scratch("here");
+    fs::create_dir_all(folder.join("tmp")).unwrap();
+    let mut command = sh("cd /; echo $MMUN_REPORT; : > ${MMUN_REPORT}7-0-0");
+    let output = command.current_dir(&folder).env("TMPDIR", "tmp").output();
+    let output = output.unwrap();
+    assert!(text(&output.stdout).starts_with('/'), "{output:?}");
+    assert!(text(&output.stderr).contains("process 7"), "{output:?}");
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn off_protects_nothing_and_cannot_be_strict() {
+    let both: [(&[&str], &str, &str); 3] = [
+        (&["--strict", "--source=off"], "", ""),
+        (&["--strict"], "off", ""),
+        (&["--source=off"], "auto", "1"),
+    ];
+    for (options, source, strict) in both {
+        let mut command = run();
+        command.env("MMUN", source).env("MMUN_STRICT", strict);
+        command.args(options).args(["--", "echo", "it ran"]);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(125), "{output:?}");
+        assert_eq!(text(&output.stdout), "");
+        let error = text(&output.stderr);
+        assert!(error.contains("exclude each other"), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
+    let output = run().args(["--source=off", "--", "true"]).output().unwrap();
+    assert_eq!(
+        text(&output.stderr),
+        "mmun: the source is off: no process was protected or observed\n"
+    );
+}
+
+#[test]
+fn a_dash_is_standard_output_and_a_fifo_without_a_reader_is_an_error() {
+    let output = run().args(["-o", "-", "--", "true"]).output().unwrap();
+    assert_eq!(
+        (text(&output.stdout), text(&output.stderr)),
+        (
+            "mmun: no use of UCX or libfabric came through the drop-in\n",
+            ""
+        )
+    );
+    let fifo = Fifo::new("report");
+    let mut command = run();
+    command.arg("-o").arg(&fifo.0).args(["--", "true"]);
+    let output = within("mmun run", move || command.output().unwrap());
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    assert!(
+        text(&output.stderr).ends_with(": no process reads this FIFO\n"),
+        "{output:?}"
+    );
+}
+
+#[test]
+fn a_script_whose_interpreter_is_missing_is_told_from_a_missing_script() {
+    let script = scratch("script");
+    testkit::write_program("#!/nonexistent/interpreter\n", &script);
+    let output = run().arg("--").arg(&script).output().unwrap();
+    assert_eq!(output.status.code(), Some(127), "{output:?}");
+    assert!(
+        text(&output.stderr).ends_with("; the file is there, its interpreter is not\n"),
+        "{output:?}"
+    );
+    fs::remove_file(&script).unwrap();
+}
+
+#[test]
 fn a_report_is_written_to_the_file_of_the_option() {
     let file = scratch("report");
     let output = run()
@@ -182,7 +254,7 @@ fn a_report_is_written_to_the_file_of_the_option() {
     assert_eq!((output.status.code(), text(&output.stderr)), (Some(0), ""));
     assert_eq!(
         fs::read_to_string(&file).unwrap(),
-        "mmun: no process used UCX or libfabric\n"
+        "mmun: no use of UCX or libfabric came through the drop-in\n"
     );
     fs::remove_file(file).unwrap();
 }
@@ -239,13 +311,23 @@ fn a_signal_before_the_program_is_there_is_not_lost() {
 
 #[test]
 fn a_signal_after_the_program_has_ended_is_its_own() {
-    let (ready, report) = (Fifo::new("ready"), Fifo::new("report"));
-    // `mmun` blocks in writing the report until this test reads it.
+    let ready = Fifo::new("ready");
+    // `mmun` blocks in writing the report, because the pipe is full and this test does not read it.
+    let (_reader, mut full) = std::io::pipe().unwrap();
+    let number = full.as_raw_fd();
+    let set = |flags: i32| {
+        // SAFETY: `fcntl` with `F_SETFL` takes an integer.
+        assert_eq!(unsafe { libc::fcntl(number, libc::F_SETFL, flags) }, 0);
+    };
+    set(libc::O_NONBLOCK);
+    for part in [4096, 1] {
+        while full.write(&vec![0; part]).is_ok() {}
+    }
+    set(0);
     let script = format!("echo > {}", ready.0.display());
     let mut child = run()
-        .arg("-o")
-        .arg(&report.0)
-        .args(["--", "sh", "-c", &script])
+        .args(["-o", "-", "--", "sh", "-c", &script])
+        .stdout(full)
         .spawn()
         .unwrap();
     assert_eq!(ready.read(), "\n");
@@ -402,7 +484,7 @@ fn a_file_keeps_its_content_until_there_is_a_report() {
     );
     assert_eq!(
         fs::read_to_string(&file).unwrap(),
-        "mmun: no process used UCX or libfabric\n"
+        "mmun: no use of UCX or libfabric came through the drop-in\n"
     );
     fs::remove_file(file).unwrap();
 }
