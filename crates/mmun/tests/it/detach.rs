@@ -1,8 +1,10 @@
 //! The trace ends before the program: by a signal, by SIGKILL, or after an attach.
 
+use std::ffi::CStr;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -81,6 +83,74 @@ fn an_ending_signal_ends_the_trace_and_not_the_program() {
         must_have_ended_early(&take_records(&path));
         gated.must_be_alive();
     }
+}
+
+/// A new terminal: the side that a terminal emulator holds, and the side of the programs. An error
+/// where no `devpts` is mounted.
+fn terminal() -> io::Result<(OwnedFd, fs::File)> {
+    // Another test may start a program at any time, so the descriptor closes at `execve` from the
+    // beginning. The terminal hangs up when no process has it.
+    let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
+    // SAFETY: takes an integer.
+    let emulator = unsafe { libc::posix_openpt(flags) };
+    if emulator < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nothing else owns it.
+    let emulator = unsafe { OwnedFd::from_raw_fd(emulator) };
+    let mut name = [0_u8; 64];
+    let (fd, at) = (emulator.as_raw_fd(), name.as_mut_ptr().cast());
+    // SAFETY: takes the descriptor of a terminal.
+    if unsafe { libc::unlockpt(fd) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `name` has the length that the call is told.
+    if unsafe { libc::ptsname_r(fd, at, name.len()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let name = CStr::from_bytes_until_nul(&name).unwrap().to_str().unwrap();
+    let mut options = fs::File::options();
+    let options = options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+    Ok((emulator, options.open(name)?))
+}
+
+#[test]
+fn a_terminal_that_hangs_up_ends_the_trace_and_leaves_no_task_stopped() {
+    let (emulator, programs) = match terminal() {
+        Ok(terminal) => terminal,
+        Err(why) => return println!("SKIP detach::a_terminal_that_hangs_up: no terminal: {why}"),
+    };
+    let (gated, path) = (Gated::new(), scratch("trace.json"));
+    let mut command = trace();
+    // As under `nohup`: the hangup is for the program, too.
+    let script = format!("trap '' HUP; {}", gated.script());
+    command.args(["--json", "--summary", "-o"]).arg(&path);
+    command.args(["sh", "-c", &script]);
+    command.stdin(programs.try_clone().unwrap());
+    command.stdout(programs.try_clone().unwrap());
+    command.stderr(programs);
+    let to_terminal = || {
+        // SAFETY: takes no arguments.
+        if unsafe { libc::setsid() } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: takes integers.
+        match unsafe { libc::ioctl(0, libc::TIOCSCTTY, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure runs between fork and exec and makes system calls only.
+    unsafe { command.pre_exec(to_terminal) };
+    let mut mmun = command.spawn().unwrap();
+    // The command has the other side of the terminal open, too.
+    drop(command);
+    assert_eq!(gated.ready.read(), "here\n");
+    drop(emulator);
+    let status = within("mmun trace", move || mmun.wait().unwrap());
+    assert_eq!(status.signal(), Some(libc::SIGHUP));
+    must_have_ended_early(&take_records(&path));
+    gated.must_be_alive();
 }
 
 /// `--summary-only` first measures a call that does nothing: a second thread of the tracer traces a

@@ -12,7 +12,7 @@ use crate::assembly;
 use crate::support::{check, of_kind, scratch, take_records, text, trace, within};
 
 /// A program of a test, removed when this is dropped.
-struct Program(PathBuf);
+pub(crate) struct Program(pub(crate) PathBuf);
 
 impl Program {
     /// `None` if the compiler cannot make it.
@@ -34,11 +34,11 @@ impl Program {
         Some(program)
     }
 
-    fn new(source: &str, flags: &[&str]) -> Program {
+    pub(crate) fn new(source: &str, flags: &[&str]) -> Program {
         Program::try_new("gcc", source, "odd.c", flags).expect("it compiles")
     }
 
-    fn traced(&self, args: &[&str]) -> Vec<Value> {
+    pub(crate) fn traced(&self, args: &[&str]) -> Vec<Value> {
         let mut words = vec![self.0.to_str().unwrap()];
         words.extend(args);
         traced(&words)
@@ -52,7 +52,7 @@ impl Drop for Program {
 }
 
 /// Traces a program that must succeed, and returns its records.
-fn traced(words: &[&str]) -> Vec<Value> {
+pub(crate) fn traced(words: &[&str]) -> Vec<Value> {
     let path = scratch("odd.json");
     let mut command = trace();
     command.args(["-k", "--json", "-o"]).arg(&path).args(words);
@@ -69,14 +69,14 @@ fn traced(words: &[&str]) -> Vec<Value> {
 }
 
 /// The calls that unmap `bytes` bytes.
-fn unmaps(records: &[Value], bytes: u64) -> Vec<&Value> {
+pub(crate) fn unmaps(records: &[Value], bytes: u64) -> Vec<&Value> {
     of_kind(records, "start")
         .filter(|start| start["cause"] == "munmap" && start["bytes"] == bytes)
         .collect()
 }
 
 /// The functions of the stack of a call, the innermost first.
-fn functions<'a>(records: &'a [Value], start: &Value) -> Vec<&'a str> {
+pub(crate) fn functions<'a>(records: &'a [Value], start: &Value) -> Vec<&'a str> {
     let stack = of_kind(records, "stack").find(|stack| stack["site"] == start["site"]);
     let frames = stack.unwrap_or_else(|| panic!("no stack: {start}"))["frames"]
         .as_array()
@@ -472,50 +472,6 @@ fn main() { assert_eq!(give_back(unsafe { mmap(std::ptr::null_mut(), 123 << 12, 
             "{flags:?} {found:?}"
         );
     }
-}
-
-#[test]
-fn programs_with_run_times_of_their_own_are_traced() {
-    let folder = scratch("run-time");
-    fs::create_dir(&folder).unwrap();
-    let script = "const f = n => n < 2 ? n : f(n - 1) + f(n - 2); f(25); Buffer.alloc(64 << 20); process.exit(0)";
-    if has_optional_program("node") {
-        holds(&traced(&["node", "-e", script]));
-    }
-    if has_optional_program("java") {
-        holds(&traced(&["java", "-Xmx64m", "-version"]));
-    }
-    if has_optional_program("go") {
-        let source = folder.join("odd.go");
-        fs::write(
-            &source,
-            "package main\nfunc main() { _ = make([]byte, 64<<20) }\n",
-        )
-        .unwrap();
-        let program = folder.join("odd");
-        let build = Command::new("go")
-            .arg("build")
-            .arg("-o")
-            .arg(&program)
-            .arg(&source)
-            .status()
-            .unwrap();
-        assert!(build.success());
-        holds(&traced(&[program.to_str().unwrap()]));
-    }
-    fs::remove_dir_all(&folder).unwrap();
-}
-
-/// Checks that there are several stacks, and that most of them have more than two frames.
-fn holds(records: &[Value]) {
-    let stacks: Vec<&Value> = of_kind(records, "stack").collect();
-    assert!(stacks.len() > 3);
-    let deep = stacks
-        .iter()
-        .filter(|stack| stack["frames"].as_array().unwrap().len() > 2)
-        .count();
-    assert!(deep * 2 > stacks.len(), "{deep} of {}", stacks.len());
-    assert!(Path::new(records[0]["program"].as_str().unwrap()).is_absolute());
 }
 
 /// A program under LeakSanitizer traces itself to look for leaks, but a program can have only one

@@ -316,8 +316,22 @@ fn dark_and_paper(browser: &mut Browser) {
     let dark = json!({"features": [{"name": "prefers-color-scheme", "value": "dark"}]});
     browser.call("Emulation.setEmulatedMedia", dark);
     assert_ne!(browser.text(BACK), light);
+    let paper = json!({"media": "print", "features": []});
+    browser.call("Emulation.setEmulatedMedia", paper);
+    // Controls are of no use on paper. The rest is there, and no wider than the sheet.
+    const SHOWN: &str =
+        "[...document.querySelectorAll('WHAT')].filter(e => e.getClientRects().length).length";
+    let shown = |browser: &mut Browser, what| browser.text(&SHOWN.replace("WHAT", what));
+    assert_eq!(shown(browser, ".tools button, input, #tip"), "0");
+    assert_ne!(shown(browser, "#sites tbody tr"), "0");
+    assert_ne!(shown(browser, "canvas, svg"), "0");
+    let fits = "document.documentElement.scrollWidth <= innerWidth";
+    assert_eq!(browser.text(fits), "true");
     let pdf = browser.call("Page.printToPDF", json!({}));
     assert!(pdf["data"].as_str().unwrap().len() > 10_000);
+    let screen = json!({"media": "", "features": []});
+    browser.call("Emulation.setEmulatedMedia", screen);
+    assert_ne!(shown(browser, ".tools button"), "0");
 }
 
 #[test]
