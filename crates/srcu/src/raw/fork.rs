@@ -80,6 +80,13 @@ unsafe extern "C" fn child() {
     FORKS.fetch_add(1, Ordering::Relaxed);
     ids::after_fork();
     pages::after_fork();
+    // A thread that exists only in the parent may have set `scheduled` without adding the domain to
+    // the inbox. (If the reclaimer survived, the count that the thread took keeps the page.)
+    pool::each(|state| {
+        if state.pending.scheduled.load(Ordering::Relaxed) {
+            state.pending.scheduled.store(false, Ordering::Relaxed);
+        }
+    });
     let reclaimer_survived = reclaimer::after_fork();
     pool::each(|state| {
         state.updater.gp.after_fork();
@@ -93,4 +100,58 @@ unsafe extern "C" fn child() {
         state.restart();
         reclaimer::adopt(state, reclaimer_survived);
     });
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use crate::Srcu;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, mpsc::channel};
+
+    /// The callback sets the mark that another thread would set just before it adds the domain to
+    /// the inbox.
+    #[test]
+    fn a_domain_that_was_being_scheduled_is_served_in_the_child_of_a_callback() {
+        let (forks, marked, queued) = (Srcu::new(), Arc::new(Srcu::new()), Arc::new(Srcu::new()));
+        let domains = [Arc::clone(&marked), Arc::clone(&queued)];
+        let (send, children) = channel();
+        forks.call(move || {
+            let scheduled = &marked.state().pending.scheduled;
+            scheduled.store(true, Ordering::Relaxed);
+            queued.call(|| ());
+            // SAFETY: the child allocates, which `fork` of glibc allows, and runs callbacks.
+            let child = unsafe { libc::fork() };
+            if child != 0 {
+                scheduled.store(false, Ordering::Relaxed);
+                return send.send(child).unwrap();
+            }
+            // The alarm ends a child that hangs. The reclaimer has blocked all signals.
+            // SAFETY: all zeroes are a valid set.
+            let mut signals: libc::sigset_t = unsafe { std::mem::zeroed() };
+            // SAFETY: the call writes to a set, which is a local variable.
+            unsafe { libc::sigemptyset(&mut signals) };
+            // SAFETY: as above.
+            unsafe { libc::sigaddset(&mut signals, libc::SIGALRM) };
+            // SAFETY: the call reads an initialised set, and may have no old set to write.
+            unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &signals, std::ptr::null_mut()) };
+            // SAFETY: the call has no preconditions.
+            unsafe { libc::alarm(10) };
+            let ran = Arc::new(AtomicUsize::new(0));
+            for srcu in [&marked, &queued] {
+                let ran = Arc::clone(&ran);
+                srcu.call(move || {
+                    if ran.fetch_add(1, Ordering::Relaxed) == 1 {
+                        // SAFETY: ends the process at once, which is always allowed.
+                        unsafe { libc::_exit(0) };
+                    }
+                });
+            }
+            // The child's only thread is the reclaimer, and goes on as such.
+        });
+        let (child, mut status) = (children.recv().unwrap(), 0);
+        // SAFETY: the call writes to an integer, which is a local variable.
+        assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+        assert_eq!(status, 0, "a domain of the child was not served");
+        domains.iter().for_each(|srcu| srcu.barrier().unwrap());
+    }
 }

@@ -403,9 +403,10 @@ mod thread {
     }
 
     /// In the child of a fork: returns whether this thread is the reclaimer. If not, empties the
-    /// inbox.
+    /// inbox. Before this call, no domain is marked as scheduled.
     pub(crate) fn after_fork() -> bool {
         if current::is_reclaimer() {
+            INBOX.mark_scheduled();
             return true;
         }
         INBOX.after_fork();
@@ -432,7 +433,6 @@ mod thread {
         if !reclaimer_survived {
             // The callback that the parent's reclaimer was running does not run again in the child.
             pending.busy.store(batch, Ordering::Relaxed);
-            pending.scheduled.store(false, Ordering::Relaxed);
             state.set_refs(usize::from(state.owned.load(Ordering::Relaxed)) + usize::from(batch));
         }
         let queued = !pending.queue.load(Ordering::Relaxed).is_null();

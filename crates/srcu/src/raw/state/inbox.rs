@@ -96,6 +96,20 @@ impl Inbox {
         self.event.after_fork();
     }
 
+    /// In the child of a fork, in the reclaimer: marks the domains in the inbox as scheduled.
+    #[cfg(not(mmun_loom))]
+    pub(in crate::raw) fn mark_scheduled(&self) {
+        for list in [&self.pushed, &self.taken] {
+            let mut next = NonNull::new(list.load(Ordering::Relaxed));
+            while let Some(state) = next {
+                // SAFETY: the state must be alive. The inbox holds a count of it.
+                let pending = unsafe { &state.as_ref().pending };
+                pending.scheduled.store(true, Ordering::Relaxed);
+                next = NonNull::new(pending.next.load(Ordering::Relaxed));
+            }
+        }
+    }
+
     /// Removes and returns the domain that was added first.
     pub(in crate::raw) fn take(&self) -> Option<NonNull<State>> {
         if self.taken.load(Ordering::Relaxed).is_null() {
