@@ -17,6 +17,10 @@
 //! # Safety
 //! A domain from the inbox comes with a count of its state. The turn releases that count.
 
+#[cfg(not(mmun_loom))]
+#[deny(unsafe_code)]
+mod status;
+
 use super::run::run;
 use super::state::State;
 use super::state::inbox::schedule;
@@ -123,6 +127,7 @@ pub use thread::{reclaim_here, reclaimer_sleeps};
 
 #[cfg(not(mmun_loom))]
 mod thread {
+    use super::status::{GONE, HELD, NEVER, RUNNING, Status};
     use super::{NonNull, Ordering, State, is_idle, schedule, turn, work};
     use crate::raw::callback::push_boxed;
     use crate::raw::current;
@@ -130,18 +135,9 @@ mod thread {
     use crate::raw::state::inbox::INBOX;
     use crate::raw::thread::Thread;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, AtomicU8};
+    use std::sync::atomic::AtomicBool;
 
-    /// 1. `NEVER`: no thread has tried to start the reclaimer.
-    /// 2. `HELD`: a thread is starting the reclaimer, or acts in its place.
-    /// 3. `RUNNING`: the reclaimer runs.
-    /// 4. `GONE`: this is the child of a fork and the reclaimer exists only in the parent, or the
-    ///    system gave no thread.
-    static STATUS: AtomicU8 = AtomicU8::new(NEVER);
-    const NEVER: u8 = 0;
-    const HELD: u8 = 1;
-    const RUNNING: u8 = 2;
-    const GONE: u8 = 3;
+    static STATUS: Status = Status::new();
 
     /// A thread that begins to wait for a callback advances this event, which ends a pause.
     static HURRY: Event = Event::new();
@@ -167,26 +163,20 @@ mod thread {
         }
     }
 
-    /// Set by a thread that wants the reclaimer while another thread holds the status. The holder
-    /// then tries again to start the reclaimer.
-    static WANTED: AtomicBool = AtomicBool::new(false);
-
     /// Starts the reclaimer if it is not running. Allocates only in that case.
     ///
     /// If the system gives no thread (`RLIMIT_NPROC`, the `pids.max` of a control group), the work
     /// stays queued. Later calls try again, and `barrier` does the work of its own domain. Until
     /// then, a domain that has queued work keeps its page, also if the domain is dropped.
     pub(crate) fn start() {
-        if STATUS.load(Ordering::Relaxed) != RUNNING {
+        if STATUS.get() != RUNNING {
             start_if_absent();
         }
     }
 
     #[cold]
     fn start_if_absent() {
-        if !want() {
-            start_or(|| ());
-        }
+        STATUS.start(try_start);
     }
 
     /// Like `start`, but does nothing if the reclaimer exists only in the parent of this child, or
@@ -194,30 +184,16 @@ mod thread {
     /// function must not allocate there, because the caller may be inside an allocator, and relies
     /// on its earlier call of `prepare`.
     pub(crate) fn start_unless_forked() {
-        match STATUS.load(Ordering::Relaxed) {
-            NEVER => start_or(|| ()),
-            HELD => drop(want()),
+        match STATUS.get() {
+            NEVER => start_if_absent(),
+            HELD => drop(STATUS.want()),
             _ => {}
         }
     }
 
-    /// If another thread holds the status, asks that thread to start the reclaimer. Returns true if
-    /// that thread will see the request.
-    fn want() -> bool {
-        if STATUS.load(Ordering::Relaxed) != HELD {
-            return false;
-        }
-        // ORDER(srcu-wanted): SeqCst on both, so one of the two threads sees the other. If this
-        // store comes first, the holder's swap sees the request; if the holder's store of the
-        // status comes first, this thread sees that the status is free. Partner: the store in
-        // `holding` and the swap in `start_or`.
-        WANTED.store(true, Ordering::SeqCst);
-        STATUS.load(Ordering::SeqCst) == HELD
-    }
-
     /// Starts the reclaimer in the child of a fork that has inherited work.
     pub(crate) fn start_if_inherited() {
-        if STATUS.load(Ordering::Relaxed) == GONE && !INBOX.is_empty() {
+        if STATUS.get() == GONE && !INBOX.is_empty() {
             start();
         }
     }
@@ -256,7 +232,7 @@ mod thread {
                 });
             });
         }
-        STATUS.load(Ordering::Relaxed) == RUNNING
+        STATUS.get() == RUNNING
     }
 
     /// Whether the reclaimer has no work, and sleeps or is about to: it is in no function of libc
@@ -264,28 +240,28 @@ mod thread {
     /// cannot wait for its own sleep.
     #[doc(hidden)]
     pub fn reclaimer_sleeps() -> bool {
-        let is_there = matches!(STATUS.load(Ordering::Relaxed), HELD | RUNNING);
+        let is_there = matches!(STATUS.get(), HELD | RUNNING);
         !is_there || current::is_reclaimer() || (INBOX.is_empty() && INBOX.event.has_sleepers())
     }
 
-    /// Tells whether there is no reclaimer, and no thread starts it or acts in its place. Relaxed:
-    /// before a thread does one of these, `holding` checks the status again.
+    /// Tells whether there is no reclaimer, and no thread starts it or acts in its place.
     fn is_absent() -> bool {
-        matches!(STATUS.load(Ordering::Relaxed), NEVER | GONE)
+        matches!(STATUS.get(), NEVER | GONE)
     }
 
     /// Starts the reclaimer. If the system gives no thread, calls `instead`.
     #[cold]
     fn start_or(instead: impl FnOnce()) {
-        holding(|| {
+        let has_held = STATUS.holding(|| {
             let status = try_start();
             if status == GONE {
                 instead();
             }
             status
         });
-        // ORDER(srcu-wanted): partner of `want`.
-        while WANTED.swap(false, Ordering::SeqCst) && holding(try_start) {}
+        if has_held {
+            STATUS.serve(try_start);
+        }
     }
 
     /// Tries to start the thread, and returns the new status.
@@ -297,29 +273,6 @@ mod thread {
             }
             Err(_) => GONE,
         }
-    }
-
-    /// Sets the status to `HELD`, runs `f`, and sets the status that `f` returns. Does nothing and
-    /// returns false if the status is `HELD` already, or if the reclaimer is running.
-    ///
-    /// This is a status and not a lock, because starting a thread allocates, and code that the
-    /// allocation triggers may call this function again. A lock would then deadlock.
-    fn holding(f: impl FnOnce() -> u8) -> bool {
-        // ORDER(srcu-stand-in): Acquire, to see the batch as the last holder left it. Partner: the
-        // store below.
-        let take = |status| {
-            STATUS
-                .compare_exchange(status, HELD, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-        };
-        if !take(NEVER) && !take(GONE) {
-            return false;
-        }
-        // ORDER(srcu-stand-in): Release; partner above. If `f` started the reclaimer, the start
-        // itself lets the reclaimer see the batch.
-        // ORDER(srcu-wanted): SeqCst; partner in `want`.
-        STATUS.store(f(), Ordering::SeqCst);
-        true
     }
 
     /// The object that `barrier` waits on. The object is not on the waiter's stack: in the child of
@@ -411,9 +364,7 @@ mod thread {
         }
         INBOX.after_fork();
         HURRY.after_fork();
-        if STATUS.load(Ordering::Relaxed) != NEVER {
-            STATUS.store(GONE, Ordering::Relaxed);
-        }
+        STATUS.after_fork();
         false
     }
 
