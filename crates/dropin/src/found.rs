@@ -54,6 +54,12 @@ pub(crate) fn is_loaded(library: &CStr) -> bool {
     !loaded(library).is_empty()
 }
 
+/// The same for each of `libraries`, with one look at the mappings.
+pub(crate) fn are_loaded<const N: usize>(libraries: [&CStr; N]) -> [bool; N] {
+    let maps = mappings();
+    libraries.map(|library| !loaded_in(&maps, library).is_empty())
+}
+
 fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
     loaded(library).iter().find_map(|name| {
         let handle = open(name, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
@@ -74,7 +80,14 @@ fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
 /// The path in that file differs: it ends in ` (deleted)` if the file was replaced, and escapes
 /// some characters.
 fn loaded(library: &CStr) -> Vec<CString> {
-    let maps = std::fs::read("/proc/self/maps").unwrap_or_default();
+    loaded_in(&mappings(), library)
+}
+
+fn mappings() -> Vec<u8> {
+    std::fs::read("/proc/self/maps").unwrap_or_default()
+}
+
+fn loaded_in(maps: &[u8], library: &CStr) -> Vec<CString> {
     let mut found: Vec<CString> = Vec::new();
     let mut last: &[u8] = b"";
     for (start, path) in maps.split(|byte| *byte == b'\n').filter_map(mapping) {

@@ -22,7 +22,7 @@
 //! | --- | --- |
 //! | `MMUN` | `auto` (default: both, or the source that works), `hook`, `kernel`, `both`, `off` |
 //! | `MMUN_REPORT` | file for the report; `-`: standard error; `DIR/`: one file a process |
-//! | `MMUN_STRICT` | `1`: exits with 125 at the first use if a change could be missed |
+//! | `MMUN_STRICT` | `1`: exits with 125 at the first use if a change could be missed or the library is not protected |
 //!
 //! # Safety
 //! Each `unsafe` block is of one of four kinds:
@@ -48,5 +48,6 @@ mod report;
 mod say;
 mod settings;
 mod space;
+mod strict;
 mod ucx;
 mod wait;

@@ -16,8 +16,7 @@ mod monitor;
 use crate::first::First;
 use crate::found::{self, FABRIC};
 use crate::say::complain;
-use crate::settings::{Choice, settings};
-use crate::{place, space};
+use crate::{place, space, strict};
 use abi::{FiOpen, Fid, Ops, VERSION};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
@@ -39,10 +38,15 @@ pub(crate) fn imported() -> Option<Result<(), &'static str>> {
 
 /// Imports the monitor, unless that was tried before.
 fn import() {
-    if settings().choice == Choice::Off {
+    if strict::is_off() {
         return;
     }
     place::begin();
+    import_once();
+    strict::require(imported().unwrap_or(Ok(())));
+}
+
+fn import_once() {
     if IMPORTED.get().is_some() {
         return;
     }

@@ -1,6 +1,7 @@
 //! The destination of this process's report, and its first line.
 
 use crate::counts;
+use crate::say::replace;
 use crate::settings::settings;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -25,13 +26,21 @@ pub(crate) fn begin() {
     // A placeholder, so that a process that ends without a report differs from a process that never
     // used a library.
     if let Some(folder) = folder() {
-        let _ = std::fs::write(
-            path_in(&folder),
-            format!(
+        let _ = replace(
+            &path_in(&folder),
+            &format!(
                 "{}  no report: it did not return from main or call exit\n",
                 head()
             ),
         );
+    }
+}
+
+/// Notes in the placeholder that `MMUN_STRICT=1` has refused this process.
+pub(crate) fn refused(reason: &str) {
+    if let Some(folder) = folder() {
+        let text = format!("{}  strict    refused: {reason}\n", head());
+        let _ = replace(&path_in(&folder), &text);
     }
 }
 

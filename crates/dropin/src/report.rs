@@ -5,14 +5,13 @@
     reason = "an entry of `.fini_array`; see the crate's Safety section"
 )]
 
+use crate::found::{self, FABRIC, UCS};
 use crate::place::{folder, has_begun, head, path_in};
-use crate::say::{complain, print};
-use crate::settings::settings;
+use crate::say::{append, complain, print, replace};
+use crate::settings::{Choice, settings};
 use crate::{counts, libfabric, reaper, space, ucx};
 use mmu_source::hook::State;
 use std::fmt::Write as _;
-use std::fs::File;
-use std::io::Write as _;
 use std::sync::atomic::Ordering;
 
 /// Runs when the process exits, after the program's own handlers.
@@ -22,26 +21,44 @@ static AT_EXIT: extern "C" fn() = at_exit;
 
 extern "C" fn at_exit() {
     reaper::stop_all();
-    if !has_begun() {
+    // A process that uses neither library reads a variable, and its mappings if a report is wanted.
+    if !has_begun() && (std::env::var_os("MMUN_REPORT").is_none() || unseen().is_empty()) {
         return;
     }
     let Some(to) = &settings().report else {
         return;
     };
-    let text = text();
+    let text = match has_begun() {
+        true => text(),
+        false if settings().choice == Choice::Off => return,
+        false => head() + &unseen(),
+    };
     let written = match (to.as_str(), folder()) {
         ("-", _) => print(&text),
-        (_, Some(folder)) => std::fs::write(path_in(&folder), text),
-        // One `write`, so that reports of several processes do not mix.
-        (file, None) => File::options()
-            .append(true)
-            .create(true)
-            .open(file)
-            .and_then(|mut file| file.write_all(text.as_bytes())),
+        (_, Some(folder)) => replace(&path_in(&folder), &text),
+        (file, None) => append(file, &text),
     };
     if let Err(error) = written {
         complain(&format!("MMUN_REPORT={to}: {error}"));
     }
+}
+
+/// A line for each library that is loaded although this library has seen no call of it.
+fn unseen() -> String {
+    let [ucx, libfabric] = found::are_loaded([UCS, FABRIC]);
+    let mut text = String::new();
+    for (name, is_unseen) in [
+        ("libucs", ucx && ucx::served().is_none()),
+        ("libfabric", libfabric && libfabric::imported().is_none()),
+    ] {
+        if is_unseen {
+            let _ = writeln!(
+                text,
+                "  unseen    {name} is loaded, and no call of it came through the drop-in: unused, or bound past it (RTLD_DEEPBIND, static)"
+            );
+        }
+    }
+    text
 }
 
 fn text() -> String {
@@ -68,13 +85,14 @@ fn text() -> String {
     }
     if let Some(result) = ucx::served() {
         line("UCX", words(result, "protected"));
-        if result.is_ok() && ucx::looks_up_by_itself() {
-            line(
-                "",
-                "from 1.14 on, UCX receives a change that only the kernel source sees up to milliseconds late".to_owned(),
-            );
+        if let (Ok(()), Some(late)) = (result, ucx::late_changes()) {
+            line("", late.to_owned());
         }
     }
+    text += &unseen();
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "  {name:10}{value}");
+    };
     let Some(space) = space::current() else {
         line("sources", "not needed".to_owned());
         return text;
@@ -138,7 +156,7 @@ fn text() -> String {
             ),
         );
     }
-    if ucx::served().is_some() {
+    if matches!(ucx::served(), Some(Ok(()))) {
         let look_ups = if counts::LOOKED_UP.load(Ordering::Relaxed) && space.kernel().is_ok() {
             "checked"
         } else {

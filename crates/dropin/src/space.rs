@@ -8,7 +8,7 @@
 
 #![allow(
     unsafe_code,
-    reason = "a pointer that is published once and never freed, and `_exit`"
+    reason = "a pointer that is published once and never freed"
 )]
 
 use crate::counts::{self, Change};
@@ -17,6 +17,7 @@ use crate::ranges::Ranges;
 use crate::reaper::Reaper;
 use crate::say::{complain, explain};
 use crate::settings::settings;
+use crate::strict;
 use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::Watch;
@@ -140,9 +141,7 @@ impl Space {
             is_marked: AtomicBool::new(false),
             fed: Mutex::new(None),
         };
-        if settings().strict && !space.is_complete() {
-            refuse(&space);
-        }
+        strict::require(space.gap().as_deref().map_or(Ok(()), Err));
         space
     }
 
@@ -151,6 +150,17 @@ impl Space {
         match settings().choice {
             crate::settings::Choice::Both => self.hook.is_ok() && self.kernel.is_ok(),
             _ => self.hook.is_ok() || self.kernel.is_ok(),
+        }
+    }
+
+    /// Why registrations can become stale with these sources. `None` if they cannot.
+    fn gap(&self) -> Option<String> {
+        match (&self.kernel, &self.hook) {
+            (Err(reason), _) => Some(format!("the sources miss changes: kernel: {reason}")),
+            (_, Err(reason)) if !self.is_watched() => Some(format!(
+                "MMUN=both, and one source does not work: hook: {reason}"
+            )),
+            _ => None,
         }
     }
 
@@ -233,17 +243,6 @@ impl Space {
 /// may patch `munmap` as soon as a first use returns.
 pub(crate) fn wait_for_threads() {
     wait_until(Duration::from_secs(1), srcu::reclaimer_sleeps);
-}
-
-/// Ends the process, for `MMUN_STRICT=1` without a complete source.
-fn refuse(space: &Space) -> ! {
-    let reason = space.kernel().map_or_else(str::to_owned, |_| String::new());
-    complain(&format!(
-        "MMUN_STRICT=1 and the sources miss changes: kernel: {reason}"
-    ));
-    // SAFETY: `_exit` takes an integer. It runs no exit handlers of the program, which has not
-    // begun to communicate.
-    unsafe { libc::_exit(125) }
 }
 
 /// Marks the ranges that a change overlaps.

@@ -21,12 +21,13 @@ use crate::place;
 use crate::say::complain;
 use crate::settings::{Choice, settings};
 use crate::space::{self, Aborts, Feeding, Space};
+use crate::strict;
 use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
 use std::time::Duration;
 
 /// `UCM_EVENT_VM_UNMAPPED`.
@@ -94,7 +95,7 @@ extern "C" fn before_fork() {
 
 /// Connects UCX to the sources of this address space, if that was not done before.
 fn serve() {
-    if settings().choice == Choice::Off {
+    if strict::is_off() {
         return;
     }
     place::begin();
@@ -105,9 +106,26 @@ fn serve() {
         unsafe { libc::pthread_atfork(Some(before_fork), None, Some(serve_child)) };
         try_serve()
     });
-    if let Ok(served) = served {
-        feed(space::current_or_made(), *served);
+    // Relaxed: the flag publishes no data.
+    if version().is_some_and(|version| version >= (1, 14)) {
+        IS_INLINED.store(true, Ordering::Relaxed);
     }
+    strict::require(served.as_ref().map(|_| ()).map_err(String::as_str));
+    if let Ok(served) = served {
+        start(*served);
+    }
+}
+
+/// Starts the sources of this address space and subscribes, if that was not done before.
+fn start(served: Served) {
+    let space = space::current_or_made();
+    if feed(space, served) && space.is_watched() {
+        return;
+    }
+    let reason =
+        "no event source works in a child process: registrations of UCX can become stale here";
+    strict::require(Err(reason));
+    complain(reason);
 }
 
 fn try_serve() -> Result<Served, String> {
@@ -154,17 +172,27 @@ fn feed(space: &'static Space, served: Served) -> bool {
 }
 
 /// Runs in the child of a fork, where UCX's caches still hold the parent's registrations.
+///
+/// If every look-up calls this library, the child's sources start at its first look-up: most
+/// children use no cache, and the start takes milliseconds. Otherwise they start here, because the
+/// child's first look-up cannot be noticed.
 extern "C" fn serve_child() {
     FEEDING.store(0, Ordering::Relaxed);
-    if let Some(Ok(served)) = SERVED.get() {
-        let space = space::current_or_made();
-        if !feed(space, *served) || !space.is_watched() {
-            complain(
-                "no event source works in a child process: registrations of UCX can become stale here",
-            );
+    drop_parents();
+    // Relaxed: the child has one thread.
+    if IS_INLINED.load(Ordering::Relaxed) || !CALLS_US.load(Ordering::Relaxed) {
+        if let Some(Ok(served)) = SERVED.get() {
+            start(*served);
         }
+    }
+}
+
+/// Makes UCX drop every registration, because all are of the parent's memory.
+fn drop_parents() {
+    if let Some(Ok(served)) = SERVED.get() {
+        // A thread that finds the child's space finds this store or a later one, because the space
+        // is published afterwards.
         counts::LOOKED_UP.store(false, Ordering::Relaxed);
-        // Every registration is of the parent's memory, so drop them all.
         // SAFETY: `vm_munmap` may be called anywhere, see `Feed`.
         unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };
     }
@@ -217,7 +245,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 ) -> i8 {
     // Fast path: no change is left to be reported. The call of the real function is a jump, because
     // it has the arguments of this function.
-    if space::settled().is_some() && counts::LOOKED_UP.load(Ordering::Relaxed) {
+    // ORDER(dropin-looked): Acquire, as in `ask`.
+    if space::settled().is_some() && counts::LOOKED_UP.load(Ordering::Acquire) {
         if let Some(real) = NonNull::new(REAL.load(Ordering::Relaxed)) {
             // SAFETY: as in `ask_first`.
             let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
@@ -269,24 +298,39 @@ unsafe extern "C" fn ask_first(
 fn ask() {
     match space::current() {
         Some(space) => {
-            // Relaxed: only the report reads the flag. The load comes first, because a store at
-            // each look-up would contend for the cache line between all threads.
-            if !counts::LOOKED_UP.load(Ordering::Relaxed) {
+            // ORDER(dropin-looked): Acquire, for the subscription. Partner: `first_look_up`. The
+            // load comes first, because a store at each look-up would contend for the cache line
+            // between all threads.
+            if !counts::LOOKED_UP.load(Ordering::Acquire) {
                 first_look_up();
             }
             space.settle();
         }
-        None if SERVED.get().is_some() => serve_child(),
-        None => {}
+        // The first look-up in a child, or in one that was made without the handlers of a fork.
+        None => {
+            drop_parents();
+            first_look_up();
+        }
     }
 }
 
 /// A process that looks a region up appears in the report. The child of a fork that makes no
 /// look-up, perhaps because it is about to execute another program, does not.
+///
+/// In a child, this starts the sources. Two threads may do this at once: neither goes on before the
+/// subscription is made.
 #[cold]
 fn first_look_up() {
+    let Some(served) = SERVED.get() else {
+        return;
+    };
     place::begin();
-    counts::LOOKED_UP.store(true, Ordering::Relaxed);
+    if let Ok(served) = served {
+        start(*served);
+    }
+    CALLS_US.store(true, Ordering::Relaxed);
+    // ORDER(dropin-looked): Release, for the subscription. Partner: the load in `ask`.
+    counts::LOOKED_UP.store(true, Ordering::Release);
 }
 
 /// The version of the loaded UCX, major and minor. `None` if UCX does not tell its version.
@@ -301,9 +345,24 @@ fn version() -> Option<(u32, u32)> {
     Some((major, minor))
 }
 
-/// Whether UCX's look-up bypasses `ucs_rcache_get`, so that a look-up does not consult the kernel
-/// source.
-pub(crate) fn looks_up_by_itself() -> bool {
-    version().is_some_and(|version| version >= (1, 14))
-        && !counts::LOOKED_UP.load(Ordering::Relaxed)
+/// Whether a look-up has called this library, in this process or before the fork that made it.
+static CALLS_US: AtomicBool = AtomicBool::new(false);
+
+/// Whether UCX's look-up is compiled into its callers, from 1.14 on.
+static IS_INLINED: AtomicBool = AtomicBool::new(false);
+
+/// Why a look-up may find a registration that a change has made stale. `None` if each look-up
+/// consults the kernel source.
+pub(crate) fn late_changes() -> Option<&'static str> {
+    if counts::LOOKED_UP.load(Ordering::Relaxed) {
+        None
+    } else if IS_INLINED.load(Ordering::Relaxed) {
+        Some(
+            "from 1.14 on, UCX receives a change that only the kernel source sees up to milliseconds late",
+        )
+    } else {
+        Some(
+            "no look-up came through the drop-in; if there was one, UCX receives a change that only the kernel source sees up to milliseconds late",
+        )
+    }
 }

@@ -30,4 +30,17 @@ fn the_second_importer_gets_ebusy_and_continues() {
         report.contains("  libfabric not protected: another monitor was imported first (EBUSY)"),
         "{report}"
     );
+    if !crate::cache::has_kernel() {
+        return;
+    }
+    let program = build("gcc", "importer.c", "libfabric", &["-lfabric"]).expect("it was built");
+    let mut command = preloaded(program, "both");
+    command.arg("first").env("MMUN_STRICT", "1");
+    let refused = output(command);
+    let error = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(125), "{error}");
+    assert!(
+        error.starts_with("mmun: MMUN_STRICT=1 and another monitor was imported first (EBUSY)"),
+        "{error}"
+    );
 }

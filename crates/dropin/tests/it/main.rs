@@ -2,6 +2,7 @@
 
 mod cache;
 mod dormant;
+mod ends;
 mod first_use;
 mod importer;
 mod java;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 use testkit::{Cap, require};
@@ -95,4 +96,52 @@ pub(crate) fn output(mut command: Command) -> Output {
 
 pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// `once.c`, with a stand-in for a library.
+pub(crate) struct Once {
+    library: &'static str,
+    program: PathBuf,
+    stand_in: PathBuf,
+}
+
+impl Once {
+    /// `library` is `ucx` or `libfabric`. `None`, with the reason printed, if there is no compiler.
+    pub(crate) fn built(library: &'static str) -> Option<Once> {
+        let program = build("gcc", "once.c", "once", &["-ldl"])?;
+        let shared = build("gcc", "stand_in.c", "shared", &["-shared", "-fPIC"])?;
+        // The drop-in finds a library by the beginning of its file's name. Each caller has a file
+        // of its own, because a loaded file must not change.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = match library {
+            "ucx" => "libucs",
+            library => library,
+        };
+        let name = format!("{name}.so.{}-once-{count}", std::process::id());
+        let stand_in = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        std::fs::copy(shared, &stand_in).unwrap();
+        Some(Once {
+            library,
+            program,
+            stand_in,
+        })
+    }
+
+    pub(crate) fn run(&self, how: &[&str], set: impl FnOnce(&mut Command)) -> Output {
+        let mut command = Command::new(&self.program);
+        command.arg(self.library).arg(&self.stand_in).args(how);
+        command.env("LD_PRELOAD", library());
+        for own in ["MMUN", "MMUN_REPORT", "MMUN_STRICT"] {
+            command.env_remove(own);
+        }
+        set(&mut command);
+        output(command)
+    }
+}
+
+impl Drop for Once {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.stand_in);
+    }
 }

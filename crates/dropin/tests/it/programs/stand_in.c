@@ -49,3 +49,7 @@ void ucm_set_external_event(int events)
     hold();
 }
 void ucm_vm_munmap(void *start, size_t length) { (void)start, (void)length; }
+signed char ucs_rcache_get(long a, long b, long c, long d, long e, long f, long g)
+{
+    return (void)a, (void)b, (void)c, (void)d, (void)e, (void)f, (void)g, 0;
+}
