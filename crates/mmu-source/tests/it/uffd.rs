@@ -134,7 +134,9 @@ fn a_range_that_is_armed_twice_is_reported_until_both_are_dropped() {
         );
         uffd.settle().expect("no fork");
         log.take().iter().any(|range| {
-            range.contains(Va::new(memory.page(page).addr() as u64)) && range.pages() == 1
+            // A range counts pages of 4 KiB.
+            range.contains(Va::new(memory.page(page).addr() as u64))
+                && range.pages() == page_size() as u64 / 4096
         })
     };
     let part = VaRange::covering(

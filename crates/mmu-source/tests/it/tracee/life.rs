@@ -84,9 +84,10 @@ pub(crate) fn threads(count: u64, rounds: u64) {
             scope.spawn(|| {
                 barrier.wait();
                 for _ in 0..rounds {
-                    let at = map(2 * page_size(), RW);
-                    touch(at, 2 * page_size());
-                    assert_eq!(munmap(at, 2 * page_size()), 0);
+                    // Longer than the signal stack that Rust unmaps at the end of a thread.
+                    let at = map(5 * page_size(), RW);
+                    touch(at, 5 * page_size());
+                    assert_eq!(munmap(at, 5 * page_size()), 0);
                 }
             });
         }
