@@ -75,7 +75,7 @@ fn own(space: *mut Space) -> Option<&'static Space> {
 pub(crate) fn settled() -> Option<&'static Space> {
     // ORDER(dropin-space): Acquire, as in `current`.
     let space = CURRENT.load(Ordering::Acquire);
-    // SAFETY: as in `current`.
+    // SAFETY: as in `own`.
     let space = unsafe { space.as_ref() }?;
     let is_settled = |kernel: &Arc<Kernel>| kernel.is_settled();
     space.kernel.as_ref().is_ok_and(is_settled).then_some(space)
@@ -93,8 +93,8 @@ pub(crate) fn current_or_made() -> &'static Space {
 fn make() -> &'static Space {
     // ORDER(dropin-space): Acquire, as for a failed exchange below. Partner: the exchange.
     let before = CURRENT.load(Ordering::Acquire);
-    // Another thread may have published a space since the caller looked. A second space would judge
-    // ranges that are subscribed in the first one.
+    // Another thread may have published a space since the caller looked. A second space would then
+    // be asked about ranges that are subscribed only in the first one.
     if let Some(space) = own(before) {
         return space;
     }
@@ -103,9 +103,10 @@ fn make() -> &'static Space {
     // Partner: `current`.
     match CURRENT.compare_exchange(before, space, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => space,
-        // Another thread of this process was first; it cannot be a space of the parent, because a
-        // child begins with one thread. Our copy is leaked, and both copies share the sources.
-        // SAFETY: as in `current`; the pointer is not null, because another call of this function
+        // Another call of this function has stored `first`, in this process: a child of a fork
+        // begins with one thread, so no call of the parent continues in it. Our space is leaked;
+        // both spaces share the sources.
+        // SAFETY: as in `own`; the pointer is not null, because another call of this function
         // has stored it.
         Err(first) => unsafe { &*first },
     }
@@ -124,8 +125,9 @@ impl Space {
             true => Kernel::start().map_err(|error| explain(&error)),
             false => Err(off()),
         };
-        // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as a first use
-        // returns. No thread of ours may be inside of such a function then.
+        // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as the
+        // program's first call of UCX or libfabric returns. No thread of ours may be inside of such
+        // a function then.
         if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
             kernel.wait_for_threads();
         }
@@ -240,7 +242,7 @@ impl Space {
 }
 
 /// Waits until the reclaimer sleeps. A new thread maps and unmaps memory as it starts, and Open MPI
-/// may patch `munmap` as soon as a first use returns.
+/// may patch `munmap` as soon as the program's first call of UCX or libfabric returns.
 pub(crate) fn wait_for_threads() {
     wait_until(Duration::from_secs(1), srcu::reclaimer_sleeps);
 }

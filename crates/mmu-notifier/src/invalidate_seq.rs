@@ -176,10 +176,10 @@ pub enum InstallError {
     /// The range may have changed: take a new snapshot and look up again. Either an invalidation of
     /// some watched range has ended since the snapshot, or an open one meets the range.
     Retry,
-    /// The address space has ended: nothing can be installed any more, so a retry is useless.
-    Exited,
     /// The range is not within the ranges that the shadow watches, so no invalidation would zap it.
     NotWatched,
+    /// The address space has ended: nothing can be installed any more, so a retry is useless.
+    Exited,
 }
 
 impl fmt::Display for InstallError {

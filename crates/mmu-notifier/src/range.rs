@@ -110,7 +110,7 @@ impl VaRange {
     ///
     /// # Source
     /// `mmu_notifier_range_init`, include/linux/mmu_notifier.h. Differs: the kernel accepts an
-    /// empty range, and an empty range at address zero hits every interval there.
+    /// empty range; an empty range at address zero hits every interval of the address space.
     pub const fn new(start: Va, end: Va) -> Result<Self, InvalidRange> {
         if start.0 < end.0 && start.0 % PAGE_SIZE == 0 && end.0 % PAGE_SIZE == 0 {
             Ok(Self {

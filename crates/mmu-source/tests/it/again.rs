@@ -79,7 +79,7 @@ fn number(word: &str) -> i64 {
 }
 
 /// Tells whether a bracket is a `munmap` at the page's address. The loader may have unmapped memory
-/// at the same address before the handler does.
+/// at that address earlier, so the handler's `munmap` is the last such bracket.
 fn unmaps_the_page(trace: &Trace, part: &Part) -> bool {
     part.cause == "munmap" && part.start == hex(trace.said("page")[0][0])
 }

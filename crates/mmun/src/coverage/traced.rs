@@ -14,8 +14,8 @@ use super::operation::{Operation, Prepared, Unavailable};
 use super::page::{Judge, Page, State};
 use super::report::{Report, Seen};
 
-/// The offset at which the tracee writes the page's address and its state before the change. All
-/// zero until then.
+/// The offset in `board` at which the tracee writes the page's address, and the page's state before
+/// the change. Nothing is there until the tracee writes it; the reader then gets the address 0.
 const PLAN: u64 = 0;
 /// The offset at which the tracee writes its report.
 const REPORT: u64 = 4096;
@@ -78,7 +78,7 @@ fn try_run(operation: &'static Operation) -> Result<Report, Unavailable> {
 pub(crate) fn tracee(operation: &Operation) {
     let report =
         try_tracee(operation).unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason));
-    // If this fails, the tracer reports that the report is missing.
+    // If this fails, the tracer finds no report, and reports that the traced program ended early.
     let _ = pwrite(std::io::stdin(), report.to_line().as_bytes(), REPORT);
 }
 

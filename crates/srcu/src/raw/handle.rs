@@ -26,7 +26,7 @@ impl Handle {
         Self(AtomicPtr::new(State::create()))
     }
 
-    /// Returns the state. Before the first use returns `EMPTY`, in which no thread has a slot.
+    /// Returns the state. Until the first use, this is `EMPTY`, in which no thread has a slot.
     #[inline(always)]
     pub(crate) fn peek(&self) -> &State {
         // ORDER(srcu-state): Acquire; partner in `first_use`.

@@ -50,7 +50,7 @@ macro_rules! thread_word_access {
                 #[allow(dead_code, reason = "most words are no counters")]
                 #[inline(always)]
                 fn add<const AMOUNT: i32>(self) {
-                    // SAFETY: writes the eight bytes of which `get` reads; the same facts hold.
+                    // SAFETY: writes the same eight bytes that `get` reads; the same facts hold.
                     unsafe {
                         ::core::arch::asm!(
                             "add qword ptr fs:[{offset}], {amount}",
@@ -81,7 +81,7 @@ macro_rules! thread_word_access {
                 #[allow(dead_code, reason = "some words are only marks")]
                 #[inline(always)]
                 fn set(self, value: u64) {
-                    // SAFETY: writes the eight bytes of which `get` reads; the same facts hold.
+                    // SAFETY: writes the same eight bytes that `get` reads; the same facts hold.
                     unsafe {
                         ::core::arch::asm!(
                             "mov qword ptr fs:[{offset}], {value}",
