@@ -10,7 +10,7 @@ use mmu_source::Error;
 use mmu_source::hook::Hook;
 use mmu_source::kernel::Kernel;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 const HOOK: u32 = 1;
 const KERNEL: u32 = 2;
@@ -193,6 +193,8 @@ impl Mmun {
         if seq == 0 || self.mm.is_inherited() {
             return true;
         }
+        // The caller's reads through its translation come before the checks.
+        fence(Ordering::Acquire);
         // In this order: a change that was counted before the first check has either not been
         // reported yet, or its bracket advanced the sequence before the second check.
         let is_settled = self

@@ -155,13 +155,14 @@ impl Ranges {
     /// Enters a registration of `start..start + len`. A range that is already entered keeps its
     /// first watch. A stale range stays stale: another cache may have registered it before the
     /// change. `make` makes a watch if none is left over from the range's last registration, and is
-    /// called without the lock. If it fails, the range is stale at once.
+    /// called without the lock. If it fails, the range is stale at once. Returns whether the range
+    /// is stale: then the thread that drops stale ranges must be woken.
     pub(crate) fn subscribe(
         &self,
         start: u64,
         len: u64,
         make: impl FnOnce() -> Result<Option<Watch>, Change>,
-    ) -> Result<(), Change> {
+    ) -> bool {
         let mut table = self.lock();
         let range = covering(start, len);
         let spare = table.spare.take_if(|watch| Some(watch.range()) == range);
@@ -192,22 +193,25 @@ impl Ranges {
         let is_first = entry.count == 0 || !entry.has_valid();
         entry.count += 1;
         entry.newer += usize::from(entry.stale.is_some());
-        let (watch, refused) = match made {
-            Ok(watch) => (watch, Ok(())),
-            Err(change) => {
-                self.add_dirty(entry.meet(change, marks));
-                (None, Err(change))
-            }
-        };
+        let watch = made.unwrap_or_else(|change| {
+            self.add_dirty(entry.meet(change, marks));
+            None
+        });
         let unused = match is_first {
             true => std::mem::replace(&mut entry.watch, watch),
             false => watch,
         };
+        // The new watch may be invalid already: the change was reported before the range was
+        // entered, so no callback has met it. A change that is counted later finds the entry.
+        if entry.is_met() && entry.watch.is_some() {
+            self.add_dirty(entry.meet(counted(start, len), marks));
+        }
+        let is_stale = entry.stale.is_some();
         // A watch that is not needed is dropped without the lock held, because the drop takes a
         // lock of the kernel source.
         drop(table);
         drop(unused);
-        refused
+        is_stale
     }
 
     /// Removes one registration of `start..start + len`, if there is one.

@@ -12,7 +12,6 @@ use crate::settings::{Choice, settings};
 use crate::{counts, libfabric, reaper, space, ucx};
 use mmu_source::hook::State;
 use std::fmt::Write as _;
-use std::sync::atomic::Ordering;
 
 /// Runs when the process exits, after the program's own handlers.
 #[used]
@@ -157,7 +156,7 @@ fn text() -> String {
         );
     }
     if matches!(ucx::served(), Some(Ok(()))) {
-        let look_ups = if counts::LOOKED_UP.load(Ordering::Relaxed) && space.kernel().is_ok() {
+        let look_ups = if ucx::late_changes().is_none() && space.kernel().is_ok() {
             "checked"
         } else {
             "not checked"

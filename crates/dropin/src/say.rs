@@ -16,6 +16,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::ptr;
+use std::time::{Duration, Instant};
 
 /// How long a write waits for room in a full FIFO. A blocking descriptor waits as long as it takes.
 const PATIENCE_MS: libc::c_int = 2_000;
@@ -95,8 +96,16 @@ fn has_room(descriptor: libc::c_int) -> bool {
         events: libc::POLLOUT,
         revents: 0,
     };
-    // SAFETY: `poll` reads and writes one `pollfd`, a local variable.
-    unsafe { libc::poll(&raw mut poll, 1, PATIENCE_MS) > 0 }
+    let end = Instant::now() + Duration::from_millis(PATIENCE_MS as u64);
+    loop {
+        let left = end.saturating_duration_since(Instant::now()).as_millis();
+        // SAFETY: `poll` reads and writes one `pollfd`, a local variable.
+        match unsafe { libc::poll(&raw mut poll, 1, left as libc::c_int) } {
+            // A signal handler ran.
+            -1 if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
+            ready => return ready > 0,
+        }
+    }
 }
 
 /// Runs `write` so that it cannot end the program: into a pipe without a reader, or beyond

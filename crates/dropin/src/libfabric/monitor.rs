@@ -114,7 +114,7 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
         }),
     };
     // Returns no error: after one, some versions of libfabric unsubscribe and others do not.
-    if space.ranges.subscribe(start, len, make).is_err() {
+    if space.ranges.subscribe(start, len, make) {
         space.reaper.wake();
     }
     0

@@ -3,6 +3,8 @@
 
 use super::*;
 use mmu_notifier::Va;
+use mmu_source::kernel::Kernel;
+use testkit::{Cap, require};
 
 fn change(start: u64, len: u64) -> Change {
     Change {
@@ -13,7 +15,7 @@ fn change(start: u64, len: u64) -> Change {
 
 /// Enters a registration that has no watch.
 fn watched(ranges: &Ranges, start: u64, len: u64) {
-    ranges.subscribe(start, len, || Ok(None)).expect("a watch");
+    ranges.subscribe(start, len, || Ok(None));
 }
 
 fn is_stale(ranges: &Ranges, start: u64, len: u64) -> bool {
@@ -232,7 +234,25 @@ fn a_range_that_cannot_be_watched_is_refused() {
     let ranges = Ranges::new(false);
     watched(&ranges, 0x1000, 8);
     let reason = change(0x1000, 1);
-    assert_eq!(ranges.subscribe(0x1000, 8, || Err(reason)), Err(reason));
+    assert!(ranges.subscribe(0x1000, 8, || Err(reason)));
     assert!(is_stale(&ranges, 0x1000, 8), "the other one, too");
     assert_eq!(ranges.stale().len(), 1);
+}
+
+/// The change was reported before the range was entered, so no callback has met the range.
+#[test]
+fn a_watch_that_is_invalid_already_makes_its_range_stale() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let ranges = Ranges::new(false);
+    let make = || {
+        let watch = kernel.watch(covering(0x1000, 4096).expect("a range"));
+        kernel.inject(0x1000, 0x2000).expect("the program runs");
+        let _ = kernel.settle().expect("no fork");
+        Ok(Some(watch.expect("a watch")))
+    };
+    assert!(ranges.subscribe(0x1000, 4096, make), "it must be dropped");
+    assert!(!ranges.is_clean() && is_stale(&ranges, 0x1000, 4096));
 }

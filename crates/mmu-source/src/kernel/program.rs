@@ -12,7 +12,7 @@
 //!     me = pid_tgid >> 32 == process ? pid_tgid : MANY;
 //!     if (dirty != me && !(count && *count == 0)) {  // Count zero: see below, at `hit`.
 //!         old = xchg(&dirty, me);                    // A full barrier before the filter is read: `arm` needs it.
-//!         if (old != QUIET && old != WAITING && old != me) xchg(&dirty, MANY);
+//!         if (old != QUIET && old != me) xchg(&dirty, MANY);
 //!     }
 //! }
 //! if (!armed) return;
@@ -50,7 +50,7 @@
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, STARTS, shift, start_of};
-use super::layout::dirty::{MANY, QUIET, WAITING};
+use super::layout::dirty::{MANY, QUIET};
 use super::layout::{header, private};
 use super::owner;
 use Reg::{R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10};
@@ -337,8 +337,9 @@ fn mark(a: &mut Code, maps: Maps<'_>, peek: bool) {
     }
     a.op_reg(Op::Mov, R2, mark);
     a.exchange(HEADER, dirty, R2);
+    // A mark may follow QUIET only. While a thread waits, changes that are older than its wait may
+    // be under way, so the event leaves MANY in place of WAITING.
     a.jump(If::Equal, R2, QUIET, Label::Dirty);
-    a.jump(If::Equal, R2, WAITING, Label::Dirty);
     a.jump_reg(If::Equal, R2, mark, Label::Dirty);
     a.op(Op::Mov, R2, MANY);
     a.exchange(HEADER, dirty, R2);

@@ -116,9 +116,10 @@ fn write_fifo(path: &Path, text: &str) -> io::Result<()> {
             Ok(count) => rest = &rest[count..],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let ready = poll(&mut [PollFd::new(&fifo, PollFlags::OUT)], Some(&PATIENCE));
-                if ready? == 0 {
-                    return Err(io::Error::other("its reader reads nothing"));
+                match poll(&mut [PollFd::new(&fifo, PollFlags::OUT)], Some(&PATIENCE)) {
+                    Ok(0) => return Err(io::Error::other("its reader reads nothing")),
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
                 }
             }
             Err(error) => return Err(error),
