@@ -352,7 +352,8 @@ static CALLS_US: AtomicBool = AtomicBool::new(false);
 static IS_INLINED: AtomicBool = AtomicBool::new(false);
 
 /// Why a look-up may find a registration that a change has made stale. `None` if each look-up
-/// consults the kernel source. From 1.14 on a miss still calls `ucs_rcache_get`, but a hit does not.
+/// consults the kernel source. From 1.14 on a miss still calls `ucs_rcache_get`, but a hit does
+/// not.
 pub(crate) fn late_changes() -> Option<&'static str> {
     if IS_INLINED.load(Ordering::Relaxed) {
         Some(
