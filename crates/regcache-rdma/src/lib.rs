@@ -80,7 +80,7 @@ pub use odp::OnDemand;
 #[cfg(feature = "verbs")]
 pub use rdma::{Access, Rdma, Region};
 
-/// The README's examples must run.
+/// The README's example must compile.
 #[cfg(all(doctest, feature = "verbs"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

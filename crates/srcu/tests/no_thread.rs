@@ -24,7 +24,7 @@ fn count(srcu: &Arc<Srcu>, called: &Arc<AtomicUsize>, expected: Option<thread::T
 
 #[test]
 fn without_a_thread_a_barrier_runs_the_callbacks() {
-    // Make these before the system refuses threads.
+    // Neither domain starts a thread before its first use.
     let (a, b) = (Arc::new(Srcu::new()), Arc::new(Srcu::new()));
     let called = Arc::new(AtomicUsize::new(0));
     let meet = Arc::new(Barrier::new(2));
@@ -66,7 +66,8 @@ fn without_a_thread_a_barrier_runs_the_callbacks() {
     other.join().unwrap();
     assert_eq!(called.load(SeqCst), 301);
     assert_eq!(a.callback_panics() + b.callback_panics(), 0);
-    // Now this thread may start the reclaimer.
+    // The filters applied only to the two threads that have ended, so this thread can start the
+    // reclaimer.
     count(&a, &called, None);
     let here = thread::current().id();
     a.call(move || assert_ne!(thread::current().id(), here));

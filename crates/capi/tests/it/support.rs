@@ -29,7 +29,8 @@ pub(crate) fn libraries() -> PathBuf {
     folder
 }
 
-/// Makes a folder for this test, which is not removed.
+/// Makes the folder `name` below `target/tmp`, if it is not there. Tests that give the same name
+/// share the folder, and none removes it.
 pub(crate) fn scratch(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(&folder).expect("a folder below target");

@@ -62,7 +62,8 @@ fn b_21_a_remove_racing_the_last_end() {
             removed.store(true, Ordering::Relaxed);
         });
         drop(bracket);
-        // After the removal, neither a later window nor a deferred change may use the node.
+        // After the removal, neither a later bracket nor the end of the first bracket, which does
+        // the deferred changes, may use the node.
         drop(mm.invalidate(VaRange::ALL, Event::Unmap));
         remover.join().unwrap();
         assert_eq!((mm.interval_snapshot().1, mm.callback_panics()), (0, 0));

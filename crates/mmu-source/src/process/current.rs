@@ -12,23 +12,25 @@ pub struct Current {
     /// The task that made the call. The call may act on another address space (`process_madvise`).
     pub task: Task,
     /// The name of the system call, or another reason: `"enter"`, `"attach"`, `"exit"`,
-    /// `"detach"`, or `"unknown"` for a call in an unknown ABI. While a bracket opens or closes,
-    /// this is the call that the task made: `"clone"` if libc implements `fork` by `clone`. For a
-    /// new task whose parent's call the tracer has not seen, this is the kernel's event: `"fork"`,
-    /// `"vfork"` or `"clone"`.
+    /// `"detach"`, or `"unknown"` for a call in an unknown ABI.
+    ///
+    /// A fork has the name of the call that the task made, which is `"clone"` if libc implements
+    /// `fork` by `clone`. For a new task that shares its parent's memory, or whose parent's call
+    /// the tracer has not seen, this is the kernel's event: `"fork"`, `"vfork"` or `"clone"`.
     pub cause: &'static str,
     /// The raw return value (`-errno` on failure), while the brackets of the call close and while
     /// [`TaskEvent::Mapped`](super::TaskEvent::Mapped) is reported. `None` at any other time, and
-    /// if the call never returns: the task died or was detached, or its signal handler did not
-    /// return.
+    /// if the brackets close before the call returns: the task died or was detached, its signal
+    /// handler did not return, or the other address space that the call acts on exits.
     pub result: Option<i64>,
 }
 
 impl Current {
-    /// Reads the registers of the task. The task is stopped while a callback runs for it.
+    /// Reads the registers of the task, which must be stopped.
     ///
-    /// Returns `None` if the task has died or was detached meanwhile, and in any thread other than
-    /// the tracer's.
+    /// Returns `None` if the task runs, has died or was detached, and in any thread other than the
+    /// tracer's. A task may run while the tracer attaches to it or detaches from it, and while the
+    /// brackets of its call close because the other address space exits.
     ///
     /// # Source
     /// ptrace(2), `PTRACE_GETREGS`.

@@ -183,7 +183,8 @@ impl World {
             birth: Birth::Unseen,
         };
         let gaps = self.gaps(start, end);
-        // The name is known of the first mapping only.
+        // `what` names only the first mapping of the range. So if births were seen, only a gap at
+        // the start of the range becomes a mapping; otherwise every gap does, under that name.
         let known = gaps
             .iter()
             .filter(|(from, _)| !self.has_births || *from == start);

@@ -141,8 +141,8 @@ fn a_client_that_keeps_its_maps_keeps_its_place() {
     let Client { socket, given, .. } = join(&at).expect("a place");
     assert_eq!(join(&at).err(), Some(Refusal::Full));
     drop(socket);
-    // The broker sees the end of the connection at some later time. The place must stay taken
-    // meanwhile.
+    // At some time in this loop, the broker sees the end of the connection. The place must stay
+    // taken even then, because the client still holds its maps and its link.
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_millis(200) {
         assert_eq!(
@@ -327,8 +327,9 @@ fn a_client_gets_only_events_of_its_own_address_space() {
             header::ANSWERED,
         ];
         let seen = || words.map(|word| header.u64(word).load(Ordering::Relaxed));
-        // In the first two rounds everything is armed, without and then with a machine B. In the
-        // last round, the victim's page is also the scratch page of the client's questions.
+        // All addresses are armed in each round, because `is_told` has set `WIDE`. From the second
+        // round on there is a machine B. In the last round, the page that the victim changes is
+        // also the scratch page: an event at its address is a question to the program.
         let b = kernel_sys::create_vm(client.kvm.as_fd()).expect("a machine");
         for (scratch, with_b) in [(0, false), (0, true), (page.address(), true)] {
             let (request, with) = if with_b {

@@ -1,6 +1,7 @@
 //! The program that the tests trace: `tracee CASE [ARGS..]`.
 //!
-//! Each case makes calls and prints them, so that a test can compare them with what the source saw.
+//! Each case makes calls. Most cases print what a test needs to compare the calls with what the
+//! source saw.
 
 mod again;
 mod calls;
