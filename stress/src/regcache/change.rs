@@ -50,8 +50,9 @@ pub(super) fn run(
                 mmu_source::current().with_invalidation(buffer.range(), Event::Unmap, |_| change());
             }
             (Source::Rehearsal, Some(kernel)) if !silent => {
-                // In a rehearsal, a fill cannot wait for changes under way. So report the change
-                // again, for regions that were registered between the first report and the change.
+                // In a rehearsal there is no virtual machine, so the cache cannot wait for changes
+                // under way before it publishes a new region. So report the change again, for
+                // regions that were registered between the first report and the change.
                 tell(kernel, buffer);
                 change();
                 tell(kernel, buffer);

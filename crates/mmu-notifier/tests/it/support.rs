@@ -271,7 +271,7 @@ pub(crate) fn page(number: u64) -> VaRange {
 /// A place in which a test leaves a subscription for a callback to put.
 pub(crate) type Slot<N> = Arc<Mutex<Option<Subscription<N>>>>;
 
-/// Returns a hook that puts the subscription in the slot when it reaches `when`.
+/// Returns a hook that takes the subscription out of the slot when it reaches `when`, and drops it.
 pub(crate) fn put_at(when: At, slot: &Slot<Probe>) -> Hook {
     let slot = Arc::clone(slot);
     Arc::new(move |at| {

@@ -199,7 +199,7 @@ fn a_trace_is_written_for_a_viewer_at_its_end() {
                     > 10
             );
         } else {
-            // A packet with the description of a track.
+            // 0x0a is the tag of a packet. Some packet has the name of a call.
             assert!(
                 bytes.starts_with(&[0x0a]) && bytes.windows(6).any(|window| window == b"munmap")
             );

@@ -7,12 +7,13 @@ use std::ops::Deref;
 ///
 /// Such hardware can refill an entry at any moment between a start and an end, so a bracket does
 /// not help. The event source must flush the hardware where it clears the page-table entry, under
-/// the lock of the page table. A software copy implements [`Notifier`] instead. No type can be
-/// both.
+/// the lock of the page table. A software copy implements [`Notifier`] instead. A subscriber is one
+/// or the other: [`Secondary`] forwards no start and no end to the type that it wraps.
 ///
 /// # Source
 /// `arch_invalidate_secondary_tlbs` of `struct mmu_notifier_ops`, Linux 6.6, which refuses an
-/// operations table that also has a start or an end. Differs: such a table does not compile.
+/// operations table that also has a start or an end. Differs: [`Secondary`] has neither, so there
+/// is no such table to refuse.
 #[doc(alias = "arch_invalidate_secondary_tlbs")]
 pub trait SecondaryTlb: Send + Sync + 'static {
     /// Flushes a range, before the page table's lock is released.
@@ -71,7 +72,7 @@ pub trait SecondaryTlb: Send + Sync + 'static {
 /// # Ok::<(), mmu_notifier::WouldDeadlock>(())
 /// ```
 ///
-/// A type with callbacks of both kinds does not compile:
+/// [`Notifier`] has no callback for the flush, so this does not compile:
 ///
 /// ```compile_fail,E0407
 /// struct Both;
@@ -113,6 +114,7 @@ impl<T: SecondaryTlb> Notifier for Secondary<T> {
     }
 }
 
-/// Keeps a method of a public trait private to this crate: other crates cannot name this type.
+/// Hides a method of a public trait. Only `raw` exports this type, for the crate of the C
+/// interface.
 #[derive(Debug, Clone, Copy)]
 pub struct Sealed;
