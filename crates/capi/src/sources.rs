@@ -170,22 +170,20 @@ impl Mmun {
 
     fn fill_begin(&self) -> Result<u64, c_int> {
         self.may_wait()?;
-        let settle = |kernel: &Kernel| kernel.read_begin().map(drop);
-        let settled = || {
-            let kernel = self.kernel.as_deref();
-            kernel
-                .map_or(Ok(()), settle)
-                .map_err(|error| of_source(&error))
-        };
-        // The brackets of changes that are known already would advance the sequence.
-        settled()?;
+        let kernel = self.kernel.as_deref();
+        if let Some(kernel) = kernel {
+            // The brackets of changes that are known already would advance the sequence.
+            let _ = kernel.settle().map_err(|error| of_source(&error))?;
+        }
         let seq = self
             .fills
             .begin(self.mm)
             .ok_or_else(|| fail(-libc::EDEADLK, IN_CALLBACK))?;
         // A change whose bracket was opened and closed between these calls did not advance `seq`.
         // It is over after this call.
-        settled()?;
+        if let Some(kernel) = kernel {
+            let _ = kernel.read_begin().map_err(|error| of_source(&error))?;
+        }
         Ok(seq)
     }
 

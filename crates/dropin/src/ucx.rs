@@ -317,8 +317,8 @@ fn ask() {
 /// A process that looks a region up appears in the report. The child of a fork that makes no
 /// look-up, perhaps because it is about to execute another program, does not.
 ///
-/// In a child, this starts the sources. Two threads may do this at once: neither goes on before the
-/// subscription is made.
+/// In a child, this starts the sources. Two threads may do this at once: neither continues before
+/// the subscription is made.
 #[cold]
 fn first_look_up() {
     let Some(served) = SERVED.get() else {

@@ -71,7 +71,7 @@
 //! # Sharing
 //! `dirty` says whether an event has happened since the last wait: [`QUIET`] if not, [`WAITING`]
 //! while a thread waits, a thread's mark if only that thread made events, otherwise [`MANY`]. An
-//! event replaces [`WAITING`] by [`MANY`], whoever makes it: a change that is older than the wait
+//! event of any thread replaces [`WAITING`] by [`MANY`]: a change that is older than the wait
 //! may be under way, and its event noted nothing that is left. So a mark follows [`QUIET`] only,
 //! and [`QUIET`] is stored only when all older changes are over. Waits are numbered. If a thread
 //! holds the lock and finds that a wait has ended which began after the thread's own call, the
