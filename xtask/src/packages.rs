@@ -33,6 +33,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     let packed = metadata.target_directory.join("package");
     let room = std::env::temp_dir().join(format!("packages-{}", std::process::id()));
     fs::create_dir_all(&room).expect("a folder for the unpacked crates");
+    let target = metadata.target_directory.as_std_path();
     let outcome = published.iter().try_for_each(|(name, version)| {
         let archive = packed.join(format!("{name}-{version}.crate"));
         let unpacked = succeeds(
@@ -49,7 +50,7 @@ pub(crate) fn run(root: &Path) -> ExitCode {
     let outcome = outcome.and_then(|()| {
         published
             .iter()
-            .try_for_each(|(name, version)| test(&room, &published, name, version))
+            .try_for_each(|(name, version)| test(&room, target, &published, name, version))
     });
     fs::remove_dir_all(&room).expect("the folder was made above");
     match outcome {
@@ -62,9 +63,11 @@ pub(crate) fn run(root: &Path) -> ExitCode {
 }
 
 /// Checks that an unpacked crate has its licences and its README. Compiles its examples, and runs
-/// its doc tests and unit tests.
+/// its doc tests and unit tests. Builds into the workspace's target directory, which has most of
+/// the dependencies already.
 fn test(
     room: &Path,
+    target: &Path,
     published: &[(String, String)],
     name: &str,
     version: &str,
@@ -79,7 +82,7 @@ fn test(
     let mut cargo = Command::new("cargo");
     cargo
         .args(["test", "--quiet", "--target-dir"])
-        .arg(room.join("target"))
+        .arg(target)
         .current_dir(&folder);
     for (other, version) in published.iter().filter(|(other, _)| other != name) {
         // Use the unpacked crate, because the registry may have an older version, or none.

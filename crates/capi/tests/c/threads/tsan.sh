@@ -19,7 +19,7 @@ gcc --version >/dev/null
 cd "$(dirname "$0")/../../../../.."
 folder="target-tsan/std"
 RUSTFLAGS='-Zsanitizer=thread --cfg mmun_tsan' \
-    cargo +nightly build --locked -Zbuild-std --release --target-dir $folder --target "$target" -p mmun-capi
+    cargo +nightly build --locked -Zbuild-std=std --release --target-dir $folder --target "$target" -p mmun-capi
 gcc -std=gnu11 -g -O1 -fsanitize=thread -I crates/capi/include -c crates/capi/tests/c/threads/threads.c -o $folder/threads.o
 gcc -o $folder/threads $folder/threads.o "$folder/$target/release/libmmun.a" \
     -Wl,--whole-archive "$runtime" -Wl,--no-whole-archive -lpthread -ldl -lm -lrt
