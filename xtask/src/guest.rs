@@ -40,7 +40,7 @@ const INSIDE: &str = "agent-inside";
 /// How many machines run at once. Each has two processors.
 const ABREAST: usize = 2;
 
-const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|newest|all]... [--shell] [--limit SECONDS] [--within SECONDS] [--check [--if VARIABLE] [--kept]] [--table] [--only LABEL]... \
+const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|7.0-64k|newest|newest-16k|all]... [--shell] [--limit SECONDS] [--within SECONDS] [--check [--if VARIABLE] [--kept]] [--table] [--only LABEL]... \
     [-- ARGUMENTS OF CARGO TEST]";
 
 /// The programs that the host needs for every kind of machine, each with its Debian package.

@@ -88,6 +88,7 @@ pub(crate) fn make(
             .expect("a module has a name")
             .to_string_lossy()
             .trim_end_matches(".xz")
+            .trim_end_matches(".zst")
             .to_owned();
         archive.program(&format!("modules/{name}"), &unpacked(&path)?);
         order += &format!("{name}\n");
@@ -130,18 +131,20 @@ fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>, String> {
 }
 
 fn unpacked(path: &Path) -> Result<Vec<u8>, String> {
-    if path.extension().is_none_or(|extension| extension != "xz") {
-        return fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
-    }
-    let output = Command::new("xz")
+    let program = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        _ => return fs::read(path).map_err(|error| format!("{}: {error}", path.display())),
+    };
+    let output = Command::new(program)
         .arg("-dc")
         .arg(path)
         .output()
-        .map_err(|error| format!("xz: {error}"))?;
+        .map_err(|error| format!("{program}: {error}"))?;
     if output.status.success() {
         Ok(output.stdout)
     } else {
-        Err(format!("xz cannot unpack {}", path.display()))
+        Err(format!("{program} cannot unpack {}", path.display()))
     }
 }
 

@@ -3,8 +3,7 @@
 //! folder.
 
 use super::arch::{Arch, Folders, Foreign};
-use super::packages::Apt;
-use super::packages::output;
+use super::packages::{Apt, Distribution, output};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -39,7 +38,7 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
             } else {
                 &[]
             };
-            Apt::new(store, suites, architectures)?
+            Apt::new(store, Distribution::Debian, suites, architectures)?
                 .unpack(&[newest, packages].concat(), &unfinished)?;
             fs::rename(&unfinished, &path).map_err(failed)?;
         }

@@ -4,6 +4,7 @@ use super::agent::{self, MARK};
 use super::arch::{Arch, Folders};
 use super::archive;
 use super::kernel::Kernel;
+use super::packages::output;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
@@ -18,7 +19,6 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How many of the console's last lines are printed when the machine dies or hangs.
 const LAST_LINES: usize = 40;
-const MEGABYTES: u32 = 1280;
 
 /// The outcome of a step.
 #[derive(Debug, Clone, Default)]
@@ -327,7 +327,8 @@ impl Machine<'_> {
             &archive::make(&self.kernel, self.folders, &self.environment(first, shell))?,
         )?;
         let disks = disks(self.store)?;
-        let half = MEGABYTES / 2;
+        let megabytes = self.kernel.series.megabytes;
+        let half = megabytes / 2;
         // With this option of `setpriv`, the machine ends when this program ends, even if this
         // program is killed.
         let mut command = Command::new("setpriv");
@@ -336,7 +337,7 @@ impl Machine<'_> {
             "-smp",
             "2",
             "-m",
-            &MEGABYTES.to_string(),
+            &megabytes.to_string(),
         ]);
         for node in 0..2 {
             command.args([
@@ -352,7 +353,7 @@ impl Machine<'_> {
             .arg("-initrd")
             .arg(&initial);
         let parameters = format!(
-            "{} panic=-1 quiet mmun.guest hugepages=16 transparent_hugepage=always numa_balancing=enable",
+            "{} panic=-1 quiet mmun.guest default_hugepagesz=2M hugepages=16 transparent_hugepage=always numa_balancing=enable",
             self.arch.parameters
         );
         command.args(["-append", &parameters]);
@@ -444,37 +445,35 @@ fn lines(child: &mut Child) -> Receiver<String> {
     lines
 }
 
-/// Returns the paths of two disk images: one with a file system and one with swap space. Makes them
-/// if they do not exist. The machine's writes go to temporary files, not to the images.
+/// Returns the paths of two disk images: one with a file system and one for swap space, which the
+/// guest formats, because the format depends on its page size. Makes them if they do not exist. The
+/// machine's writes go to temporary files, not to the images.
 fn disks(store: &Path) -> Result<[PathBuf; 2], String> {
     let failed = |error| format!("{}: {error}", store.display());
     let lock = File::create(store.join("disks.lock")).map_err(failed)?;
     lock.lock().map_err(failed)?;
-    let make = |name: &str, megabytes: u64, program: &str, arguments: &[&str]| {
+    let make = |name: &str, megabytes: u64, format: Option<&[&str]>| {
         let (path, unfinished) = (store.join(name), store.join(format!("{name}.part")));
         if !path.exists() {
             File::create(&unfinished)
                 .and_then(|file| file.set_len(megabytes << 20))
                 .map_err(failed)?;
-            let output = Command::new(program)
-                .env("PATH", super::search_path())
-                .args(arguments)
-                .arg(&unfinished)
-                .output();
-            let output = output.map_err(|error| format!("{program}: {error}"))?;
-            if !output.status.success() {
-                return Err(format!(
-                    "{program}: {}",
-                    String::from_utf8_lossy(&output.stderr).trim()
-                ));
+            if let Some(words) = format {
+                let mut program = Command::new(words[0]);
+                output(
+                    program
+                        .env("PATH", super::search_path())
+                        .args(&words[1..])
+                        .arg(&unfinished),
+                )?;
             }
             fs::rename(&unfinished, &path).map_err(failed)?;
         }
-        Ok(path)
+        Ok::<_, String>(path)
     };
     Ok([
-        make("disk.img", 1024, "mkfs.ext4", &["-q", "-F"])?,
-        make("swap.img", 512, "mkswap", &[])?,
+        make("disk.img", 1024, Some(&["mkfs.ext4", "-q", "-F"]))?,
+        make("swap.img", 512, None)?,
     ])
 }
 

@@ -1,9 +1,38 @@
-//! Downloads Debian's packages from the mirror of the host, and unpacks them without installing. So
-//! the host's own packages and lists do not change, and the user need not be root.
+//! Downloads packages of Debian and Ubuntu, and unpacks them without installing. So the host's own
+//! packages and lists do not change, and the user need not be root.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// A distribution whose packages are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Distribution {
+    Debian,
+    /// Only for what Debian does not build.
+    Ubuntu,
+}
+
+impl Distribution {
+    /// Returns the mirror, and the file with the keys that sign the mirror's lists. Ubuntu's keys
+    /// come from a package of Debian's.
+    fn mirror(self, store: &Path) -> Result<(String, PathBuf), String> {
+        if self == Self::Debian {
+            let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+            return Ok((mirror(), keys.into()));
+        }
+        let folder = store.join("ubuntu-keyring");
+        let keys = folder.join("usr/share/keyrings/ubuntu-archive-keyring.gpg");
+        if !keys.exists() {
+            let failed = |error| format!("{}: {error}", folder.display());
+            fs::create_dir_all(&folder).map_err(failed)?;
+            let apt = Apt::new(store, Self::Debian, &["trixie"], &["arm64"])?;
+            apt.run("apt-get", &["download", "-qq", "ubuntu-keyring"], &folder)?;
+            unpack_all(&folder, &folder)?;
+        }
+        Ok(("http://archive.ubuntu.com/ubuntu/".to_owned(), keys))
+    }
+}
 
 /// A private set of package lists.
 pub(crate) struct Apt {
@@ -16,6 +45,7 @@ impl Apt {
     /// architecture is the one that apt installs by default.
     pub(crate) fn new(
         store: &Path,
+        distribution: Distribution,
         suites: &[&str],
         architectures: &[&str],
     ) -> Result<Self, String> {
@@ -26,11 +56,11 @@ impl Apt {
         for path in ["lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(folder.join(path)).map_err(failed)?;
         }
-        let key = "/usr/share/keyrings/debian-archive-keyring.gpg";
-        let mirror = mirror();
+        let (mirror, keys) = distribution.mirror(store)?;
+        let keys = keys.display();
         let sources: String = suites
             .iter()
-            .map(|suite| format!("deb [signed-by={key}] {mirror} {suite} main\n"))
+            .map(|suite| format!("deb [signed-by={keys}] {mirror} {suite} main\n"))
             .collect();
         fs::write(folder.join("sources.list"), sources).map_err(failed)?;
         // The status file is empty, so no package counts as installed.

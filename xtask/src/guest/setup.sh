@@ -42,7 +42,7 @@ done
 
 # A disk for scratch files, because a file system in memory has no writeback; and swap space.
 mount -t ext4 /dev/vda /tmp && chmod 1777 /tmp
-swapon /dev/vdb
+mkswap /dev/vdb >/dev/null && swapon /dev/vdb
 
 # Features that are rarely enabled on hosts: merging of equal pages, eager huge pages, NUMA
 # balancing, cgroups.

@@ -4,6 +4,7 @@
 //! but not weak memory ordering, which the models test.
 
 use super::super::kernel::Series;
+use super::super::packages::Distribution;
 use super::{Arch, Foreign};
 
 /// The capabilities that the machine lacks. Java, MPI, a browser and systemd are left out, because
@@ -30,41 +31,24 @@ pub(super) const ARCH: Arch = Arch {
     triple: "aarch64-unknown-linux-gnu",
     emulator: "qemu-system-aarch64",
     series: &[
+        Series::debian("5.10", "bullseye", lacks!(" userfaultfd bpf iouring")),
+        Series::debian("6.1", "bookworm", lacks!(" userfaultfd")),
+        Series::debian("6.12", "trixie", LACKS),
         Series {
-            name: "5.10",
-            suite: "bullseye",
-            flavour: "",
-            lacks: lacks!(" userfaultfd bpf iouring"),
-        },
-        Series {
-            name: "6.1",
-            suite: "bookworm",
-            flavour: "",
-            lacks: lacks!(" userfaultfd"),
-        },
-        Series {
-            name: "6.12",
-            suite: "trixie",
-            flavour: "",
-            lacks: LACKS,
-        },
-        Series {
-            name: "6.12-16k",
-            suite: "trixie",
             flavour: "-16k",
-            lacks: LACKS,
+            ..Series::debian("6.12-16k", "trixie", LACKS)
         },
+        // Debian builds no kernel with pages of 64 KiB.
         Series {
-            name: "newest",
-            suite: "trixie-backports",
-            flavour: "",
-            lacks: LACKS,
+            distribution: Distribution::Ubuntu,
+            flavour: "-generic-64k",
+            megabytes: 4096,
+            ..Series::debian("7.0-64k", "resolute", LACKS)
         },
+        Series::debian("newest", "trixie-backports", LACKS),
         Series {
-            name: "newest-16k",
-            suite: "trixie-backports",
             flavour: "-16k",
-            lacks: LACKS,
+            ..Series::debian("newest-16k", "trixie-backports", LACKS)
         },
     ],
     default: "6.12",

@@ -10,36 +10,11 @@ pub(super) const ARCH: Arch = Arch {
     triple: "x86_64-unknown-linux-gnu",
     emulator: "qemu-system-x86_64",
     series: &[
-        Series {
-            name: "5.10",
-            suite: "bullseye",
-            flavour: "",
-            lacks: "userfaultfd bpf iouring",
-        },
-        Series {
-            name: "6.1",
-            suite: "bookworm",
-            flavour: "",
-            lacks: "userfaultfd",
-        },
-        Series {
-            name: "6.12",
-            suite: "trixie",
-            flavour: "",
-            lacks: "",
-        },
-        Series {
-            name: "6.18",
-            suite: "trixie-backports",
-            flavour: "",
-            lacks: "",
-        },
-        Series {
-            name: "newest",
-            suite: "trixie-backports",
-            flavour: "",
-            lacks: "",
-        },
+        Series::debian("5.10", "bullseye", "userfaultfd bpf iouring"),
+        Series::debian("6.1", "bookworm", "userfaultfd"),
+        Series::debian("6.12", "trixie", ""),
+        Series::debian("6.18", "trixie-backports", ""),
+        Series::debian("newest", "trixie-backports", ""),
     ],
     default: "6.12",
     standard: &[
