@@ -29,7 +29,7 @@ int main(void) {
     prctl(PR_SET_NAME, \"giver\");
     for (int i = 0; i < 100; i++) {
         char *at = mmap(0, 1 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        for (int page = 0; page < 10; page++) at[page << 12] = 1;
+        for (int page = 0; page < 10; page++) at[page << 16] = 1;
         if (DEPTH ? deeper(DEPTH, at) : give_back(at)) return 1;
     }
     return 0;
@@ -77,12 +77,13 @@ fn details_have_the_mapping_the_memory_and_the_time() {
     if !require(Cap::Program("gcc")) {
         return;
     }
+    let resident = 10 * rustix::param::page_size() as u64;
     let (records, lines) = gives_back(&["--details"], &["-O1"]);
     assert_eq!(large(&records, "start").count(), 100);
     for start in large(&records, "start") {
         assert_eq!(start["what"], "anonymous");
         let found = ["resident", "file", "huge", "swapped"].map(|key| start[key].as_u64());
-        assert_eq!(found, [Some(40960), Some(0), Some(0), Some(0)]);
+        assert_eq!(found, [Some(resident), Some(0), Some(0), Some(0)]);
         assert!(start.get("self").is_none() && start.get("site").is_none());
     }
     for end in large(&records, "end") {
@@ -100,7 +101,9 @@ fn details_have_the_mapping_the_memory_and_the_time() {
         .lines()
         .find(|line| line.contains("1.0 MiB  munmap = 0"));
     assert!(
-        line.is_some_and(|line| line.ends_with("resident 40 KiB  anonymous")),
+        line.is_some_and(
+            |line| line.ends_with(&format!("resident {} KiB  anonymous", resident >> 10))
+        ),
         "{lines}"
     );
     // The loader replaces a mapping that it has just made and that no code has touched: that of a

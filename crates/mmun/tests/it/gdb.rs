@@ -15,7 +15,7 @@ const NESTED: &str = r#"
 #define KEEP __asm__ volatile ("" : "+r" (result))
 static char *memory;
 static __attribute__((noinline)) int give_back(char *at) {
-    int result = munmap(at, 123 << 12);
+    int result = munmap(at, 123 << 16);
     KEEP;
     return result;
 }
@@ -36,7 +36,7 @@ static int compare(const void *a, const void *b) {
 }
 int main(void) {
     int pair[2] = {2, 1};
-    memory = mmap(0, 123 << 12, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    memory = mmap(0, 123 << 16, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     qsort(pair, 2, sizeof pair[0], compare);
     return pair[0] > 2;
 }
@@ -55,7 +55,7 @@ const OWN: &[&str] = &[
 /// The functions of the program itself on the stack of its `munmap`, the innermost first.
 fn of_trace(program: &Program) -> Vec<String> {
     let records = program.traced(&[]);
-    let [start] = unmaps(&records, 123 << 12)[..] else {
+    let [start] = unmaps(&records, 123 << 16)[..] else {
         panic!("one call")
     };
     let stack = of_kind(&records, "stack")

@@ -87,7 +87,7 @@ pub(crate) fn functions<'a>(records: &'a [Value], start: &Value) -> Vec<&'a str>
         .collect()
 }
 
-/// Unmaps 123 pages in a function of its own.
+/// Unmaps 123 times 64 KiB, which are whole pages under every kernel, in a function of its own.
 const GIVE: &str = "\
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -97,7 +97,7 @@ const GIVE: &str = "\
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define SIZE (123 << 12)
+#define SIZE (123 << 16)
 static char *make(int prot) {
     char *at = mmap(0, SIZE, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (at == MAP_FAILED) exit(1);
@@ -109,7 +109,7 @@ static __attribute__((noinline)) int give_back(char *at) {
     return result;
 }
 ";
-const SIZE: u64 = 123 << 12;
+const SIZE: u64 = 123 << 16;
 
 fn give(rest: &str) -> String {
     format!("{GIVE}{rest}")
@@ -260,7 +260,7 @@ static int call(int number, int a, int b) {
     return result;
 }
 void _start(void) {
-    call(91, 0x40000000, 123 << 12);
+    call(91, 0x40000000, 123 << 16);
     call(1, 0, 0);
 }
 ";
@@ -450,8 +450,8 @@ fn a_rust_program_that_aborts_on_panic_has_stacks() {
     let source = "\
 extern \"C\" { fn mmap(a: *mut u8, n: usize, p: i32, f: i32, d: i32, o: i64) -> *mut u8; fn munmap(a: *mut u8, n: usize) -> i32; }
 #[inline(never)]
-fn give_back(at: *mut u8) -> i32 { let result = unsafe { munmap(at, 123 << 12) }; std::hint::black_box(result) }
-fn main() { assert_eq!(give_back(unsafe { mmap(std::ptr::null_mut(), 123 << 12, 1, 0x22, -1, 0) }), 0); }
+fn give_back(at: *mut u8) -> i32 { let result = unsafe { munmap(at, 123 << 16) }; std::hint::black_box(result) }
+fn main() { assert_eq!(give_back(unsafe { mmap(std::ptr::null_mut(), 123 << 16, 1, 0x22, -1, 0) }), 0); }
 ";
     for flags in [
         &["-Cpanic=abort", "-O"][..],

@@ -53,7 +53,7 @@ func recurse(n int, memory []byte) error {
 var large []byte
 
 func main() {
-	memory, err := syscall.Mmap(-1, 0, 123<<12, syscall.PROT_READ, syscall.MAP_PRIVATE|syscall.MAP_ANON)
+	memory, err := syscall.Mmap(-1, 0, 123<<16, syscall.PROT_READ, syscall.MAP_PRIVATE|syscall.MAP_ANON)
 	if err != nil {
 		panic(err)
 	}
@@ -84,7 +84,7 @@ fn the_stack_of_a_go_program_has_its_names_up_to_the_stack_switch() {
     let records = traced(&[program.to_str().unwrap()]);
     fs::remove_dir_all(&folder).unwrap();
     holds(&records);
-    let [start] = unmaps(&records, 123 << 12)[..] else {
+    let [start] = unmaps(&records, 123 << 16)[..] else {
         panic!("one call")
     };
     let found = functions(&records, start);
@@ -122,7 +122,7 @@ const PYTHON: &str = "
 import mmap
 def give_back(memory):
     memory.close()
-give_back(mmap.mmap(-1, 123 << 12))
+give_back(mmap.mmap(-1, 123 << 16))
 ";
 
 #[test]
@@ -143,7 +143,7 @@ fn a_python_function_has_the_name_in_its_perf_map() {
         return;
     };
     let records = traced(&[python, "-X", "perf", "-c", PYTHON]);
-    let [start] = unmaps(&records, 123 << 12)[..] else {
+    let [start] = unmaps(&records, 123 << 16)[..] else {
         panic!("one call")
     };
     let found = functions(&records, start);
