@@ -158,23 +158,23 @@ fn download(
     .map(drop)
 }
 
-/// Replaces an image that unpacks itself (Linux's `zboot`, for aarch64) by its content, because QEMU
-/// 7.2 unpacks such an image only if it is compressed with gzip.
+/// Replaces an image that unpacks itself (Linux's `zboot`, for aarch64) by its content, because
+/// QEMU 7.2 unpacks such an image only if it is compressed with gzip.
 fn unpack_image(path: &Path) -> Result<(), String> {
     let failed = |error| format!("{}: {error}", path.display());
     let image = fs::read(path).map_err(failed)?;
     let Some(payload) = payload(&image) else {
         return Ok(());
     };
-    let packed = path.with_extension("zst");
+    let packed = path.with_file_name("payload.zst");
     fs::write(&packed, payload).map_err(failed)?;
     fs::remove_file(path).map_err(failed)?;
     unzstd(&packed, path)?;
     fs::remove_file(&packed).map_err(failed)
 }
 
-/// Returns the part of a `zboot` image that is compressed with Zstandard. The image's header has the
-/// payload's offset and length, and the name of the compression.
+/// Returns the part of a `zboot` image that is compressed with Zstandard. The image's header has
+/// the payload's offset and length, and the name of the compression.
 fn payload(image: &[u8]) -> Option<&[u8]> {
     let number = |at: usize| {
         let bytes = image.get(at..at + 4)?.try_into().ok()?;
