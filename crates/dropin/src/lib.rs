@@ -6,13 +6,14 @@
 //! ```
 //!
 //! The library does nothing until the program calls `ucm_set_event_handler` (UCX's registration
-//! caches do), `fi_getinfo` or `fi_fabric`. The library defines these three functions and
-//! `ucs_rcache_get` itself, and passes each call on to the real function.
+//! caches do), `fi_getinfo` or `fi_fabric`. The library defines these three functions itself, and
+//! those by which UCX makes, searches and destroys a cache. It passes each call on to the real
+//! function.
 //!
 //! * **UCX**: the library announces itself as an external source of events, so UCX does not patch
-//!   libc. It reports memory that is about to change through `ucm_vm_munmap`. Up to UCX 1.13 every
-//!   look-up of the cache calls `ucs_rcache_get`, in which the library first waits until the
-//!   `kernel` source has reported all changes.
+//!   libc. It reports memory that is about to change through `ucm_vm_munmap`. Every look-up of a
+//!   cache calls `ucs_rcache_get` or `ucs_pgtable_lookup`, in which the library first waits until
+//!   the `kernel` source has reported all changes.
 //! * **libfabric**: the library imports a memory monitor through libfabric's public API. Each hit
 //!   of the cache asks that monitor whether the registration is still valid.
 //!
@@ -40,6 +41,7 @@
 mod counts;
 mod first;
 mod found;
+mod late;
 mod libfabric;
 mod place;
 mod ranges;

@@ -13,6 +13,7 @@
 
 use crate::counts::{self, Change};
 use crate::found::{self, OPAL};
+use crate::late::Late;
 use crate::ranges::Ranges;
 use crate::reaper::Reaper;
 use crate::say::{complain, explain};
@@ -45,6 +46,8 @@ pub(crate) struct Space {
     is_marked: AtomicBool,
     /// The subscription that reports to UCX. Made when UCX's first cache subscribes.
     pub(crate) fed: Mutex<Option<Feeding>>,
+    /// Changes that UCX learns of at its next look-up.
+    pub(crate) late: Late,
 }
 
 /// A subscription of any type, which is only kept alive.
@@ -142,6 +145,7 @@ impl Space {
             marks: Mutex::new(None),
             is_marked: AtomicBool::new(false),
             fed: Mutex::new(None),
+            late: Late::default(),
         };
         strict::require(space.gap().as_deref().map_or(Ok(()), Err));
         space

@@ -1,5 +1,5 @@
-//! UCX: this library acts as UCX's external source of events. Up to UCX 1.13, it also settles the
-//! kernel source at each look-up.
+//! UCX: this library acts as UCX's external source of events, and settles the kernel source at each
+//! look-up.
 //!
 //! UCX's registration caches subscribe with `ucm_set_event_handler`. If another library has
 //! announced with `ucm_set_external_event` that it reports unmapped memory, UCX patches no function
@@ -8,15 +8,18 @@
 //! instead. The cache never waits, so our callback may run inside `free`.
 //!
 //! A change that only the kernel source sees is reported when a thread settles that source. Up to
-//! UCX 1.13 each look-up calls `ucs_rcache_get`; this library defines that function as well, and
-//! settles the source in it. From 1.14 on the look-up is inlined, so the source's own thread
-//! reports the change, a little later.
+//! UCX 1.13 each look-up calls `ucs_rcache_get`. From 1.14 on UCP's look-up is compiled into
+//! `libucp`, and calls `ucs_pgtable_lookup` of `libucs`. This library defines both functions, and
+//! settles the source in them.
 
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
+
+mod caches;
 
 use crate::counts;
 use crate::first::First;
 use crate::found::{self, UCM, UCS};
+use crate::late;
 use crate::place;
 use crate::say::complain;
 use crate::settings::{Choice, settings};
@@ -24,7 +27,8 @@ use crate::space::{self, Aborts, Feeding, Space};
 use crate::strict;
 use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
-use std::ffi::{CStr, c_int, c_void};
+use mmu_source::kernel::Kernel;
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
@@ -32,6 +36,7 @@ use std::time::Duration;
 
 /// `UCM_EVENT_VM_UNMAPPED`.
 const VM_UNMAPPED: c_int = 1 << 17;
+const OK: i8 = 0;
 /// `UCS_ERR_UNSUPPORTED`.
 const UNSUPPORTED: i8 = -22;
 
@@ -55,7 +60,10 @@ pub(crate) fn served() -> Option<Result<(), &'static str>> {
 
 /// Reports to UCX which memory is about to change.
 #[derive(Debug)]
-struct Feed(Served);
+struct Feed {
+    served: Served,
+    space: &'static Space,
+}
 
 impl Notifier for Feed {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
@@ -67,16 +75,34 @@ impl Notifier for Feed {
             .range()
             .end()
             .map_or(usize::MAX, |end| end.get() as usize);
+        // Relaxed: the flag was set before this subscription was made.
+        if LOOKS_UNLOCKED.load(Ordering::Relaxed) && Kernel::is_telling() {
+            self.space.late.add(start, end - start);
+            caches::reported();
+        } else {
+            self.served.report(start, end - start);
+        }
+        std::mem::forget(no_unwinding);
+    }
+}
+
+impl Served {
+    /// Reports that a range is about to change, or has changed.
+    fn report(self, start: usize, len: usize) {
         // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
         FEEDING.fetch_add(1, Ordering::Relaxed);
         // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. The function may be
         // called anywhere, inside `free` as well: it takes a recursive read lock, and calls
         // handlers that only try their locks.
-        unsafe { (self.0.vm_munmap)(ptr::without_provenance_mut(start), end - start) };
+        unsafe { (self.vm_munmap)(ptr::without_provenance_mut(start), len) };
+        caches::reported();
         FEEDING.fetch_sub(1, Ordering::Relaxed);
-        std::mem::forget(no_unwinding);
     }
 }
+
+/// Whether UCP's look-ups hold no lock that `ucm_vm_munmap` respects: in UCX 1.14 to 1.16
+/// ([`late`]).
+static LOOKS_UNLOCKED: AtomicBool = AtomicBool::new(false);
 
 /// How many threads are inside of UCX's handlers.
 static FEEDING: AtomicU32 = AtomicU32::new(0);
@@ -106,10 +132,6 @@ fn serve() {
         unsafe { libc::pthread_atfork(Some(before_fork), None, Some(serve_child)) };
         try_serve()
     });
-    // Relaxed: the flag publishes no data.
-    if version().is_some_and(|version| version >= (1, 14)) {
-        IS_INLINED.store(true, Ordering::Relaxed);
-    }
     strict::require(served.as_ref().map(|_| ()).map_err(String::as_str));
     if let Ok(served) = served {
         start(*served);
@@ -141,6 +163,8 @@ fn try_serve() -> Result<Served, String> {
         // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
         vm_munmap: unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) },
     };
+    let looks_unlocked = |version| ((1, 14)..(1, 17)).contains(&version);
+    LOOKS_UNLOCKED.store(version().is_some_and(looks_unlocked), Ordering::Relaxed);
     let space = space::current_or_made();
     if !space.is_watched() {
         let why = match settings().choice {
@@ -164,7 +188,7 @@ fn try_serve() -> Result<Served, String> {
 fn feed(space: &'static Space, served: Served) -> bool {
     let mut fed = space.fed.lock().unwrap_or_else(PoisonError::into_inner);
     if fed.is_none() && space.arm_everything() {
-        let made = Registration::new(mmu_source::current_ref(), Feed(served)).ok();
+        let made = Registration::new(mmu_source::current_ref(), Feed { served, space }).ok();
         *fed = made.map(|made| Box::new(made) as Feeding);
         space::wait_for_threads();
     }
@@ -173,14 +197,14 @@ fn feed(space: &'static Space, served: Served) -> bool {
 
 /// Runs in the child of a fork, where UCX's caches still hold the parent's registrations.
 ///
-/// If every look-up calls this library, the child's sources start at its first look-up: most
-/// children use no cache, and the start takes milliseconds. Otherwise they start here, because the
-/// child's first look-up cannot be noticed.
+/// If look-ups call this library, the child's sources start at its first look-up: most children use
+/// no cache, and the start takes milliseconds. Otherwise they start here, because the child's first
+/// look-up cannot be noticed.
 extern "C" fn serve_child() {
     FEEDING.store(0, Ordering::Relaxed);
     drop_parents();
     // Relaxed: the child has one thread.
-    if IS_INLINED.load(Ordering::Relaxed) || !CALLS_US.load(Ordering::Relaxed) {
+    if !CALLS_US.load(Ordering::Relaxed) {
         if let Some(Ok(served)) = SERVED.get() {
             start(*served);
         }
@@ -193,8 +217,7 @@ fn drop_parents() {
         // A thread that finds the child's space finds this store or a later one, because the space
         // is published afterwards.
         counts::LOOKED_UP.store(false, Ordering::Relaxed);
-        // SAFETY: `vm_munmap` may be called anywhere, see `Feed`.
-        unsafe { (served.vm_munmap)(ptr::null_mut(), usize::MAX) };
+        served.report(0, usize::MAX);
     }
 }
 
@@ -246,8 +269,11 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
     // Fast path: no change is left to be reported. The call of the real function is a jump, because
     // it has the arguments of this function.
     // ORDER(dropin-looked): Acquire, as in `ask`.
-    if space::settled().is_some() && counts::LOOKED_UP.load(Ordering::Acquire) {
-        if let Some(real) = NonNull::new(REAL.load(Ordering::Relaxed)) {
+    if space::settled().is_some()
+        && counts::LOOKED_UP.load(Ordering::Acquire)
+        && !late::is_waiting()
+    {
+        if let Some(real) = RCACHE_GET.known() {
             // SAFETY: as in `ask_first`.
             let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
             // SAFETY: the caller's duty.
@@ -260,9 +286,45 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
 
 type RcacheGet = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, usize) -> i8;
 
-/// The real `ucs_rcache_get`, or null. Relaxed: it is the address of code that stays loaded; a
-/// thread that reads null looks the function up.
-static REAL: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+/// A real function of `libucs`, looked up at its first use.
+struct Real {
+    name: &'static CStr,
+    /// Null before. Relaxed: it is the address of code that stays loaded; a thread that reads null
+    /// looks the function up.
+    address: AtomicPtr<c_void>,
+}
+
+impl Real {
+    const fn new(name: &'static CStr) -> Real {
+        Real {
+            name,
+            address: AtomicPtr::new(ptr::null_mut()),
+        }
+    }
+
+    #[inline]
+    fn known(&self) -> Option<NonNull<c_void>> {
+        NonNull::new(self.address.load(Ordering::Relaxed))
+    }
+
+    #[cold]
+    fn found(&self) -> Option<NonNull<c_void>> {
+        let found = self.known().or_else(|| found::function(UCS, self.name));
+        match found {
+            Some(found) => self.address.store(found.as_ptr(), Ordering::Relaxed),
+            None => complain(&format!(
+                "{}: no libucs is loaded",
+                self.name.to_string_lossy()
+            )),
+        }
+        found
+    }
+}
+
+static RCACHE_GET: Real = Real::new(c"ucs_rcache_get");
+static RCACHE_CREATE: Real = Real::new(c"ucs_rcache_create");
+static RCACHE_DESTROY: Real = Real::new(c"ucs_rcache_destroy");
+static PGTABLE_LOOKUP: Real = Real::new(c"ucs_pgtable_lookup");
 
 /// # Safety
 /// As for `ucs_rcache_get`.
@@ -277,16 +339,15 @@ unsafe extern "C" fn ask_first(
     f: usize,
     g: usize,
 ) -> i8 {
-    let real = NonNull::new(REAL.load(Ordering::Relaxed)).or_else(|| {
-        let found = found::function(UCS, c"ucs_rcache_get")?;
-        REAL.store(found.as_ptr(), Ordering::Relaxed);
-        Some(found)
-    });
-    let Some(real) = real else {
-        complain("ucs_rcache_get: no libucs is loaded");
+    let Some(real) = RCACHE_GET.found() else {
         return UNSUPPORTED;
     };
-    ask();
+    // A cache of 1.14 or later that was created past this library is looked up past it as well.
+    if caches::is_known(a) || !is_inlined() {
+        ask();
+    } else if let Some(space) = space::current() {
+        settle(space);
+    }
     // SAFETY: the real function takes its arguments as words, in the same registers and stack
     // slots.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
@@ -295,6 +356,99 @@ unsafe extern "C" fn ask_first(
     unsafe { real(a, b, c, d, e, f, g) }
 }
 
+/// Creates a cache with the real function, and notes it.
+///
+/// # Safety
+/// As for `ucs_rcache_create`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ucs_rcache_create(
+    params: *const c_void,
+    name: *const c_char,
+    parent: *mut c_void,
+    cache: *mut *mut c_void,
+) -> i8 {
+    type Create =
+        unsafe extern "C" fn(*const c_void, *const c_char, *mut c_void, *mut *mut c_void) -> i8;
+    let Some(real) = RCACHE_CREATE.found() else {
+        return UNSUPPORTED;
+    };
+    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
+    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Create>(real) };
+    // SAFETY: the caller's duty.
+    let status = unsafe { real(params, name, parent, cache) };
+    if status == OK {
+        // SAFETY: the caller has passed room for the cache, which the real function has written.
+        caches::add(unsafe { *cache }.addr());
+    }
+    status
+}
+
+/// Destroys a cache with the real function.
+///
+/// # Safety
+/// As for `ucs_rcache_destroy`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
+    let Some(real) = RCACHE_DESTROY.found() else {
+        return;
+    };
+    caches::remove(cache.addr());
+    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
+    let real =
+        unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(*mut c_void)>(real) };
+    // SAFETY: the caller's duty.
+    unsafe { real(cache) }
+}
+
+type Lookup = unsafe extern "C" fn(*const c_void, usize) -> *mut c_void;
+
+/// The look-up of a cache in its page table: waits until the kernel source has reported all
+/// changes. Returns null, which makes the look-up take the slow path, if there was a report
+/// ([`caches`]). Otherwise, and for other page tables, calls the real function.
+///
+/// # Safety
+/// As for `ucs_pgtable_lookup`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ucs_pgtable_lookup(
+    table: *const c_void,
+    address: usize,
+) -> *mut c_void {
+    // Fast path: no change is left to be reported, and the cache has seen the reports.
+    if space::settled().is_some()
+        && caches::with_table(table.addr()).is_some_and(caches::Entry::has_seen_all)
+    {
+        if let Some(real) = PGTABLE_LOOKUP.known() {
+            // SAFETY: this is the function's type from UCX 1.12 to 1.22.
+            let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
+            // SAFETY: the caller's duty.
+            return unsafe { real(table, address) };
+        }
+    }
+    // SAFETY: the caller's duty.
+    unsafe { look_up_slowly(table, address) }
+}
+
+/// # Safety
+/// As for `ucs_pgtable_lookup`.
+#[cold]
+#[inline(never)]
+unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mut c_void {
+    let Some(real) = PGTABLE_LOOKUP.found() else {
+        return ptr::null_mut();
+    };
+    if let Some(cache) = caches::with_table(table.addr()) {
+        ask();
+        if !cache.sees_all() {
+            return ptr::null_mut();
+        }
+    }
+    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
+    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
+    // SAFETY: the caller's duty.
+    unsafe { real(table, address) }
+}
+
+/// Waits until all changes so far are reported to UCX.
 fn ask() {
     match space::current() {
         Some(space) => {
@@ -304,13 +458,20 @@ fn ask() {
             if !counts::LOOKED_UP.load(Ordering::Acquire) {
                 first_look_up();
             }
-            space.settle();
+            settle(space);
         }
         // The first look-up in a child, or in one that was made without the handlers of a fork.
         None => {
             drop_parents();
             first_look_up();
         }
+    }
+}
+
+fn settle(space: &Space) {
+    space.settle();
+    if let (true, Some(Ok(served))) = (late::is_waiting(), SERVED.get()) {
+        space.late.report(|start, len| served.report(start, len));
     }
 }
 
@@ -348,18 +509,15 @@ fn version() -> Option<(u32, u32)> {
 /// Whether a look-up has called this library, in this process or before the fork that made it.
 static CALLS_US: AtomicBool = AtomicBool::new(false);
 
-/// Whether UCX's look-up is compiled into its callers, from 1.14 on.
-static IS_INLINED: AtomicBool = AtomicBool::new(false);
+/// Whether UCP's look-up is compiled into it, and does not call `ucs_rcache_get`.
+fn is_inlined() -> bool {
+    version().is_some_and(|version| version >= (1, 14))
+}
 
 /// Why a look-up may find a registration that a change has made stale. `None` if each look-up
-/// consults the kernel source. From 1.14 on a miss still calls `ucs_rcache_get`, but a hit does
-/// not.
+/// consults the kernel source.
 pub(crate) fn late_changes() -> Option<&'static str> {
-    if IS_INLINED.load(Ordering::Relaxed) {
-        Some(
-            "from 1.14 on, UCX receives a change that only the kernel source sees up to milliseconds late",
-        )
-    } else if counts::LOOKED_UP.load(Ordering::Relaxed) {
+    if counts::LOOKED_UP.load(Ordering::Relaxed) {
         None
     } else {
         Some(

@@ -49,8 +49,8 @@ pub(crate) struct CoverageArgs {
 
     /// Waits so long between the change and the look-up
     ///
-    /// If UCX's look-up is inlined (from 1.14 on), a change that only the source kernel sees
-    /// reaches UCX from a thread, microseconds to milliseconds after the change.
+    /// The drop-in checks each look-up. Without that check, a change that only the source kernel
+    /// sees reaches UCX from a thread, microseconds to milliseconds after the change.
     #[arg(
         long,
         value_name = "MICROSECONDS",

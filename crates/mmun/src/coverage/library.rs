@@ -273,21 +273,31 @@ impl Table<'_> {
         out.flush()
     }
 
+    /// The reasons in the cells, each with the first operation that it belongs to. A reason that
+    /// all operations share stands alone.
     fn complaints(&self) -> Vec<String> {
-        let mut lines: Vec<String> = Vec::new();
+        let mut reasons: Vec<(&str, &str, usize)> = Vec::new();
         for (row, operation) in self.reports.iter().zip(self.operations) {
-            for report in row
+            let mut own: Vec<&str> = row
                 .iter()
                 .flatten()
-                .filter(|report| !report.reason.is_empty())
-            {
-                let line = format!("{}: {}", operation.name, report.reason);
-                if lines.last() != Some(&line) {
-                    lines.push(line);
+                .map(|report| report.reason.as_str())
+                .filter(|reason| !reason.is_empty())
+                .collect();
+            own.dedup();
+            for reason in own {
+                match reasons.iter_mut().find(|known| known.1 == reason) {
+                    Some(known) => known.2 += 1,
+                    None => reasons.push((operation.name, reason, 1)),
                 }
             }
         }
-        lines
+        let line = |(operation, reason, count): (&str, &str, usize)| match count {
+            1 => format!("{operation}: {reason}"),
+            _ if count * 2 > self.reports.len() => reason.to_owned(),
+            _ => format!("{operation} and {} more: {reason}", count - 1),
+        };
+        reasons.into_iter().map(line).collect()
     }
 
     fn is_broken(&self) -> bool {

@@ -63,14 +63,14 @@ fn dotted(version: &[u32]) -> String {
 
 fn verdict(name: &str, version: &[u32]) -> &'static str {
     match name {
-        "UCX" if version >= &[1, 14] => {
-            "protected; receives a change that only the kernel source sees up to milliseconds late, because its look-up is inlined"
+        "UCX" if version >= &[1, 23] => {
+            "newer than the newest tested version (1.22); 'mmun coverage --library ucx' tests it"
         }
         "UCX" if version >= &[1, 12] => {
             "protected: receives each change, and each look-up is checked"
         }
         "UCX" => {
-            "older than the oldest tested version (1.12); 'mmun coverage --library ucx' tests it"
+            "older than the oldest tested version (1.12): update UCX, or set UCX_MEM_EVENTS=n, which turns its cache off"
         }
         "libfabric" if version >= &[1, 13] => {
             "protected: each hit is checked, through an imported monitor"
@@ -104,9 +104,17 @@ mod tests {
 
     #[test]
     fn what_is_done_depends_on_the_version() {
-        assert!(verdict("UCX", &[1, 13, 1]).contains("each look-up is checked"));
-        assert!(verdict("UCX", &[1, 14]).contains("milliseconds late"));
-        assert!(verdict("UCX", &[1, 22, 0]).contains("milliseconds late"));
+        for version in [
+            &[1, 12][..],
+            &[1, 13, 1],
+            &[1, 14],
+            &[1, 16, 0],
+            &[1, 22, 0],
+        ] {
+            assert!(verdict("UCX", version).contains("each look-up is checked"));
+        }
+        assert!(verdict("UCX", &[1, 23]).contains("newer than"));
+        assert!(verdict("UCX", &[1, 10, 1]).contains("older than"));
         assert!(verdict("libfabric", &[1, 12, 1]).contains("not protected"));
         assert!(verdict("libfabric", &[2, 1]).contains("each hit is checked"));
     }

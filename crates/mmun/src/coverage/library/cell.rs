@@ -25,11 +25,14 @@ pub(crate) fn run(operation: &Operation, library: Library, wait: Duration) -> Re
         .unwrap_or_else(|Unavailable(reason)| Report::unavailable(reason))
 }
 
-/// A new cache of the library.
-fn cache(library: Library, ring: &'static Ring) -> Result<Box<dyn Cache>, Unavailable> {
+/// A new cache of the library, and a note for the user.
+fn cache(
+    library: Library,
+    ring: &'static Ring,
+) -> Result<(Box<dyn Cache>, Option<String>), Unavailable> {
     Ok(match library {
-        Library::Ucx => Box::new(ucx::Cache::open(ring)?),
-        Library::Libfabric => Box::new(libfabric::Cache::open(ring)?),
+        Library::Ucx => ucx::open(ring)?,
+        Library::Libfabric => (Box::new(libfabric::Cache::open(ring)?), None),
     })
 }
 
@@ -42,7 +45,7 @@ fn try_run(operation: &Operation, library: Library, wait: Duration) -> Result<Re
     let page = open(operation, watched)?;
     // The ring and the cache are leaked, because this process ends by `_exit`.
     let ring: &'static Ring = Box::leak(Box::new(Ring::new()?));
-    let cache = cache(library, ring)?;
+    let (cache, note) = cache(library, ring)?;
     // Pinning a page may change its translation (the zero page, or a page of a file). Then the
     // cache drops the first registration.
     let look_up = || {
@@ -77,5 +80,8 @@ fn try_run(operation: &Operation, library: Library, wait: Duration) -> Result<Re
             if is_there { Seen::Before } else { Seen::Missed }
         }
     };
-    Ok(Report::told(seen, changed))
+    Ok(Report {
+        reason: note.unwrap_or_default(),
+        ..Report::told(seen, changed)
+    })
 }

@@ -1,0 +1,182 @@
+//! The registration caches of UCX, and the order between a report and a look-up.
+//!
+//! From 1.14 on, UCP's look-up is compiled into `libucp`. It makes three steps:
+//! 1. If the cache's queue of invalidations is not empty, the look-up takes the slow path.
+//! 2. It calls `ucs_pgtable_lookup` with the cache's page table. A null result means the slow path.
+//! 3. It checks and returns the region.
+//!
+//! The slow path, `ucs_rcache_get`, handles the queue and searches again. A report that comes
+//! between the steps 1 and 2 may be in the queue, and its stale region in the page table. So this
+//! library, which defines `ucs_pgtable_lookup`, answers null if there was a report since the
+//! cache's last look-up. Null is always a correct answer to a look-up: it costs the slow path.
+//!
+//! # Case analysis
+//! A change happens before a look-up. Step 2 waits until the change is reported, and then reads the
+//! number of reports, which includes this one. If the cache has not seen this number, the result is
+//! null. If the cache has seen it, an earlier look-up has read it. UCP's look-ups of one cache
+//! follow each other (its contexts have a lock, or are used by one thread). So the report ended
+//! before step 1, which found it in the queue, or after it was handled.
+//!
+//! The page tables of other objects, such as UCX's cache of memory types, are passed through: there
+//! null would mean something else.
+
+#![allow(
+    unsafe_code,
+    reason = "pointers that are published once and never freed"
+)]
+
+use std::ptr;
+use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+
+/// A cache's page table begins within this many bytes of the cache, and ends within the cache: at
+/// byte 72 to 136 in UCX 1.12 to 1.22, of at least 264.
+const TABLE_WITHIN: usize = 192;
+
+/// A cache. Entries are never freed; an entry whose cache was destroyed is used again.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// The address of the cache; 0 if it was destroyed.
+    cache: AtomicUsize,
+    /// The number of reports that the cache's look-ups have seen; [`NONE`] before the first
+    /// look-up, so that it is noticed.
+    seen: AtomicU64,
+    next: *const Entry,
+}
+
+// SAFETY: `next` is written before the entry is published, and points to an entry, which is never
+// freed.
+unsafe impl Sync for Entry {}
+
+const NONE: u64 = u64::MAX;
+
+static FIRST: AtomicPtr<Entry> = AtomicPtr::new(ptr::null_mut());
+
+/// The number of reports to UCX that have ended.
+static REPORTS: AtomicU64 = AtomicU64::new(0);
+
+/// Called after each report to UCX.
+pub(super) fn reported() {
+    // ORDER(dropin-reports): Release, for the report's effect in UCX. Partner: `reports`.
+    REPORTS.fetch_add(1, Ordering::Release);
+}
+
+fn entries() -> impl Iterator<Item = &'static Entry> {
+    // ORDER(dropin-caches): Acquire, for the entry's content. Partner: the exchange in `add`.
+    let first = FIRST.load(Ordering::Acquire);
+    // SAFETY: the pointer is null or comes from `Box::leak` in `add`.
+    std::iter::successors(unsafe { first.as_ref() }, |entry| {
+        // SAFETY: as for the first one.
+        unsafe { entry.next.as_ref() }
+    })
+}
+
+/// Adds a new cache.
+pub(super) fn add(cache: usize) {
+    // Relaxed in all of this function but for the exchange: the creation of a cache happens before
+    // its look-ups.
+    let is_taken = |entry: &Entry| {
+        entry
+            .cache
+            .compare_exchange(0, cache, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok()
+    };
+    if let Some(entry) = entries().find(|entry| is_taken(entry)) {
+        entry.seen.store(NONE, Ordering::Relaxed);
+        return;
+    }
+    let entry = Box::leak(Box::new(Entry {
+        cache: AtomicUsize::new(cache),
+        seen: AtomicU64::new(NONE),
+        next: FIRST.load(Ordering::Relaxed),
+    }));
+    loop {
+        let next = entry.next.cast_mut();
+        // ORDER(dropin-caches): Release, for the entry's content. Partner: `entries`.
+        match FIRST.compare_exchange(next, entry, Ordering::Release, Ordering::Relaxed) {
+            Ok(_) => return,
+            Err(first) => entry.next = first,
+        }
+    }
+}
+
+/// Removes a cache that is about to be destroyed.
+pub(super) fn remove(cache: usize) {
+    for entry in entries() {
+        let _ = entry
+            .cache
+            .compare_exchange(cache, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+}
+
+/// Whether the cache was added.
+pub(super) fn is_known(cache: usize) -> bool {
+    entries().any(|entry| entry.cache.load(Ordering::Relaxed) == cache)
+}
+
+/// The cache with this page table.
+#[inline]
+pub(super) fn with_table(table: usize) -> Option<&'static Entry> {
+    entries().find(|entry| {
+        let cache = entry.cache.load(Ordering::Relaxed);
+        table.wrapping_sub(cache) < TABLE_WITHIN
+    })
+}
+
+impl Entry {
+    /// Whether the cache's look-ups have seen all reports that have ended.
+    #[inline]
+    pub(super) fn has_seen_all(&self) -> bool {
+        // Relaxed: look-ups of one cache follow each other.
+        self.seen.load(Ordering::Relaxed) == reports()
+    }
+
+    /// The same; from now on the cache's look-ups have seen them.
+    pub(super) fn sees_all(&self) -> bool {
+        let reports = reports();
+        self.seen.swap(reports, Ordering::Relaxed) == reports
+    }
+}
+
+#[inline]
+fn reports() -> u64 {
+    // ORDER(dropin-reports): Acquire, so that the slow path finds the report's effect. Partner:
+    // `reported`.
+    REPORTS.load(Ordering::Acquire)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_table_belongs_to_the_cache_around_it() {
+        let caches = [0x10000, 0x20000];
+        caches.into_iter().for_each(add);
+        for cache in caches {
+            assert!(is_known(cache));
+            let entry = with_table(cache + 72).expect("the table is inside");
+            assert_eq!(entry.cache.load(Ordering::Relaxed), cache);
+            assert!(with_table(cache + 136).is_some());
+            assert!(with_table(cache - 8).is_none());
+            assert!(with_table(cache + TABLE_WITHIN).is_none());
+        }
+        remove(0x10000);
+        assert!(!is_known(0x10000) && with_table(0x10000 + 72).is_none());
+        let count = entries().count();
+        add(0x30000);
+        assert!(is_known(0x30000));
+        assert_eq!(entries().count(), count, "the entry was used again");
+    }
+
+    #[test]
+    fn each_cache_sees_a_report_once() {
+        add(0x50000);
+        add(0x60000);
+        let [one, other] = [0x50000, 0x60000].map(|cache| with_table(cache).expect("added"));
+        reported();
+        for entry in [one, other] {
+            assert!(!entry.has_seen_all() && !entry.sees_all());
+            assert!(entry.has_seen_all() && entry.sees_all());
+        }
+    }
+}
