@@ -242,7 +242,8 @@ pub(crate) struct RunArgs {
     #[arg(long)]
     pub(crate) strict: bool,
 
-    /// Prints before the run, for every kind of change, which source sees it on this machine
+    /// Prints before the run, for every kind of change, which source sees it on this machine;
+    /// 'mmun coverage' prints that without a program
     #[arg(long)]
     pub(crate) check: bool,
 
@@ -256,7 +257,11 @@ pub(crate) struct RunArgs {
     pub(crate) no_report: bool,
 
     /// The program to run, and its arguments
-    #[arg(value_name = "PROG", trailing_var_arg = true, required = true)]
+    #[arg(
+        value_name = "PROG",
+        trailing_var_arg = true,
+        required_unless_present = "check"
+    )]
     pub(crate) program: Vec<OsString>,
 }
 

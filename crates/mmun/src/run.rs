@@ -33,6 +33,14 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         );
         return FAILED;
     }
+    // Without this option the parser refuses a command line that names no program.
+    let Some((program, words)) = args.program.split_first() else {
+        complain(
+            "--check runs a program after the check: name it, as in 'mmun run --check -- ./app'; \
+            'mmun coverage' checks alone",
+        );
+        return FAILED;
+    };
     let library = match library() {
         Ok(library) => library,
         Err(reason) => {
@@ -43,8 +51,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     if args.check {
         check(source.unwrap_or(Watch::Auto));
     }
-    let mut command = Command::new(&args.program[0]);
-    command.args(&args.program[1..]);
+    let mut command = Command::new(program);
+    command.args(words);
     command.env("LD_PRELOAD", preload(&library));
     // The environment variables keep their values unless an option overrides them.
     if let Some(source) = args.source {
@@ -59,7 +67,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     }
     let reports_elsewhere = args.output.is_none() && is_set("MMUN_REPORT");
     if args.no_report || reports_elsewhere {
-        return refused(&args.program[0], &command.exec());
+        return refused(program, &command.exec());
     }
     let report = match Destination::open(args.output.as_deref()) {
         Ok(report) => report,
@@ -88,8 +96,8 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
                 "no report: {why}; TMPDIR must name a folder that can be written"
             ));
             command.env_remove("MMUN_REPORT");
-            sys::end_relay();
-            return refused(&args.program[0], &command.exec());
+            sys::release_signals();
+            return refused(program, &command.exec());
         }
     };
     command.env("MMUN_REPORT", with_slash(&folder));
@@ -98,7 +106,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         Err(error) => {
             let _ = fs::remove_dir_all(&folder);
             report.discard();
-            return refused(&args.program[0], &error);
+            return refused(program, &error);
         }
     };
     let text = match source {

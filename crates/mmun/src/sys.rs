@@ -12,7 +12,8 @@ mod streams;
 
 pub(crate) use privileges::{Rights, limit};
 pub(crate) use relay::{
-    Relay, end_relay, has_terminal, is_foreground_job, keep_signals, start_under_relay, stop,
+    Relay, end_relay, has_terminal, is_foreground_job, keep_signals, release_signals,
+    start_under_relay, stop,
 };
 pub(crate) use streams::keep_closed_in_programs;
 

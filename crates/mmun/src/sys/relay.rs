@@ -187,6 +187,21 @@ pub(crate) fn end_relay() {
     }
 }
 
+/// Undoes [`keep_signals`]: this process will become the program. The signals that were kept take
+/// their effect on this process.
+pub(crate) fn release_signals() {
+    // A signal that arrives before the mask is set is kept, and raised below. A later one is
+    // pending until the mask is restored.
+    let inherited = change_mask(libc::SIG_BLOCK, &set_of(&relayed().collect::<Vec<_>>()));
+    end_relay();
+    let early = EARLY.swap(0, Relaxed) | EARLY_FROM_TERMINAL.swap(0, Relaxed);
+    for signal in relayed().filter(|signal| early & bit(*signal) != 0) {
+        // SAFETY: `raise` takes any integer.
+        unsafe { libc::raise(signal) };
+    }
+    change_mask(libc::SIG_SETMASK, &inherited);
+}
+
 fn relay(signal: i32) {
     let action = libc::sigaction {
         sa_sigaction: on_signal as *const () as usize,

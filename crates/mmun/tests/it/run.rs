@@ -153,6 +153,29 @@ fn the_program_has_the_library_and_its_settings() {
 }
 
 #[test]
+fn a_check_is_printed_before_the_program_runs() {
+    let mut command = run();
+    command.args(["--check", "--source=hook", "-o", "/dev/null"]);
+    let output = command.args(["--", "sh", "-c", "echo it ran; exit 3"]);
+    let output = output.output().unwrap();
+    let lines: Vec<&str> = text(&output.stdout).lines().collect();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let row = |name: &str| {
+        let mut rows = lines.iter().filter(|line| line.starts_with(name));
+        rows.next().and_then(|row| row.split(' ').next_back())
+    };
+    assert_eq!(row("operation"), Some("hook"), "{lines:?}");
+    assert_eq!(row("munmap (libc)"), Some("before"), "{lines:?}");
+    assert_eq!(row("munmap (raw instruction)"), Some("missed"), "{lines:?}");
+    assert_eq!(lines.last(), Some(&"it ran"));
+    let output = run().arg("--check").output().unwrap();
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    let error = text(&output.stderr);
+    assert!(error.contains("'mmun run --check -- ./app'"), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+}
+
+#[test]
 fn without_a_folder_for_reports_the_program_runs_and_has_none() {
     let with = |options: &[&str]| {
         let mut command = run();
@@ -288,8 +311,8 @@ fn a_signal_before_the_program_is_there_is_not_lost() {
         return;
     }
     let (source, library) = (
-        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/before_fork.c"),
-        scratch("before_fork.so"),
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/early_signal.c"),
+        scratch("early_signal.so"),
     );
     let mut gcc = Command::new("gcc");
     gcc.args(["-shared", "-fPIC", "-o"])
@@ -306,6 +329,12 @@ fn a_signal_before_the_program_is_there_is_not_lost() {
         let status = within("mmun run", move || child.wait().unwrap());
         assert_eq!(status.signal(), Some(signal), "{which}: {status}");
     }
+    // Without a folder for reports there is no fork: `mmun` becomes the program.
+    let mut command = sh("exit 4");
+    command.env("LD_PRELOAD", &library).env("IN_MKDIR", "1");
+    let output = within("mmun run", move || command.output().unwrap());
+    assert_eq!(output.status.signal(), Some(libc::SIGTERM), "{output:?}");
+    assert!(text(&output.stderr).contains("no report: "), "{output:?}");
     fs::remove_file(library).unwrap();
 }
 

@@ -1,10 +1,13 @@
-/* Preloaded into mmun: a signal arrives just before its fork. BEFORE_FORK=kernel: SIGINT from the
- * kernel, as from a terminal. BEFORE_FORK=sent: SIGTERM from a process, to mmun alone. */
+/* Preloaded into mmun: a signal arrives before there is a program. BEFORE_FORK=kernel: SIGINT from
+ * the kernel, as from a terminal, just before the fork. BEFORE_FORK=sent: SIGTERM from a process,
+ * to mmun alone. IN_MKDIR: the same SIGTERM while mmun makes a directory, which then fails. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 pid_t fork(void)
@@ -23,4 +26,14 @@ pid_t fork(void)
     }
     unsetenv("BEFORE_FORK");
     return real();
+}
+
+int mkdir(const char *path, mode_t mode)
+{
+    int (*real)(const char *, mode_t) = (int (*)(const char *, mode_t))dlsym(RTLD_NEXT, "mkdir");
+    if (!getenv("IN_MKDIR"))
+        return real(path, mode);
+    kill(getpid(), SIGTERM);
+    errno = EACCES;
+    return -1;
 }
