@@ -110,6 +110,9 @@ fn try_import(open: Option<ptr::NonNull<c_void>>) -> Result<(), String> {
     unsafe { close(cache) };
     match -bound {
         0 => Ok(()),
+        // A thread of the parent had imported the monitor when the parent forked, and had not
+        // published that yet.
+        libc::EBUSY if monitor::is_imported() => Ok(()),
         libc::EBUSY => {
             Err("another monitor was imported first (EBUSY), as Open MPI does; the caches use that monitor".to_owned())
         }

@@ -3,10 +3,13 @@
 use crate::counts;
 use crate::say::replace;
 use crate::settings::settings;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// The id of the `Mm` that has used one of the libraries; 0 if none has.
 static BEGUN: AtomicU64 = AtomicU64::new(0);
+/// How many programs that used a library this process has executed before this one.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// Called at each use of UCX or libfabric. Only the first call in an address space has an
 /// effect; the child of a fork has a first use of its own.
@@ -26,6 +29,10 @@ pub(crate) fn begin() {
     // A placeholder, so that a process that ends without a report differs from a process that never
     // used a library.
     if let Some(folder) = folder() {
+        // This process may have executed this program in place of one that has used a library.
+        let is_taken = |number: &u32| Path::new(&path(&folder, *number)).exists();
+        let number = (0..).find(|number| !is_taken(number)).unwrap_or_default();
+        NUMBER.store(number, Ordering::Relaxed);
         let _ = replace(
             &path_in(&folder),
             &format!(
@@ -59,8 +66,13 @@ pub(crate) fn folder() -> Option<String> {
 
 /// The file of this process. Processes in different containers can have the same pid, so the inode
 /// number of the pid namespace is part of the name. The kernel reuses the number of a namespace
-/// that has ended. So the time at which the process started is part of the name, too.
+/// that has ended. So the time at which the process started is part of the name, too. None of the
+/// three changes if the process executes another program, so such a program adds a number.
 pub(crate) fn path_in(folder: &str) -> String {
+    path(folder, NUMBER.load(Ordering::Relaxed))
+}
+
+fn path(folder: &str, number: u32) -> String {
     let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
     let digits = |byte: &char| byte.is_ascii_digit();
     let namespace: String = namespace.to_string_lossy().chars().filter(digits).collect();
@@ -68,7 +80,11 @@ pub(crate) fn path_in(folder: &str) -> String {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let columns = stat.rsplit_once(") ").map_or("", |(_, columns)| columns);
     let start = columns.split(' ').nth(22 - 3).unwrap_or_default();
-    format!("{folder}{}-{namespace}-{start}", std::process::id())
+    let own = format!("{folder}{}-{namespace}-{start}", std::process::id());
+    match number {
+        0 => own,
+        _ => format!("{own}-{number}"),
+    }
 }
 
 /// The first line of the report, which identifies the process.

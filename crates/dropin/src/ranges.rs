@@ -25,10 +25,17 @@
 //! If a range has several subscriptions, some may be of registrations that are long gone, and
 //! `valid` does not say which one it asks for. Then all are refused until `notify` has returned.
 //!
+//! # The child of a fork
+//! The caches of a child begin with registrations of its parent, which this table does not know.
+//! The child can register one of these ranges anew in one cache, while another cache still holds
+//! the parent's registration of the same range. `valid` does not say which cache asks. So every
+//! registration is refused, the child's own as well, until every cache has dropped all that it
+//! had: [`Ranges::stale`] returns [`EVERYTHING`] first.
+//!
 //! # Invariants
-//! `dirty` is the count of stale ranges, in the child of a fork plus one, and is changed under the
-//! lock only. `pending` is 0 or holds the bits of changes that have not been entered yet. So if
-//! both are 0, every range is valid.
+//! `dirty` is the count of stale ranges, plus one while the caches may hold registrations of a
+//! parent, and is changed under the lock only. `pending` is 0 or holds the bits of changes that
+//! have not been entered yet. So if both are 0, every range is valid.
 
 use crate::counts::Change;
 use mmu_notifier::VaRange;
@@ -103,6 +110,8 @@ struct Table {
     used: u64,
     /// Numbers the changes that have made a range stale.
     marks: u64,
+    /// Whether the caches may hold registrations that a parent made before a fork.
+    has_parents: bool,
     /// The watch of the range that was refused last, valid again, for its next registration.
     spare: Option<Watch>,
 }
@@ -114,6 +123,20 @@ pub(crate) struct Stale {
     pub(crate) len: u64,
     mark: u64,
 }
+
+impl Stale {
+    /// Whether this is not one range, but all registrations of a parent.
+    pub(crate) fn is_everything(&self) -> bool {
+        *self == EVERYTHING
+    }
+}
+
+/// All registrations of all caches. No stale range equals it, because marks begin at 1.
+const EVERYTHING: Stale = Stale {
+    start: 0,
+    len: u64::MAX,
+    mark: 0,
+};
 
 /// The watched ranges; the module's documentation describes them.
 #[derive(Debug)]
@@ -128,21 +151,19 @@ pub(crate) struct Ranges {
 pub(crate) enum Verdict {
     Valid,
     Stale(Change),
-    /// The range was not subscribed in this process, but in its parent, before a fork.
+    /// The registration is, or may be, one that a parent made before a fork.
     Unknown,
 }
 
 impl Ranges {
-    /// Makes an empty table.
-    ///
-    /// In the child of a fork, the caches have registrations of the parent, which this table does
-    /// not know. So a clean table does not mean there that every registration is valid: `dirty`
-    /// stays above zero for ever, and each hit is looked up.
+    /// Makes an empty table. In the child of a fork, the caches may hold registrations of the
+    /// parent.
     pub(crate) const fn new(in_child: bool) -> Ranges {
         let table = Table {
             classes: [const { BTreeMap::new() }; 64],
             used: 0,
             marks: 0,
+            has_parents: in_child,
             spare: None,
         };
         Ranges {
@@ -233,6 +254,13 @@ impl Ranges {
     /// [`stale`](Self::stale) returned it.
     pub(crate) fn dropped(&self, stale: Stale) {
         let mut table = self.lock();
+        if stale.is_everything() {
+            if std::mem::take(&mut table.has_parents) {
+                // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
+                self.dirty.fetch_sub(1, Ordering::Relaxed);
+            }
+            return;
+        }
         let key = (stale.start, stale.len);
         let Some(entry) = table.classes[class(stale.len)].get_mut(&key) else {
             return;
@@ -299,6 +327,10 @@ impl Ranges {
     #[cold]
     pub(crate) fn ask(&self, start: u64, len: u64) -> Verdict {
         let mut table = self.lock();
+        // An entry can be of another cache, while the registration is the parent's.
+        if table.has_parents {
+            return Verdict::Unknown;
+        }
         let Some(entry) = table.classes[class(len)].get(&(start, len)) else {
             return Verdict::Unknown;
         };
@@ -338,12 +370,19 @@ impl Ranges {
         true
     }
 
+    /// Whether the caches may hold registrations that a parent made before a fork.
+    pub(crate) fn has_parents(&self) -> bool {
+        self.lock().has_parents
+    }
+
     /// Returns the ranges that are stale. The caller makes every cache drop them, and then calls
     /// [`dropped`](Self::dropped).
     pub(crate) fn stale(&self) -> Vec<Stale> {
         let mut table = self.lock();
+        let parents = table.has_parents.then_some(EVERYTHING);
         let all = table.classes.iter_mut().flatten();
-        all.filter(|(_, entry)| entry.stale.is_some())
+        let stale = all
+            .filter(|(_, entry)| entry.stale.is_some())
             .map(|((start, len), entry)| {
                 // `notify` drops these, too.
                 entry.newer = 0;
@@ -352,8 +391,8 @@ impl Ranges {
                     len: *len,
                     mark: entry.mark,
                 }
-            })
-            .collect()
+            });
+        parents.into_iter().chain(stale).collect()
     }
 
     /// How many ranges there are; `None` if the lock is held, perhaps by a thread that was stopped.

@@ -70,6 +70,10 @@ impl Reaper {
         wait_until(Duration::from_secs(1), || {
             self.word.load(Ordering::Relaxed) != IDLE
         });
+        // The caller may hold the lock of all caches, so the thread drops them later.
+        if ranges.has_parents() {
+            self.wake();
+        }
         true
     }
 
@@ -109,7 +113,7 @@ impl Reaper {
                     NOTIFYING.store(0, Ordering::Relaxed);
                     return;
                 }
-                counts::REAPED.add(1);
+                counts::REAPED.add(u64::from(!stale.is_everything()));
                 notify(stale.start, stale.len);
                 NOTIFYING.store(0, Ordering::Release);
                 ranges.dropped(stale);

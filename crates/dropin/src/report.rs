@@ -12,6 +12,7 @@ use crate::settings::{Choice, settings};
 use crate::{counts, libfabric, reaper, space, ucx};
 use mmu_source::hook::State;
 use std::fmt::Write as _;
+use std::io;
 
 /// Runs when the process exits, after the program's own handlers.
 #[used]
@@ -38,8 +39,21 @@ extern "C" fn at_exit() {
         (file, None) => append(file, &text),
     };
     if let Err(error) = written {
+        // `mmun run` has removed its folder, because its program has ended before this process; or
+        // the folder is on another machine.
+        if error.kind() == io::ErrorKind::NotFound && is_folder_of_mmun(to) {
+            return;
+        }
         complain(&format!("MMUN_REPORT={to}: {error}"));
     }
+}
+
+/// Whether `mmun run` makes folders of this name.
+fn is_folder_of_mmun(name: &str) -> bool {
+    let last = name
+        .strip_suffix('/')
+        .and_then(|name| name.rsplit('/').next());
+    last.is_some_and(|last| last.starts_with("mmun-run-"))
 }
 
 /// A line for each library that is loaded although this library has seen no call of it.

@@ -261,6 +261,20 @@ impl Notifier for Marks {
         if self.0.kernel.is_ok() && !Kernel::is_telling() {
             return;
         }
+        self.mark(range);
+    }
+
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        // A registration since the start can be of the old pages. Only the kernel source sees which
+        // is not.
+        if self.0.kernel.is_err() {
+            self.mark(range);
+        }
+    }
+}
+
+impl Marks {
+    fn mark(&self, range: &InvalidateRange<'_>) {
         let no_unwinding = Aborts;
         let change = Change {
             event: range.event().name(),

@@ -28,6 +28,7 @@ use crate::strict;
 use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use mmu_source::kernel::Kernel;
+use srcu::Thread;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
@@ -67,8 +68,22 @@ struct Feed {
 
 impl Notifier for Feed {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        let no_unwinding = Aborts;
         counts::TOLD.add(1);
+        self.report(range);
+    }
+
+    fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
+        // A registration during the change can be of the old pages. The kernel source reports each
+        // change when it is over.
+        if self.space.kernel().is_err() {
+            self.report(range);
+        }
+    }
+}
+
+impl Feed {
+    fn report(&self, range: &InvalidateRange<'_>) {
+        let no_unwinding = Aborts;
         let start = range.range().start().get() as usize;
         // A range without an end reaches the end of the address space. UCX takes a length.
         let end = range
@@ -195,29 +210,63 @@ fn feed(space: &'static Space, served: Served) -> bool {
     fed.is_some()
 }
 
+/// Whether UCX's caches may hold registrations that a parent made before a fork.
+static HAS_PARENTS: AtomicBool = AtomicBool::new(false);
+
 /// Runs in the child of a fork, where UCX's caches still hold the parent's registrations.
 ///
-/// If look-ups call this library, the child's sources start at its first look-up: most children use
-/// no cache, and the start takes milliseconds. Otherwise they start here, because the child's first
-/// look-up cannot be noticed.
+/// If look-ups call this library, the child's first look-up drops them, and starts the child's
+/// sources: most children use no cache, the start takes milliseconds, and UCX can hang, see
+/// `begin_child`. Otherwise both happen here, because the child's first look-up cannot be noticed.
 extern "C" fn serve_child() {
+    // Relaxed, all of these: the child has one thread. A thread that finds the child's space finds
+    // these stores or later ones, because the space is published afterwards.
     FEEDING.store(0, Ordering::Relaxed);
-    drop_parents();
-    // Relaxed: the child has one thread.
+    counts::LOOKED_UP.store(false, Ordering::Relaxed);
+    HAS_PARENTS.store(true, Ordering::Relaxed);
+    // No fast path until then, even if another library makes the child's space.
+    caches::reported();
     if !CALLS_US.load(Ordering::Relaxed) {
-        if let Some(Ok(served)) = SERVED.get() {
-            start(*served);
-        }
+        begin_child();
     }
 }
 
+/// Drops the parent's registrations, and starts the child's sources.
+///
+/// If another thread of the parent held a lock of UCX's cache at the fork, no thread of the child
+/// will ever release it. So a thread of its own calls UCX. If that thread hangs, this one goes on
+/// after a second: the child may be about to execute another program. The sources stay off then,
+/// because their reports would hang in the same place.
+fn begin_child() {
+    let Some(Ok(served)) = SERVED.get() else {
+        return;
+    };
+    let made = Thread::spawn(c"mmun-fork", drop_parents).map(Thread::detach);
+    let is_done = || !HAS_PARENTS.load(Ordering::Relaxed);
+    if made.is_ok() {
+        wait_until(Duration::from_secs(1), is_done);
+    }
+    if is_done() {
+        return start(*served);
+    }
+    let reason = match made {
+        Ok(()) => "a thread held a lock of UCX at the fork: the child cannot use UCX",
+        Err(_) => "no thread can be started in a child process: the child cannot use UCX",
+    };
+    strict::require(Err(reason));
+    complain(reason);
+}
+
 /// Makes UCX drop every registration, because all are of the parent's memory.
+///
+/// # Blocking
+/// Takes locks of UCX's caches, see `begin_child`.
 fn drop_parents() {
     if let Some(Ok(served)) = SERVED.get() {
-        // A thread that finds the child's space finds this store or a later one, because the space
-        // is published afterwards.
-        counts::LOOKED_UP.store(false, Ordering::Relaxed);
         served.report(0, usize::MAX);
+        // Relaxed: a thread that reads `false` takes the caches' locks afterwards, so after this
+        // thread.
+        HAS_PARENTS.store(false, Ordering::Relaxed);
     }
 }
 
@@ -460,9 +509,10 @@ fn ask() {
             }
             settle(space);
         }
-        // The first look-up in a child, or in one that was made without the handlers of a fork.
+        // The first look-up in a child, perhaps in one that was made without the handlers of a
+        // fork.
         None => {
-            drop_parents();
+            HAS_PARENTS.store(true, Ordering::Relaxed);
             first_look_up();
         }
     }
@@ -478,14 +528,17 @@ fn settle(space: &Space) {
 /// A process that looks a region up appears in the report. The child of a fork that makes no
 /// look-up, perhaps because it is about to execute another program, does not.
 ///
-/// In a child, this starts the sources. Two threads may do this at once: neither continues before
-/// the subscription is made.
+/// In a child, this drops the parent's registrations and starts the sources. Two threads may do
+/// this at once: neither continues before the subscription is made.
 #[cold]
 fn first_look_up() {
     let Some(served) = SERVED.get() else {
         return;
     };
     place::begin();
+    if HAS_PARENTS.load(Ordering::Relaxed) {
+        drop_parents();
+    }
     if let Ok(served) = served {
         start(*served);
     }

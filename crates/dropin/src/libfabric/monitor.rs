@@ -56,6 +56,13 @@ pub(super) fn monitor() -> *mut MemMonitor {
     MONITOR.0.get()
 }
 
+/// Whether libfabric has this monitor.
+pub(super) fn is_imported() -> bool {
+    // SAFETY: the monitor is a static. Only an import writes the field: of this thread, or of a
+    // thread that exists in the parent of this process only.
+    unsafe { !(*monitor()).import_ops.is_null() }
+}
+
 /// Makes libfabric drop every registration that overlaps `start..start + len`.
 ///
 /// # Blocking

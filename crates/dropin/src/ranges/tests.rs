@@ -255,3 +255,26 @@ fn a_watch_that_is_invalid_already_makes_its_range_stale() {
     assert!(ranges.subscribe(0x1000, 4096, make), "it must be dropped");
     assert!(!ranges.is_clean() && is_stale(&ranges, 0x1000, 4096));
 }
+
+#[test]
+fn a_child_believes_nothing_until_the_caches_have_dropped_everything() {
+    let ranges = Ranges::new(true);
+    // One cache has registered the range anew; another may still hold the parent's registration.
+    watched(&ranges, 0, 100);
+    assert!(!ranges.is_clean());
+    assert_eq!(ranges.ask(0, 100), Verdict::Unknown);
+    assert_eq!(ranges.ask(0, 100), Verdict::Unknown);
+    let all = ranges.stale();
+    assert_eq!(all, [EVERYTHING]);
+    assert_eq!(ranges.ask(0, 100), Verdict::Unknown);
+    for stale in all {
+        ranges.dropped(stale);
+        // A second thread has been started meanwhile, and did the same.
+        ranges.dropped(stale);
+    }
+    watched(&ranges, 0, 100);
+    assert_eq!(ranges.ask(0, 100), Verdict::Valid);
+    assert!(ranges.is_clean() && ranges.stale().is_empty());
+    ranges.changed(change(0, 1));
+    assert!(is_stale(&ranges, 0, 100));
+}

@@ -15,11 +15,20 @@ pub(crate) enum Cache {
     Libfabric,
 }
 
-const ALL: [Cache; 2] = [Cache::Ucx, Cache::Libfabric];
+pub(crate) const ALL: [Cache; 2] = [Cache::Ucx, Cache::Libfabric];
 
-/// Builds the program. `None` if gcc, the library or io_uring is missing, or if the installed
-/// version is not that of Debian 12, whose declarations the program has.
 pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
+    let flags = flags(cache)?;
+    let variant = match cache {
+        Cache::Ucx => "ucx",
+        Cache::Libfabric => "libfabric",
+    };
+    build("gcc", "cache.c", variant, &flags)
+}
+
+/// The compiler's flags for the program. `None` if gcc, the library or io_uring is missing, or if
+/// the installed version is not that of Debian 12, whose declarations the program has.
+pub(crate) fn flags(cache: Cache) -> Option<Vec<&'static str>> {
     let (asks, version) = match cache {
         Cache::Ucx => ("ucx_info", Cap::Ucx),
         Cache::Libfabric => ("fi_info", Cap::Libfabric),
@@ -34,26 +43,25 @@ pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
         return None;
     }
     match cache {
-        Cache::Ucx => build("gcc", "cache.c", "ucx", &["-DWITH_UCX", "-lucs", "-lucm"]),
+        Cache::Ucx => Some(vec!["-DWITH_UCX", "-lucs", "-lucm"]),
         Cache::Libfabric => {
-            let archive = installed("libfabric.a");
+            assert!(
+                installed("libfabric.a").exists(),
+                "fi_info without libfabric-dev"
+            );
             let needs = [
+                "-l:libfabric.a",
                 "-l:libpsm_infinipath.so.1",
                 "-l:libpsm2.so.2",
                 "-lrdmacm",
                 "-libverbs",
                 "-lefa",
                 "-latomic",
+                "-ldl",
             ];
             // `-rdynamic` exports the program's functions, so that the drop-in finds them as in a
             // shared library.
-            let flags: Vec<&str> = ["-rdynamic", archive.to_str().unwrap()]
-                .into_iter()
-                .chain(needs)
-                .chain(["-ldl"])
-                .collect();
-            assert!(archive.exists(), "fi_info without libfabric-dev");
-            build("gcc", "cache.c", "libfabric", &flags)
+            Some(["-rdynamic"].into_iter().chain(needs).collect())
         }
     }
 }
@@ -125,6 +133,24 @@ fn memory_that_is_registered_anew_is_found_again() {
     }
 }
 
+/// The registration pins the old pages. As shipped, it is found for ever.
+#[test]
+fn a_registration_during_a_change_is_dropped() {
+    if !require(Cap::Userfaultfd) {
+        return;
+    }
+    for cache in ALL {
+        let Some(program) = program(cache) else {
+            continue;
+        };
+        assert_eq!(run(&program, &["during"], None), "stale\n", "{cache:?}");
+        for source in ["hook", "auto"] {
+            let out = run(&program, &["during"], Some(source));
+            assert_eq!(out, "right\n", "{cache:?} {source}");
+        }
+    }
+}
+
 #[test]
 fn a_program_that_closes_all_descriptors_is_served_on() {
     for cache in ALL {
@@ -152,6 +178,21 @@ fn a_fork_and_close_range_in_the_middle_of_five_threads() {
                 let out = run(&program, &["middle"], Some(source));
                 assert_eq!(out, "child right\nparent right\n", "{cache:?} {source}");
             }
+        }
+    }
+}
+
+/// UCX's cache has a spin lock, which another thread may hold at the fork. So the drop-in must not
+/// call UCX in the child's fork: a child that executes another program would hang before that.
+#[test]
+fn children_that_use_no_cache_end_whatever_other_threads_did_at_the_fork() {
+    for cache in ALL {
+        let Some(program) = program(cache) else {
+            continue;
+        };
+        for source in ["hook", "auto"] {
+            let out = run(&program, &["forks", "200"], Some(source));
+            assert_eq!(out, "all ended\n", "{cache:?} {source}");
         }
     }
 }
@@ -193,6 +234,22 @@ fn a_child_finds_no_registration_of_its_parent() {
 }
 
 #[test]
+fn a_child_with_two_caches_finds_no_registration_of_its_parent_in_either() {
+    for cache in ALL {
+        let Some(program) = program(cache) else {
+            continue;
+        };
+        for source in ["hook", "auto"] {
+            let out = run(&program, &["domains"], Some(source));
+            assert_eq!(
+                out, "child right\nchild right\nchild found\n",
+                "{cache:?} {source}"
+            );
+        }
+    }
+}
+
+#[test]
 fn caches_start_and_stop_while_others_map_and_unmap() {
     for cache in ALL {
         let Some(program) = program(cache) else {
@@ -207,7 +264,7 @@ fn caches_start_and_stop_while_others_map_and_unmap() {
 }
 
 /// How often to run a test that can crash by chance; `MMUN_RUNS` sets another value.
-fn runs() -> u32 {
+pub(crate) fn runs() -> u32 {
     std::env::var("MMUN_RUNS")
         .ok()
         .and_then(|runs| runs.parse().ok())

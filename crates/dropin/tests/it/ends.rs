@@ -71,6 +71,44 @@ fn a_fifo_without_a_reader_or_with_an_idle_one_is_given_up() {
     std::fs::remove_file(&fifo).unwrap();
 }
 
+#[test]
+fn only_the_folder_of_mmun_run_may_be_gone() {
+    let Some(once) = Once::built("libfabric") else {
+        return;
+    };
+    for (name, lines) in [("mmun-run-gone", 0), ("gone", 1)] {
+        let output = once.run(&[], |command| {
+            let folder = format!("{}/", scratch(name).display());
+            command.env("MMUN", "hook").env("MMUN_REPORT", folder);
+        });
+        let error = text(&output.stderr);
+        assert!(output.status.success(), "{:?}", output.status);
+        assert_eq!(error.lines().count(), lines, "{name}: {error}");
+    }
+}
+
+#[test]
+fn a_program_that_executes_another_one_is_missed_in_the_reports() {
+    let Some(once) = Once::built("libfabric") else {
+        return;
+    };
+    let folder = scratch("executed");
+    std::fs::create_dir(&folder).unwrap();
+    let output = once.run(&["exec"], |command| {
+        let folder = format!("{}/", folder.display());
+        command.env("MMUN", "hook").env("MMUN_REPORT", folder);
+    });
+    assert_eq!(text(&output.stdout), "done\n", "{output:?}");
+    let files = std::fs::read_dir(&folder).unwrap();
+    let reports = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+    let mut silent: Vec<bool> = reports
+        .map(|report| report.contains("\n  no report: "))
+        .collect();
+    silent.sort_unstable();
+    assert_eq!(silent, [false, true]);
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
 /// The exit status and standard error of a strict process.
 fn strict(once: &Once, how: &[&str], source: &str) -> (Option<i32>, String, String) {
     let output = once.run(how, |command| {

@@ -41,6 +41,7 @@ fn run(scenario: &str, source: &str, more: &[&Path]) {
 #[test]
 fn a_child_has_its_own_though_the_parent_was_inside_of_one() {
     run("inside", "auto", &[]);
+    run("bound", "auto", &[]);
 }
 
 #[test]

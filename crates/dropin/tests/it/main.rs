@@ -6,6 +6,7 @@ mod ends;
 mod first_use;
 mod importer;
 mod java;
+mod loading;
 mod mpi;
 mod patcher;
 mod rdma;

@@ -15,7 +15,12 @@
  *                        look-ups found the registration
  * cache close            closes all descriptors but the standard ones and the device's, then does
  *                        what `stale` does, in this process
+ * cache forks N          N forks while five threads register, look up and unmap
  * cache middle           a fork, then close_range, while five threads map and unmap
+ * cache inherited, domains
+ *                        registrations of several buffers, or in two caches, then a fork: the child
+ *                        must find none of them
+ * cache during           a registration while another thread is inside of madvise: "right|stale"
  * cache fork             a registration, then a fork: the child has to register anew; both continue
  */
 #define _GNU_SOURCE
@@ -25,9 +30,12 @@
 #include "libfabric_cache.h"
 #endif
 #include <linux/falloc.h>
+#include <linux/userfaultfd.h>
 #include <fcntl.h>
 #include <malloc.h>
+#include <poll.h>
 #include <pthread.h>
+#include <sys/ioctl.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -200,9 +208,28 @@ static void open_mpi(void)
     }
 }
 
+/* Returns whether a transfer through the cache misses the page. */
+static int misses(char *page)
+{
+    char bytes[DEVICE_BYTES];
+    /* A transfer holds its registration. Without the hold, a change that is reported late
+     * would deregister the registration during the transfer. */
+    registration *held;
+    memset(page, 0, DEVICE_BYTES);
+    long slot = cache_hold(page, PAGE, &held);
+    if (slot < 0)
+        return 0;
+    int error = device_write(slot, page);
+    cache_put(held);
+    if (error)
+        return 1;
+    memset(bytes, 0x5a, sizeof bytes);
+    return memcmp(page, bytes, sizeof bytes) != 0;
+}
+
 static int is_stale(char *(*make)(void), void (*change)(char *))
 {
-    char *at = make(), bytes[DEVICE_BYTES];
+    char *at = make();
     char *page = at + 2 * PAGE;
     long slot = -2;
     for (int tries = 0; tries < 8; tries++) {
@@ -219,19 +246,7 @@ static int is_stale(char *(*make)(void), void (*change)(char *))
     was_told = 0;
     change(at);
     mmap(page, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
-    memset(page, 0, DEVICE_BYTES);
-    /* A transfer holds its registration. Without the hold, a change that is reported late
-     * would deregister the registration during the transfer. */
-    registration *held;
-    slot = cache_hold(page, PAGE, &held);
-    if (slot < 0)
-        return 0;
-    int error = device_write(slot, page);
-    cache_put(held);
-    if (error)
-        return 1;
-    memset(bytes, 0x5a, sizeof bytes);
-    return memcmp(page, bytes, sizeof bytes) != 0;
+    return misses(page);
 }
 
 /* The exit status of a child of `stale`: this, plus a bit for stale and one for told. */
@@ -477,6 +492,38 @@ static int again(int count)
     return 0;
 }
 
+static void *discard_it(void *at)
+{
+    discard(at);
+    return NULL;
+}
+
+/* The kernel tells a userfaultfd of a discard before the discard, and waits until the message is
+ * read. */
+static int during(void)
+{
+    pthread_t thread;
+    struct uffd_msg message;
+    device_open();
+    cache_open();
+    char *at = map();
+    int faults = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_REMOVE };
+    struct uffdio_register range = { .range = { (uintptr_t)at, LENGTH }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+    struct pollfd waits = { faults, POLLIN, 0 };
+    if (faults < 0 || ioctl(faults, UFFDIO_API, &api) || ioctl(faults, UFFDIO_REGISTER, &range))
+        device_die("userfaultfd");
+    if (pthread_create(&thread, NULL, discard_it, at) || poll(&waits, 1, -1) != 1)
+        device_die("the second thread");
+    if (cache_get(at, PAGE) < 0 || read(faults, &message, sizeof message) != sizeof message)
+        device_die("the registration");
+    pthread_join(thread, NULL);
+    if (ioctl(faults, UFFDIO_UNREGISTER, &range.range))
+        device_die("UFFDIO_UNREGISTER");
+    puts(misses(at) ? "stale" : "right");
+    return 0;
+}
+
 static int forked(void)
 {
     device_open();
@@ -528,6 +575,61 @@ static int inherited(void)
     return status != 0;
 }
 
+/* Two caches have registered one buffer. The child registers it anew in the first one, and then
+ * asks the second one. */
+static int domains(void)
+{
+    long before[2];
+    device.is_off = 1;
+    cache_open();
+    chosen = 1;
+    cache_start();
+    char *at = map();
+    for (chosen = 0; chosen < 2; chosen++) {
+        cache_get(at, LENGTH);
+        before[chosen] = cache_get(at, LENGTH);
+    }
+    fflush(stdout);
+    pid_t child = fork();
+    if (child == 0) {
+        for (chosen = 0; chosen < 2; chosen++)
+            printf("child %s\n", cache_get(at, LENGTH) == before[chosen] ? "stale" : "right");
+        /* The child's own registrations are found later. */
+        for (chosen = 0; chosen < 2; chosen++)
+            for (long slot = -1, last = -2; slot != last; last = slot, slot = cache_get(at, LENGTH))
+                usleep(100);
+        puts("child found");
+        fflush(stdout);
+        _exit(0);
+    }
+    int status;
+    waitpid(child, &status, 0);
+    return status != 0;
+}
+
+/* Forks while five threads register, look up and unmap. The children make no look-up, because a
+ * thread may have held the cache's lock at the fork. */
+static int forks(int count)
+{
+    pthread_t threads[5];
+    device.is_off = 1;
+    cache_open();
+    char *at = map();
+    cache_get(at, LENGTH);
+    five(register_and_unmap, threads);
+    for (int i = 0; i < count; i++) {
+        int status;
+        pid_t child = fork();
+        if (child == 0)
+            _exit(0);
+        if (waitpid(child, &status, 0) != child || status)
+            return 1;
+    }
+    join(threads);
+    puts("all ended");
+    return 0;
+}
+
 static int middle(void)
 {
     pthread_t threads[5];
@@ -571,6 +673,8 @@ int main(int count, char **words)
         return stale(number, count > 3 ? atoi(words[3]) : 1);
     if (!strcmp(what, "middle"))
         return middle();
+    if (!strcmp(what, "forks"))
+        return forks(atoi(number));
     if (!strcmp(what, "speed"))
         return speed(atoi(number));
     if (!strcmp(what, "threads"))
@@ -581,10 +685,14 @@ int main(int count, char **words)
         return again(atoi(number));
     if (!strcmp(what, "close"))
         return after_close();
+    if (!strcmp(what, "during"))
+        return during();
     if (!strcmp(what, "fork"))
         return forked();
     if (!strcmp(what, "inherited"))
         return inherited();
-    fprintf(stderr, "cache stale|patcher first|last|speed|middle|threads SECONDS|cycles N|again N|close|fork|inherited\n");
+    if (!strcmp(what, "domains"))
+        return domains();
+    fprintf(stderr, "cache stale|patcher first|last|speed|middle|forks N|threads SECONDS|cycles N|again N|close|during|fork|inherited|domains\n");
     return 2;
 }

@@ -2,6 +2,7 @@
  *
  * first_use inside LIBRARY FILE   forks while a thread is inside of the first use; the child has one
  *                                 of its own
+ * first_use bound LIBRARY FILE    the same, later in the first use: libfabric has the monitor already
  * first_use loader LIBRARY FILE   forks while a thread holds the lock on the loader's list
  * first_use served LIBRARY FILE   the same, after a first use in the parent
  * first_use constructor LIBRARY FILE PLUGIN
@@ -32,6 +33,8 @@ void first_use(void)
         void *info;
         ((int (*)(unsigned, const char *, const char *, unsigned long, const void *, void **))preloaded)(0x1000d, NULL, NULL,
                                                                                                   0, NULL, &info);
+        if (((int (*)(void))dlsym(RTLD_DEFAULT, "mmun_dropin_attach"))())
+            _exit(3);
     } else {
         ((signed char (*)(int, int, void *, void *))preloaded)(1 << 17, 0, NULL, NULL);
     }
@@ -83,7 +86,8 @@ int main(int count, char **words)
         fprintf(stderr, "%s\n", dlerror());
         return 2;
     }
-    void (**hook)(void) = (void (**)(void))dlsym(file, "stand_in_held");
+    int is_bound = !strcmp(words[1], "bound"), is_inside = is_bound || !strcmp(words[1], "inside");
+    void (**hook)(void) = (void (**)(void))dlsym(file, is_bound ? "stand_in_bound" : "stand_in_held");
     alarm(60);
     if (!strcmp(words[1], "constructor")) {
         pthread_create(&thread, NULL, use, NULL);
@@ -95,7 +99,6 @@ int main(int count, char **words)
     }
     if (!strcmp(words[1], "served"))
         first_use();
-    int is_inside = !strcmp(words[1], "inside");
     if (is_inside)
         *hook = hold;
     pthread_create(&thread, NULL, is_inside ? use : look_at_list, NULL);

@@ -58,7 +58,9 @@ static void delete_region(struct mr_cache *cache, struct mr_entry *entry)
     device_deregister(entry->slot);
 }
 
-static struct mr_cache the_cache;
+/* The functions below use caches[chosen]. */
+static struct mr_cache caches[2];
+static int chosen;
 
 /* A domain. The cache uses only its provider, for the log, and a counter. */
 static struct fi_provider provider = { .version = FI_VERSION(1, 0), .fi_version = FI_VERSION(1, 17), .name = "test" };
@@ -66,19 +68,20 @@ static void *domain[128];
 
 static void cache_start(void)
 {
+    struct mr_cache *cache = &caches[chosen];
     void *monitors[6] = { default_monitor };
-    memset(&the_cache, 0, sizeof the_cache);
-    the_cache.entry_data_size = sizeof(long);
-    the_cache.add_region = add_region;
-    the_cache.delete_region = delete_region;
-    int error = ofi_mr_cache_init(domain, monitors, &the_cache);
+    memset(cache, 0, sizeof *cache);
+    cache->entry_data_size = sizeof(long);
+    cache->add_region = add_region;
+    cache->delete_region = delete_region;
+    int error = ofi_mr_cache_init(domain, monitors, cache);
     if (error) {
         fprintf(stderr, "ofi_mr_cache_init: %d\n", error);
         exit(2);
     }
 }
 
-static void cache_stop(void) { ofi_mr_cache_cleanup(&the_cache); }
+static void cache_stop(void) { ofi_mr_cache_cleanup(&caches[chosen]); }
 
 static void cache_open(void)
 {
@@ -103,7 +106,7 @@ typedef struct mr_entry registration;
 static long cache_hold(void *start, size_t length, registration **held)
 {
     struct mr_info info = { .iov = { start, length } };
-    return ofi_mr_cache_search(&the_cache, &info, held) ? -1 : (*held)->slot;
+    return ofi_mr_cache_search(&caches[chosen], &info, held) ? -1 : (*held)->slot;
 }
 
-static void cache_put(registration *held) { ofi_mr_cache_delete(&the_cache, held); }
+static void cache_put(registration *held) { ofi_mr_cache_delete(&caches[chosen], held); }

@@ -8,6 +8,7 @@
  *   gone    before the use, makes standard error a pipe without a reader
  *   past    the use does not go through the preloaded library
  *   unused  there is no use
+ *   exec    after the use, executes this program in its own place, without a further word
  *   fork    after the use, forks a child that lowers its limit of open files and calls _exit(7)
  *   serve   the child of "fork" looks a region up before that
  */
@@ -87,6 +88,11 @@ int main(int count, char **words)
         return 2;
     if (!has("unused"))
         use(is_ucx, file);
+    if (has("exec")) {
+        words[3] = NULL;
+        execv("/proc/self/exe", words);
+        return 2;
+    }
     if (has("fork")) {
         if (is_ucx)
             look_up(file);

@@ -1,15 +1,23 @@
 /* Stand-ins for the functions of libfabric and UCX that the drop-in calls. A test can hold a thread
  * inside of them while the program forks. The real functions, which cache.c tests, take locks of
  * their own, so a fork inside of them would hang for another reason. */
+#include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
 
-void (*stand_in_held)(void);
+void (*stand_in_held)(void), (*stand_in_bound)(void);
 
 static void hold(void)
 {
     if (stand_in_held)
         stand_in_held();
+}
+
+/* Later than `hold`: after a monitor was imported, in the subscription for UCX. */
+static void hold_later(void)
+{
+    if (stand_in_bound)
+        stand_in_bound();
 }
 
 struct fid {
@@ -19,7 +27,25 @@ struct fid {
 };
 
 static int close_it(struct fid *fid) { return (void)fid, 0; }
-static int bind_it(struct fid *fid, struct fid *other, uint64_t flags) { return (void)fid, (void)other, (void)flags, 0; }
+
+struct monitor {
+    struct fid fid;
+    void *export_operations;
+    const void *import_operations;
+};
+
+static int bind_it(struct fid *fid, struct fid *other, uint64_t flags)
+{
+    static const struct { size_t size; void *notify; } operations = { sizeof operations, NULL };
+    static int is_imported;
+    (void)fid, (void)flags;
+    if (is_imported)
+        return -EBUSY;
+    is_imported = 1;
+    ((struct monitor *)other)->import_operations = &operations;
+    hold_later();
+    return 0;
+}
 
 int fi_open(uint32_t version, const char *name, void *attribute, size_t length, uint64_t flags, struct fid **fid,
             void *context)
@@ -41,6 +67,7 @@ int fi_getinfo(uint32_t version, const char *node, const char *service, uint64_t
 
 signed char ucm_set_event_handler(int events, int priority, void *callback, void *argument)
 {
+    hold_later();
     return (void)events, (void)priority, (void)callback, (void)argument, 0;
 }
 void ucm_set_external_event(int events)

@@ -11,7 +11,9 @@ struct region {
     long slot;
 };
 
-static ucs_rcache_t *the_cache;
+/* The functions below use caches[chosen]. */
+static ucs_rcache_t *caches[2];
+static int chosen;
 
 static ucs_status_t reg(void *context, ucs_rcache_t *cache, void *arg, ucs_rcache_region_t *super, uint16_t flags)
 {
@@ -45,14 +47,14 @@ static void cache_start(void)
                                    .max_regions = ULONG_MAX,
                                    .max_size = SIZE_MAX,
                                    .max_unreleased = SIZE_MAX };
-    ucs_status_t status = ucs_rcache_create(&params, "test", NULL, &the_cache);
+    ucs_status_t status = ucs_rcache_create(&params, "test", NULL, &caches[chosen]);
     if (status != UCS_OK) {
         fprintf(stderr, "ucs_rcache_create: %d\n", status);
         exit(2);
     }
 }
 
-static void cache_stop(void) { ucs_rcache_destroy(the_cache); }
+static void cache_stop(void) { ucs_rcache_destroy(caches[chosen]); }
 static void cache_open(void) { cache_start(); }
 
 typedef ucs_rcache_region_t registration;
@@ -60,9 +62,9 @@ typedef ucs_rcache_region_t registration;
 /* Returns the slot of a range's registration, which is held until cache_put; or -1. */
 static long cache_hold(void *start, size_t length, registration **held)
 {
-    if (ucs_rcache_get(the_cache, start, length, PROT_READ | PROT_WRITE, NULL, held) != UCS_OK)
+    if (ucs_rcache_get(caches[chosen], start, length, PROT_READ | PROT_WRITE, NULL, held) != UCS_OK)
         return -1;
     return ((struct region *)*held)->slot;
 }
 
-static void cache_put(registration *held) { ucs_rcache_region_put(the_cache, held); }
+static void cache_put(registration *held) { ucs_rcache_region_put(caches[chosen], held); }
