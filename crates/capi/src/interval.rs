@@ -112,6 +112,7 @@ unsafe fn insert(
     };
     // Rounding the interval to whole pages causes no additional callback, because the ranges of
     // brackets are whole pages as well.
+    let start = Va::untagged(start).get();
     let Ok(range) = VaRange::covering(Va::new(start), length) else {
         return -libc::EOVERFLOW;
     };

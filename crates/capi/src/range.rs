@@ -99,11 +99,11 @@ pub(crate) fn bounds(range: VaRange) -> (c_ulong, c_ulong) {
     (range.start().get(), range.last().get().saturating_add(1))
 }
 
-/// Returns the pages that contain the bytes from `start` up to and without `end`. Returns `None` if
-/// there are no bytes.
+/// Returns the pages that contain the bytes from `start` up to and without `end`, without tags.
+/// Returns `None` if there are no bytes.
 #[inline(always)]
 pub(crate) fn pages(start: c_ulong, end: c_ulong) -> Option<VaRange> {
-    VaRange::covering(Va::new(start), end.checked_sub(start)?).ok()
+    VaRange::covering(Va::untagged(start), end.checked_sub(start)?).ok()
 }
 
 impl Range {
@@ -112,6 +112,7 @@ impl Range {
     #[inline(always)]
     fn is_as_told(&self, flags: c_uint) -> bool {
         (self.start | self.end) % PAGE_SIZE == 0
+            && Va::untagged(self.start).get() == self.start
             && self.flags == flags
             && (self.owner.is_null() && self.event < RELEASE)
     }
@@ -316,7 +317,7 @@ export! {
     fn mmun_test_young(mm: *mut MmStruct, address: c_ulong) -> c_int {
         // SAFETY: `mm` is null or the bits of a handle of the caller (crate docs, Address spaces).
         let mm = (!mm.is_null()).then(|| unsafe { mm::borrow(&raw const mm) });
-        c_int::from(mm.is_some_and(|mm| mm.test_young(Va::new(address))))
+        c_int::from(mm.is_some_and(|mm| mm.test_young(Va::untagged(address))))
     }
 }
 

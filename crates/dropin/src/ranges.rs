@@ -38,7 +38,7 @@
 //! have not been entered yet. So if both are 0, every range is valid.
 
 use crate::counts::Change;
-use mmu_notifier::VaRange;
+use mmu_notifier::{Va, VaRange};
 use mmu_source::Watch;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -48,8 +48,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// hundred instructions, unless its holder is preempted or is the callback's own thread.
 const TURNS: usize = 64;
 
-/// Start and length in bytes, as libfabric gave them.
-type Key = (u64, u64);
+/// Start without its tag, length in bytes, and the tag: the upper bits of the start, which only some
+/// processors have (see [`Va::untagged`]). Changes are reported without tags, and libfabric finds a
+/// registration only with its tag.
+type Key = (u64, u64, u64);
+
+fn key(start: u64, len: u64) -> Key {
+    let plain = Va::untagged(start).get();
+    (plain, len, start ^ plain)
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -199,7 +206,7 @@ impl Ranges {
         let class = class(len);
         table.used |= 1 << class;
         let Table { classes, marks, .. } = &mut *table;
-        let entry = classes[class].entry((start, len)).or_insert(Entry {
+        let entry = classes[class].entry(key(start, len)).or_insert(Entry {
             count: 0,
             stale: None,
             newer: 0,
@@ -238,13 +245,13 @@ impl Ranges {
     /// Removes one registration of `start..start + len`, if there is one.
     pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
         let mut table = self.lock();
-        let Some(entry) = table.classes[class(len)].get_mut(&(start, len)) else {
+        let Some(entry) = table.classes[class(len)].get_mut(&key(start, len)) else {
             return;
         };
         entry.count -= 1;
         entry.newer = entry.newer.min(entry.count);
         if entry.count == 0 {
-            let removed = self.remove(&mut table, (start, len));
+            let removed = self.remove(&mut table, key(start, len));
             drop(table);
             drop(removed);
         }
@@ -261,7 +268,7 @@ impl Ranges {
             }
             return;
         }
-        let key = (stale.start, stale.len);
+        let key = key(stale.start, stale.len);
         let Some(entry) = table.classes[class(stale.len)].get_mut(&key) else {
             return;
         };
@@ -317,7 +324,7 @@ impl Ranges {
     #[cfg(test)]
     fn look(&self, start: u64, len: u64) -> Verdict {
         let table = self.lock();
-        let entry = table.classes[class(len)].get(&(start, len));
+        let entry = table.classes[class(len)].get(&key(start, len));
         entry.map_or(Verdict::Unknown, |entry| entry.verdict(start, len))
     }
 
@@ -331,14 +338,14 @@ impl Ranges {
         if table.has_parents {
             return Verdict::Unknown;
         }
-        let Some(entry) = table.classes[class(len)].get(&(start, len)) else {
+        let Some(entry) = table.classes[class(len)].get(&key(start, len)) else {
             return Verdict::Unknown;
         };
         let verdict = entry.verdict(start, len);
         if verdict == Verdict::Valid || entry.count > 1 {
             return verdict;
         }
-        let removed = self.remove(&mut table, (start, len));
+        let removed = self.remove(&mut table, key(start, len));
         drop(table);
         // libfabric registers the range anew, and then subscribes. The watch is valid again from
         // here on, so it also sees a change between the two.
@@ -383,11 +390,11 @@ impl Ranges {
         let all = table.classes.iter_mut().flatten();
         let stale = all
             .filter(|(_, entry)| entry.stale.is_some())
-            .map(|((start, len), entry)| {
+            .map(|((start, len, tag), entry)| {
                 // `notify` drops these, too.
                 entry.newer = 0;
                 Stale {
-                    start: *start,
+                    start: start ^ tag,
                     len: *len,
                     mark: entry.mark,
                 }
@@ -418,7 +425,7 @@ impl Ranges {
         let bits = self.pending.load(Ordering::Acquire);
         let mut marked = 0;
         let Table { classes, marks, .. } = table;
-        for ((start, len), entry) in classes.iter_mut().flatten() {
+        for ((start, len, _), entry) in classes.iter_mut().flatten() {
             let Some(range) = covering(*start, *len) else {
                 continue;
             };
@@ -457,9 +464,9 @@ impl Ranges {
             used &= used - 1;
             let longest = (2_u64 << class).wrapping_sub(1);
             let from = start.saturating_sub(longest);
-            let entries = classes[class].range_mut((from, 0)..);
-            let entries = entries.take_while(|((at, _), _)| end.is_none_or(|end| *at < end));
-            for ((at, len), entry) in entries {
+            let entries = classes[class].range_mut((from, 0, 0)..);
+            let entries = entries.take_while(|((at, ..), _)| end.is_none_or(|end| *at < end));
+            for ((at, len, _), entry) in entries {
                 if at.saturating_add(*len) > start && entry.is_met() {
                     marked += usize::from(entry.meet(change, marks));
                     is_met = true;
@@ -487,7 +494,7 @@ fn class(len: u64) -> usize {
 }
 
 fn covering(start: u64, len: u64) -> Option<VaRange> {
-    VaRange::covering(mmu_notifier::Va::new(start), len).ok()
+    VaRange::covering(Va::untagged(start), len).ok()
 }
 
 /// One bit for each granule of 2 MiB that a range overlaps, modulo 64.

@@ -209,7 +209,7 @@ impl Space {
         let Ok(kernel) = &self.kernel else {
             return Ok(None);
         };
-        let range = VaRange::covering(Va::new(start), len).map_err(drop)?;
+        let range = VaRange::covering(Va::untagged(start), len).map_err(drop)?;
         kernel.watch(range).map(Some).map_err(drop)
     }
 

@@ -75,17 +75,26 @@ fn huge_up(address: u64, length: u64, flags: u64) -> u64 {
     length.checked_next_multiple_of(page).unwrap_or(length)
 }
 
-/// Returns the largest huge page size that `address` is a multiple of.
+/// Returns the largest page size of hugetlbfs that `address` is a multiple of, or the size of an
+/// ordinary page.
 pub(crate) fn largest_page_at(address: u64) -> u64 {
-    1 << address.trailing_zeros().min(page::LARGEST_HUGE)
+    let address = page::untagged(address);
+    let fits = |shift: &&u32| address.trailing_zeros() >= **shift;
+    page::HUGE_SHIFTS
+        .iter()
+        .find(fits)
+        .map_or(page::size(), |shift| 1 << shift)
 }
 
-/// Adds the ranges that `mremap` unmaps.
+/// Adds the ranges that `mremap` unmaps. `huge_page` returns a bound of the page size of the old
+/// mapping, if that mapping may be on hugetlbfs.
 ///
 /// # Source
 /// mremap(2). A shrink without a move unmaps the tail. A move unmaps the whole old range; a growth
 /// that may move counts as a move. With `MREMAP_FIXED` the new range is unmapped as well. An old
-/// length of zero duplicates a shared mapping and unmaps nothing of the old mapping.
+/// length of zero duplicates a shared mapping and unmaps nothing of the old mapping. For a mapping
+/// of huge pages, the kernel rounds both lengths up to whole huge pages, and refuses an address
+/// that is not a multiple of the page size (since Linux 5.16).
 pub(crate) fn mremap(
     ranges: &mut impl Extend<VaRange>,
     old: u64,
@@ -93,20 +102,42 @@ pub(crate) fn mremap(
     new_length: u64,
     flags: u64,
     new: u64,
+    huge_page: impl FnOnce() -> Option<u64>,
 ) {
     let (old_length, new_length) = (page::up(old_length), page::up(new_length));
+    let page = match page::untagged(old) % page::SMALLEST_HUGE {
+        0 => huge_page().unwrap_or(page::size()),
+        _ => page::size(),
+    };
+    let whole = |length: u64| length.checked_next_multiple_of(page).unwrap_or(length);
     let has = |flag: i32| flags & flag as u64 != 0;
     if has(libc::MREMAP_FIXED) {
-        add(ranges, old, old_length);
-        add(ranges, new, new_length);
+        add(ranges, old, whole(old_length));
+        add(ranges, new, whole(new_length));
     } else if has(libc::MREMAP_DONTUNMAP) || (has(libc::MREMAP_MAYMOVE) && new_length > old_length)
     {
-        add(ranges, old, old_length);
+        add(ranges, old, whole(old_length));
     } else if new_length < old_length {
+        // `page` is only a bound, so the new length may not be rounded up.
         if let Some(tail) = old.checked_add(new_length) {
-            add(ranges, tail, old_length - new_length);
+            add(ranges, tail, whole(old_length) - new_length);
         }
     }
+}
+
+/// Adds the range that `shmat` with `SHM_REMAP` replaces with a segment of `size` bytes.
+///
+/// # Source
+/// `newseg`, ipc/shm.c: the file of a segment with huge pages (`SHM_HUGETLB`) is rounded up to whole
+/// pages, and the kernel maps the whole file. It refuses an address that is not a multiple of the
+/// page size. No call tells the page size of a segment.
+pub(crate) fn shmat(ranges: &mut impl Extend<VaRange>, address: u64, size: u64) {
+    let page = largest_page_at(address);
+    add(
+        ranges,
+        address,
+        size.checked_next_multiple_of(page).unwrap_or(size),
+    );
 }
 
 /// Tells whether `fd`, an argument that takes a pidfd, is one of the special values that name the
@@ -221,6 +252,65 @@ mod tests {
     }
 
     #[test]
+    fn a_mapping_of_huge_pages_moves_and_shrinks_by_whole_ones() {
+        const HUGE: u64 = 2 << 20;
+        let (page, old, new) = (page::size(), 1 << 40, 2 << 40);
+        let ranges_of = |old: u64, old_length: u64, new_length: u64, flags: i32, huge| {
+            let mut ranges = Vec::new();
+            mremap(
+                &mut ranges,
+                old,
+                old_length,
+                new_length,
+                flags as u64,
+                new,
+                || huge,
+            );
+            ranges
+                .iter()
+                .map(|range| (range.start().get(), range.end().map_or(0, Va::get)))
+                .collect::<Vec<_>>()
+        };
+        let fixed = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        assert_eq!(
+            ranges_of(old, page, page, fixed, Some(HUGE)),
+            [(old, old + HUGE), (new, new + HUGE)]
+        );
+        assert_eq!(
+            ranges_of(old, HUGE + page, page, 0, Some(HUGE)),
+            [(old + page, old + 2 * HUGE)],
+            "the kernel keeps the first huge page, and unmaps all of the second"
+        );
+        assert_eq!(
+            ranges_of(old, page, HUGE + page, libc::MREMAP_MAYMOVE, Some(HUGE)),
+            [(old, old + HUGE)]
+        );
+        assert_eq!(
+            ranges_of(old, page, page, fixed, None),
+            [(old, old + page), (new, new + page)]
+        );
+        assert_eq!(
+            ranges_of(old + page, page, page, fixed, Some(HUGE))[0],
+            (old + page, old + 2 * page),
+            "no huge page begins there"
+        );
+        assert_eq!(ranges_of(old, u64::MAX, u64::MAX, fixed, Some(HUGE)), []);
+    }
+
+    #[test]
+    fn a_segment_is_attached_with_whole_pages() {
+        let end_of = |address: u64, size: u64| {
+            let mut ranges = Vec::new();
+            shmat(&mut ranges, address, size);
+            ranges[0].end().map_or(0, Va::get) - address
+        };
+        let page = page::size();
+        assert_eq!(end_of((1 << 40) + page, 1), page, "of ordinary pages");
+        assert_eq!(end_of((1 << 40) + (2 << 20), page), 2 << 20);
+        assert_eq!(end_of(1 << 40, page), 1 << page::HUGE_SHIFTS[0]);
+    }
+
+    #[test]
     fn a_mapping_of_huge_pages_replaces_whole_ones() {
         const MIB: u64 = 1 << 20;
         let mapped = |address: u64, flags: i32| {
@@ -252,7 +342,10 @@ mod tests {
         );
         // Without a size in the flags: the largest size that the address is a multiple of.
         assert_eq!(mapped((1 << 40) + 2 * MIB, libc::MAP_HUGETLB), 2 * MIB);
-        assert_eq!(mapped(1 << 40, libc::MAP_HUGETLB), 1 << page::LARGEST_HUGE);
+        assert_eq!(
+            mapped(1 << 40, libc::MAP_HUGETLB),
+            1 << page::HUGE_SHIFTS[0]
+        );
         // A size that no processor supports does not overflow.
         assert_eq!(
             mapped(

@@ -72,6 +72,14 @@ SCENARIO(b_11_b_12_what_cannot_be_inserted)
 	CHECK(mmu_interval_notifier_insert(mni, mm, ~0ul, 1, &interval_ops) == 0);
 	CHECK(mni->interval_tree.start == ~0ul && mni->interval_tree.last == ~0ul && mni->mm == mm);
 	mmu_interval_notifier_remove(mni);
+#ifdef __aarch64__
+	/* An address of tagged memory. */
+	CHECK(mmu_interval_notifier_insert(mni, mm, 0x0bul << 56 | PAGE, PAGE, &interval_ops) == 0);
+	CHECK(mni->interval_tree.start == PAGE);
+	event(mm, 1);
+	CHECK(shadow->calls == 1);
+	mmu_interval_notifier_remove(mni);
+#endif
 	mmgrab(mm);
 	mmput(mm);
 	CHECK(mmu_interval_notifier_insert(mni, mm, PAGE, PAGE, &interval_ops) == -EINVAL);

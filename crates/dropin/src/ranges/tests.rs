@@ -229,6 +229,26 @@ fn a_change_after_the_list_was_made_is_not_forgotten() {
 }
 
 #[test]
+fn changes_have_no_tag_and_the_library_gets_its_own_back() {
+    let tag = if cfg!(target_arch = "aarch64") {
+        0x0b << 56
+    } else {
+        0
+    };
+    let ranges = Ranges::new(false);
+    watched(&ranges, tag | 0x1000, 8);
+    watched(&ranges, 0x1000, 16);
+    ranges.changed(change(0x1000, 1));
+    let mut starts: Vec<u64> = ranges.stale().iter().map(|stale| stale.start).collect();
+    starts.sort_unstable();
+    assert_eq!(starts, [0x1000, tag | 0x1000]);
+    assert!(is_stale(&ranges, tag | 0x1000, 8));
+    ranges.unsubscribe(tag | 0x1000, 8);
+    ranges.unsubscribe(0x1000, 16);
+    assert_eq!((ranges.count(), ranges.is_clean()), (Some(0), true));
+}
+
+#[test]
 fn a_range_that_cannot_be_watched_is_refused() {
     let ranges = Ranges::new(false);
     watched(&ranges, 0x1000, 8);

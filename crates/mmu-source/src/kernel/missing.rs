@@ -41,7 +41,10 @@ pub(super) fn kvm_missing(error: &io::Error) -> Error {
             format!(
                 "/dev/kvm: {error}; hardware virtualisation must be on, in a virtual machine nested"
             ),
-            "sudo modprobe -a kvm_intel kvm_amd",
+            match cfg!(target_arch = "x86_64") {
+                true => "sudo modprobe -a kvm_intel kvm_amd",
+                false => "sudo dmesg | grep -i kvm",
+            },
         ),
         _ => unavailable(
             format!("a virtual machine of KVM: {error}"),

@@ -41,6 +41,11 @@ pub(super) const TRACEPOINT: &CStr = c"kvm_unmap_hva_range";
 /// `_IO(KVMIO, 0x01)`.
 const KVM_CREATE_VM: c_ulong = 0xae01;
 
+/// The type of virtual machine. On aarch64 this is the number of bits of the guest's addresses: 0
+/// stands for 40, which some processors do not have. Each has 32 (`KVM_VM_TYPE_ARM_IPA_SIZE`, Linux
+/// 4.20).
+const TYPE: usize = if cfg!(target_arch = "aarch64") { 32 } else { 0 };
+
 /// Opens `/dev/kvm`.
 pub(super) fn open_kvm() -> io::Result<OwnedFd> {
     // SAFETY: the path ends in a zero byte. The call returns a descriptor without an owner, or -1.
@@ -52,7 +57,7 @@ pub(super) fn open_kvm() -> io::Result<OwnedFd> {
 pub(super) fn create_vm(kvm: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     // SAFETY: the request takes an integer, the type of machine, and returns a new close-on-exec
     // descriptor, or -1.
-    uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, 0_usize) }))
+    uninterrupted(|| owned(unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_CREATE_VM, TYPE) }))
 }
 
 /// Makes a system call that may fail with `EINTR`. If it does, blocks the thread's signals and

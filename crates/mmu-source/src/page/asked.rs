@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The smallest page of hugetlbfs (on aarch64, 16 contiguous pages of 4 KiB), and the binary
-/// logarithm of the largest (32 contiguous ones of 512 MiB).
+/// logarithms of all sizes with any size of ordinary pages, the largest first.
 pub(crate) const SMALLEST_HUGE: u64 = 64 << 10;
-pub(crate) const LARGEST_HUGE: u32 = 34;
+pub(crate) const HUGE_SHIFTS: &[u32] = &[34, 30, 29, 25, 21, 16];
 
 /// The page size. The first call asks the kernel.
 #[inline]

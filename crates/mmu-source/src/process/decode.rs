@@ -11,7 +11,7 @@ use super::{Pid, huge_page, maps, proc, sys};
 use crate::page;
 use crate::ranges::{
     PROT_GROWSDOWN, UIO_MAXIOV, add, folios, is_harmful, largest_page_at, madvise, mbind, mmap,
-    mremap,
+    mremap, shmat,
 };
 
 /// A call that a task is about to make.
@@ -94,7 +94,7 @@ impl Entry {
                 Event::Unmap
             }
             Call::Mremap => {
-                mremap(ranges, a0, a1, a2, a3, a4);
+                mremap(ranges, a0, a1, a2, a3, a4, || self.huge_mapping(a0));
                 Event::Unmap
             }
             // A query of the break.
@@ -208,13 +208,29 @@ impl Entry {
         huge_page::of(self.tid, fd as i32).unwrap_or(Some(largest_page_at(address)))
     }
 
+    /// Returns a bound of the page size of the mapping at `address`, if the mapping may be on
+    /// hugetlbfs. Then it has a file.
+    fn huge_mapping(&self, address: u64) -> Option<u64> {
+        let is_plain = self.maps().is_ok_and(|maps| {
+            let mapping = maps::holding(&maps, page::untagged(address));
+            mapping.is_none_or(|mapping| mapping.inode == 0)
+        });
+        (!is_plain).then(|| largest_page_at(address))
+    }
+
     fn shmat(&self, ranges: &mut Vec<VaRange>, id: u64, address: u64, flags: u64) {
         if address == 0 || flags & libc::SHM_REMAP as u64 == 0 {
             return;
         }
-        let address = page::down(address);
+        // `COMPAT_SHMLBA`, arch/arm64/include/asm/shmparam.h: with `SHM_RND` the kernel rounds the
+        // address of a 32-bit program down to four pages.
+        let is_rounded = cfg!(target_arch = "aarch64")
+            && self.abi == Abi::Compat
+            && flags & libc::SHM_RND as u64 != 0;
+        let unit = if is_rounded { 4 } else { 1 } * page::size();
+        let address = address & !(unit - 1);
         match proc::segment_size(self.tid, id as i32) {
-            Some(size) => add(ranges, address, size),
+            Some(size) => shmat(ranges, address, size),
             // The size of the segment is unknown, so any mapping above the address may be replaced.
             None => {
                 let top = match self.maps() {

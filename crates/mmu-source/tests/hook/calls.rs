@@ -87,8 +87,20 @@ fn mmap_of_a_file_of_huge_pages_replaces_whole_ones() {
     watch.listen(aligned, 2 * HUGE);
     let flags = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
     // SAFETY: replaces a mapping of this test.
-    unsafe { libc::mmap(at(aligned), page_size(), PROTECTION, flags, file, 0) };
+    let mapped = unsafe { libc::mmap(at(aligned), page_size(), PROTECTION, flags, file, 0) };
     watch.expect("a huge page", Event::Unmap, &[(0, HUGE as i64)]);
+    // So does `mremap`, at both places.
+    watch.listen(aligned, 2 * HUGE);
+    let (moves, huge) = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, HUGE as i64);
+    let (length, target) = (page_size(), at(aligned + HUGE));
+    // SAFETY: moves a mapping of this test onto another one.
+    let moved = unsafe { libc::mremap(at(aligned), length, length, moves, target) };
+    watch.expect("moved", Event::Unmap, &[(0, huge), (huge, 2 * huge)]);
+    assert_eq!(
+        moved == target,
+        mapped != libc::MAP_FAILED,
+        "only what was mapped moves"
+    );
     // SAFETY: the test owns the descriptor.
     unsafe { libc::close(file) };
     // SAFETY: the test owns both mappings. The call unmaps what is left of the first together with

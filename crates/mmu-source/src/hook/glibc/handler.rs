@@ -125,7 +125,10 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
     let [a0, a1, a2, a3, a4, a5] = *args;
     match number as libc::c_long {
         libc::SYS_mremap => {
-            ranges::mremap(ranges, a0, a1, a2, a3, a4);
+            // The mapping may have huge pages: looking it up would take longer than the call.
+            ranges::mremap(ranges, a0, a1, a2, a3, a4, || {
+                Some(ranges::largest_page_at(a0))
+            });
             Event::Unmap
         }
         libc::SYS_remap_file_pages => {
@@ -145,11 +148,12 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
         libc::SYS_shmat => {
             if a1 != 0 && a2 & libc::SHM_REMAP as u64 != 0 {
                 let address = page::down(page::untagged(a1));
-                match raw::segment_size(a0 as i32)
-                    .map_or_else(own_process::top, |size| Ok(address.saturating_add(size)))
-                {
-                    Ok(end) => add(ranges, address, end.saturating_sub(address)),
-                    Err(_) => ranges.extend([VaRange::ALL]),
+                match (raw::segment_size(a0 as i32), own_process::top) {
+                    (Some(size), _) => ranges::shmat(ranges, address, size),
+                    (None, top) => match top() {
+                        Ok(end) => add(ranges, address, end.saturating_sub(address)),
+                        Err(_) => ranges.extend([VaRange::ALL]),
+                    },
                 }
             }
             Event::Unmap
