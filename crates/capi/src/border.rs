@@ -56,36 +56,7 @@ macro_rules! guarded {
 }
 
 pub(crate) use guarded;
-
-/// Defers `pthread_cancel` until the value is dropped. Cancellation unwinds the thread, and neither
-/// the functions of this library nor Rust code that calls a callback may be unwound. The system
-/// calls that wait for threads or close descriptors are cancellation points.
-#[must_use]
-pub(crate) struct Uncancelled(c_int);
-
-impl Uncancelled {
-    pub(crate) fn enter() -> Self {
-        /// `PTHREAD_CANCEL_DISABLE` of glibc and musl.
-        const DISABLE: c_int = 1;
-        let mut before = 0;
-        // SAFETY: The call writes to `before`, a local variable.
-        unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
-        Self(before)
-    }
-}
-
-impl Drop for Uncancelled {
-    fn drop(&mut self) {
-        // SAFETY: `self.0` is a state that `enter` has read, and the second argument may be null on
-        // Linux.
-        unsafe { pthread_setcancelstate(self.0, std::ptr::null_mut()) };
-    }
-}
-
-unsafe extern "C" {
-    // Not in `libc` for Linux.
-    fn pthread_setcancelstate(state: c_int, before: *mut c_int) -> c_int;
-}
+pub(crate) use srcu::Uncancelled;
 
 /// Reports that an exported function has panicked.
 #[cold]

@@ -41,9 +41,31 @@ fn import() {
     if strict::is_off() {
         return;
     }
+    let _whole = srcu::Uncancelled::enter();
     place::begin();
     import_once();
     strict::require(imported().unwrap_or(Ok(())));
+}
+
+/// The user's choice of a monitor, if libfabric would obey it: the value of `FI_MR_CACHE_MONITOR`.
+fn wanted() -> Option<String> {
+    std::env::var("FI_MR_CACHE_MONITOR").ok()
+}
+
+/// Whether the user has turned the caches off: then there is no registration that could be stale.
+/// An imported monitor would turn them on.
+pub(crate) fn is_disabled() -> bool {
+    wanted().as_deref() == Some("disabled")
+}
+
+/// The reason to leave libfabric's own monitor in use: the user has chosen one that sees changes
+/// which the `hook` source does not see, and the `kernel` source does not work.
+fn better_monitor() -> Option<String> {
+    let name = wanted().filter(|name| matches!(name.as_str(), "kdreg2" | "userfaultfd"))?;
+    let is_better = !space::current_or_made().is_complete();
+    is_better.then(|| {
+        format!("FI_MR_CACHE_MONITOR={name} stays in use, because the kernel source does not work")
+    })
 }
 
 fn import_once() {
@@ -71,7 +93,11 @@ fn import_once() {
         // Another thread is between `fi_open` and the end of `bind`.
         std::thread::yield_now();
     }
-    IMPORTED.get_or_make(|| try_import(open));
+    IMPORTED.get_or_make(|| match better_monitor() {
+        _ if is_disabled() => Ok(()),
+        Some(reason) => Err(reason),
+        None => try_import(open),
+    });
     // ORDER(dropin-importing): Release, after `IMPORTED`. Partner: the exchange above.
     IMPORTING.store(0, Ordering::Release);
 }
@@ -184,6 +210,13 @@ pub(crate) unsafe extern "C" fn fi_fabric(
         return -libc::ENOSYS;
     };
     import();
+    // The program is about to open a domain. The sources start here, because libfabric calls
+    // `start` with a lock held: another thread may wait for that lock with the loader's lock held,
+    // in a library's constructor, and the start needs the loader.
+    if matches!(imported(), Some(Ok(()))) && !is_disabled() {
+        let _whole = srcu::Uncancelled::enter();
+        space::current_or_made();
+    }
     // SAFETY: this is the type of `fi_fabric` in fi_fabric(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
     // SAFETY: the arguments are valid for `fi_fabric`, because the caller promises so (see #

@@ -388,17 +388,17 @@ impl Ranges {
         let mut table = self.lock();
         let parents = table.has_parents.then_some(EVERYTHING);
         let all = table.classes.iter_mut().flatten();
-        let stale = all
-            .filter(|(_, entry)| entry.stale.is_some())
-            .map(|((start, len, tag), entry)| {
-                // `notify` drops these, too.
-                entry.newer = 0;
-                Stale {
-                    start: start ^ tag,
-                    len: *len,
-                    mark: entry.mark,
-                }
-            });
+        let stale =
+            all.filter(|(_, entry)| entry.stale.is_some())
+                .map(|((start, len, tag), entry)| {
+                    // `notify` drops these, too.
+                    entry.newer = 0;
+                    Stale {
+                        start: start ^ tag,
+                        len: *len,
+                        mark: entry.mark,
+                    }
+                });
         parents.into_iter().chain(stale).collect()
     }
 

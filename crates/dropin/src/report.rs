@@ -88,7 +88,9 @@ fn text() -> String {
             "libfabric",
             words(
                 result,
-                if libfabric::is_started() {
+                if libfabric::is_disabled() {
+                    "caches nothing, because of FI_MR_CACHE_MONITOR=disabled"
+                } else if libfabric::is_started() {
                     "protected"
                 } else {
                     "protected; no provider used a cache"

@@ -139,6 +139,7 @@ fn serve() {
     if strict::is_off() {
         return;
     }
+    let _whole = srcu::Uncancelled::enter();
     place::begin();
     // Two threads may run this at the same time. Each step may run twice without harm.
     let served = SERVED.get_or_make(|| {
@@ -499,6 +500,7 @@ unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mu
 
 /// Waits until all changes so far are reported to UCX.
 fn ask() {
+    let _whole = srcu::Uncancelled::enter();
     match space::current() {
         Some(space) => {
             // ORDER(dropin-looked): Acquire, for the subscription. Partner: `first_look_up`. The

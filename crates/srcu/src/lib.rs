@@ -146,7 +146,7 @@ pub use raw::reclaimer::reclaim_here;
 pub use raw::reclaimer::reclaimer_sleeps;
 pub use raw::run::set_callback_panic_hook;
 #[doc(hidden)]
-pub use raw::thread::{Thread, without_signals};
+pub use raw::thread::{Thread, Uncancelled, without_signals};
 pub use srcu::{Cookie, Srcu};
 /// For the models of the crates that build on this one.
 #[doc(hidden)]

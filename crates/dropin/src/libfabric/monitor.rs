@@ -88,6 +88,7 @@ fn notify(start: u64, len: u64) {
 /// Called for the first cache of a kind. After an error, libfabric uses no cache: slower, never
 /// stale.
 extern "C" fn start(_: *mut MemMonitor) -> c_int {
+    let _whole = srcu::Uncancelled::enter();
     counts::STARTS.add(1);
     if is_ready(space::current_or_made()) {
         0
@@ -104,6 +105,7 @@ fn is_ready(space: &'static Space) -> bool {
 extern "C" fn stop(_: *mut MemMonitor) {}
 
 extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) -> c_int {
+    let _whole = srcu::Uncancelled::enter();
     place::begin();
     counts::WATCHED.add(1);
     let space = space::current_or_made();
@@ -128,6 +130,7 @@ extern "C" fn subscribe(_: *mut MemMonitor, address: *const c_void, len: usize) 
 }
 
 extern "C" fn unsubscribe(_: *mut MemMonitor, address: *const c_void, len: usize) {
+    let _whole = srcu::Uncancelled::enter();
     // In the child of a fork the range belongs to the parent, so there is nothing to remove.
     if let Some(space) = space::current() {
         space.ranges.unsubscribe(address.addr() as u64, len as u64);
@@ -146,6 +149,7 @@ extern "C" fn valid(_: *mut MemMonitor, address: *const c_void, len: usize) -> b
 #[cold]
 #[inline(never)]
 fn is_valid(start: u64, len: u64) -> bool {
+    let _whole = srcu::Uncancelled::enter();
     let unknown = Change {
         event: "fork",
         range: VaRange::ALL,

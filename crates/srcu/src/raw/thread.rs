@@ -110,3 +110,35 @@ impl Drop for Blocked {
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &self.0, ptr::null_mut()) };
     }
 }
+
+/// Defers `pthread_cancel` until the value is dropped. Cancellation unwinds the thread, and a
+/// function of Rust that C has called may not be unwound. The system calls that wait for threads,
+/// read files or close descriptors are cancellation points.
+#[must_use]
+#[derive(Debug)]
+pub struct Uncancelled(libc::c_int, PhantomData<*mut ()>);
+
+impl Uncancelled {
+    /// Begins to defer it. The value cannot leave its thread.
+    pub fn enter() -> Self {
+        /// `PTHREAD_CANCEL_DISABLE` of glibc and musl.
+        const DISABLE: libc::c_int = 1;
+        let mut before = 0;
+        // SAFETY: the call writes to `before`, a local variable.
+        unsafe { pthread_setcancelstate(DISABLE, &raw mut before) };
+        Self(before, PhantomData)
+    }
+}
+
+impl Drop for Uncancelled {
+    fn drop(&mut self) {
+        // SAFETY: `self.0` is a state that `enter` has read, and the second argument may be null on
+        // Linux.
+        unsafe { pthread_setcancelstate(self.0, ptr::null_mut()) };
+    }
+}
+
+unsafe extern "C" {
+    // Not in `libc` for Linux.
+    fn pthread_setcancelstate(state: libc::c_int, before: *mut libc::c_int) -> libc::c_int;
+}
