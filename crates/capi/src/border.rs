@@ -1,7 +1,6 @@
 //! The border to C: exports functions, reports misuse, and ends the process if a function cannot
 //! return an error.
 
-use libc::c_int;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Defines exported functions. A panic in such a function is a bug of this library, and ends the

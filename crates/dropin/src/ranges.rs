@@ -48,9 +48,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// hundred instructions, unless its holder is preempted or is the callback's own thread.
 const TURNS: usize = 64;
 
-/// Start without its tag, length in bytes, and the tag: the upper bits of the start, which only some
-/// processors have (see [`Va::untagged`]). Changes are reported without tags, and libfabric finds a
-/// registration only with its tag.
+/// Start without its tag, length in bytes, and the tag: the upper bits of the start, which only
+/// some processors have (see [`Va::untagged`]). Changes are reported without tags, and libfabric
+/// finds a registration only with its tag.
 type Key = (u64, u64, u64);
 
 fn key(start: u64, len: u64) -> Key {

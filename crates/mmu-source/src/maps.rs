@@ -69,6 +69,14 @@ pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
         .find(|mapping| mapping.start <= address && address < mapping.end)
 }
 
+/// Tells whether the mapping that contains `address` may be of a file. Each mapping of hugetlbfs
+/// is. If the mappings could not be read, it may be.
+pub(crate) fn has_file(maps: io::Result<Vec<Mapping>>, address: u64) -> bool {
+    maps.map_or(true, |maps| {
+        holding(&maps, address).is_some_and(|mapping| mapping.inode != 0)
+    })
+}
+
 /// Returns the end of the heap, or `None` if there is no heap. A mapping that the kernel has merged
 /// with the heap counts as heap. If the mappings could not be read, returns the highest address of
 /// a page.

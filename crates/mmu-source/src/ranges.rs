@@ -128,9 +128,9 @@ pub(crate) fn mremap(
 /// Adds the range that `shmat` with `SHM_REMAP` replaces with a segment of `size` bytes.
 ///
 /// # Source
-/// `newseg`, ipc/shm.c: the file of a segment with huge pages (`SHM_HUGETLB`) is rounded up to whole
-/// pages, and the kernel maps the whole file. It refuses an address that is not a multiple of the
-/// page size. No call tells the page size of a segment.
+/// `newseg`, ipc/shm.c: the file of a segment with huge pages (`SHM_HUGETLB`) is rounded up to
+/// whole pages, and the kernel maps the whole file. It refuses an address that is not a multiple of
+/// the page size. No call tells the page size of a segment.
 pub(crate) fn shmat(ranges: &mut impl Extend<VaRange>, address: u64, size: u64) {
     let page = largest_page_at(address);
     add(

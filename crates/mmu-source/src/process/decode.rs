@@ -208,22 +208,16 @@ impl Entry {
         huge_page::of(self.tid, fd as i32).unwrap_or(Some(largest_page_at(address)))
     }
 
-    /// Returns a bound of the page size of the mapping at `address`, if the mapping may be on
-    /// hugetlbfs. Then it has a file.
+    /// Returns a bound of the page size of the mapping at `address`, if that may be on hugetlbfs.
     fn huge_mapping(&self, address: u64) -> Option<u64> {
-        let is_plain = self.maps().is_ok_and(|maps| {
-            let mapping = maps::holding(&maps, page::untagged(address));
-            mapping.is_none_or(|mapping| mapping.inode == 0)
-        });
-        (!is_plain).then(|| largest_page_at(address))
+        maps::has_file(self.maps(), page::untagged(address)).then(|| largest_page_at(address))
     }
 
     fn shmat(&self, ranges: &mut Vec<VaRange>, id: u64, address: u64, flags: u64) {
         if address == 0 || flags & libc::SHM_REMAP as u64 == 0 {
             return;
         }
-        // `COMPAT_SHMLBA`, arch/arm64/include/asm/shmparam.h: with `SHM_RND` the kernel rounds the
-        // address of a 32-bit program down to four pages.
+        // `COMPAT_SHMLBA`, arch/arm64/include/asm/shmparam.h: four pages, for a 32-bit program.
         let is_rounded = cfg!(target_arch = "aarch64")
             && self.abi == Abi::Compat
             && flags & libc::SHM_RND as u64 != 0;
