@@ -20,6 +20,7 @@ mod machine;
 mod machine;
 mod memory;
 mod runtime;
+mod signed;
 mod site;
 mod space;
 mod symbols;

@@ -18,8 +18,10 @@ use std::sync::Arc;
 use mmu_source::process::{Current, Pid};
 use object::read::{Object, ObjectSection, ObjectSegment};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::param::page_size;
 
 use super::bounded::{Links, Reader, Source, regular};
+use super::signed;
 use crate::capture::ioctl::Vma;
 use crate::who::shown;
 
@@ -122,7 +124,10 @@ impl Images {
                 number
             }
         };
-        Some((number, self.list[number as usize].bias(vma)?))
+        Some((
+            number,
+            self.list[number as usize].bias(vma, page_size() as u64)?,
+        ))
     }
 
     /// Adds an image for memory without a file.
@@ -186,9 +191,15 @@ impl Image {
         let text = elf
             .section_by_name(".text")
             .map(|section| (section.address(), section.size()));
+        let mut eh_frame = section(".eh_frame", most);
+        if elf.architecture() == object::Architecture::Aarch64 {
+            if let Some((_, bytes)) = &mut eh_frame {
+                signed::replace(Arc::make_mut(bytes));
+            }
+        }
         let sections = Sections {
             text,
-            eh_frame: section(".eh_frame", most),
+            eh_frame,
             eh_frame_hdr,
         };
         drop(elf);
@@ -202,8 +213,9 @@ impl Image {
     }
 
     /// The process's address of the image's address 0, if this mapping is of an executable segment.
-    fn bias(&self, vma: &Vma) -> Option<u64> {
-        const MASK: u64 = !4095;
+    /// `page` is the kernel's page size: the loader maps whole pages.
+    fn bias(&self, vma: &Vma, page: u64) -> Option<u64> {
+        let mask = !(page - 1);
         if let Content::Memory(_) = self.content {
             return Some(vma.start);
         }
@@ -211,14 +223,14 @@ impl Image {
             let end = segment
                 .offset
                 .saturating_add(segment.size)
-                .saturating_add(4095)
-                & MASK;
-            (segment.offset & MASK..end).contains(&vma.offset)
+                .saturating_add(page - 1)
+                & mask;
+            (segment.offset & mask..end).contains(&vma.offset)
         };
         let segment = self.segments.iter().find(holds)?;
-        let inside = vma.offset - (segment.offset & MASK);
+        let inside = vma.offset - (segment.offset & mask);
         vma.start
-            .checked_sub((segment.address & MASK).checked_add(inside)?)
+            .checked_sub((segment.address & mask).checked_add(inside)?)
     }
 }
 
@@ -417,18 +429,23 @@ mod tests {
             ..Vma::default()
         };
         assert_eq!(
-            image.bias(&vma(0x7f00_0004_1000, 0x1000)),
+            image.bias(&vma(0x7f00_0004_1000, 0x1000), 4096),
             Some(0x7f00_0000_0000)
         );
         assert_eq!(
-            image.bias(&vma(0x7f00_0004_3000, 0x3000)),
+            image.bias(&vma(0x7f00_0004_3000, 0x3000), 4096),
             Some(0x7f00_0000_0000)
         );
-        assert_eq!(image.bias(&vma(0x7f00_0004_3000, 0)), None);
+        assert_eq!(image.bias(&vma(0x7f00_0004_3000, 0), 4096), None);
         assert_eq!(
-            image.bias(&vma(0x1000, 0x1000)),
+            image.bias(&vma(0x1000, 0x1000), 4096),
             None,
             "no address lies below zero"
+        );
+        assert_eq!(
+            image.bias(&vma(0x7f00_0004_0000, 0), 16384),
+            Some(0x7f00_0000_0000),
+            "a larger page begins before the segment"
         );
     }
 }

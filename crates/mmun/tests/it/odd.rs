@@ -152,6 +152,57 @@ fn a_stripped_program_has_offsets_and_a_static_one_names() {
     }
 }
 
+/// The C library signs its return addresses on aarch64, and keeps its frame records below its
+/// frames' other data: only its unwind tables lead through `qsort`.
+const CALLED_BACK: &str = "\
+static char *memory;
+static __attribute__((noinline)) int compare(const void *a, const void *b) {
+    if (memory) give_back(memory);
+    memory = 0;
+    return *(const int *)a - *(const int *)b;
+}
+static __attribute__((noinline)) int third(int *pair) { qsort(pair, 2, sizeof *pair, compare); return pair[0]; }
+static __attribute__((noinline)) int second(int *pair) { return third(pair) + 1; }
+static __attribute__((noinline)) int first(int *pair) { return second(pair) + 1; }
+int main(void) {
+    int pair[2] = {2, 1};
+    memory = make(PROT_READ);
+    return first(pair) != 3;
+}
+";
+
+#[test]
+fn a_stack_leads_through_a_callback_of_the_c_library() {
+    if !require(Cap::Program("gcc")) {
+        return;
+    }
+    let mut variants = vec![vec!["-g", "-O2", "-fno-optimize-sibling-calls"]];
+    if cfg!(target_arch = "aarch64") {
+        variants.push([&variants[0][..], &["-mbranch-protection=standard"]].concat());
+    }
+    for flags in &variants {
+        let records = Program::new(&give(CALLED_BACK), flags).traced(&[]);
+        let [start] = unmaps(&records, SIZE)[..] else {
+            panic!("one call")
+        };
+        let found = functions(&records, start);
+        let own = [
+            "give_back",
+            "compare",
+            "third",
+            "second",
+            "first",
+            "main",
+            "_start",
+        ];
+        let mut outwards = found.iter();
+        assert!(
+            own.iter().all(|name| outwards.any(|found| found == name)),
+            "{flags:?} {found:?}"
+        );
+    }
+}
+
 /// Copies a function to anonymous memory and calls it there. The function unmaps memory.
 const JIT: &str = "\
 int main(int argc, char **argv) {
