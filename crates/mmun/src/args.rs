@@ -110,7 +110,8 @@ pub(crate) enum Command {
 /// /proc, it is recorded as one range of the whole address space.
 ///
 /// A program can have only one tracer: the kernel refuses debuggers and strace meanwhile. Run a
-/// program under AddressSanitizer with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1.
+/// program under AddressSanitizer with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1, or
+/// waits for ever (GCC 14).
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,

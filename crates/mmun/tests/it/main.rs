@@ -10,6 +10,7 @@ mod details;
 mod doctor;
 mod gdb;
 mod hidden;
+mod leaks;
 mod lent;
 mod manners;
 mod odd;

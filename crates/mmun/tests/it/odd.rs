@@ -16,7 +16,12 @@ pub(crate) struct Program(pub(crate) PathBuf);
 
 impl Program {
     /// `None` if the compiler cannot make it.
-    fn try_new(compiler: &str, source: &str, name: &str, flags: &[&str]) -> Option<Program> {
+    pub(crate) fn try_new(
+        compiler: &str,
+        source: &str,
+        name: &str,
+        flags: &[&str],
+    ) -> Option<Program> {
         let (file, program) = (scratch(name), Program(scratch("odd")));
         fs::write(&file, source).unwrap();
         let output = Command::new(compiler)
@@ -523,40 +528,6 @@ fn main() { assert_eq!(give_back(unsafe { mmap(std::ptr::null_mut(), 123 << 16, 
             "{flags:?} {found:?}"
         );
     }
-}
-
-/// A program under LeakSanitizer traces itself to look for leaks, but a program can have only one
-/// tracer. The help names the remedy.
-#[test]
-fn a_program_that_looks_for_leaks_fails_under_a_trace_unless_told_not_to() {
-    if !require(Cap::Program("gcc")) {
-        return;
-    }
-    let source = "int main() { return 7; }";
-    let Some(program) = Program::try_new("gcc", source, "odd.c", &["-fsanitize=address"]) else {
-        println!("SKIP odd::a_program_that_looks_for_leaks: gcc has no AddressSanitizer");
-        return;
-    };
-    let ends = |mut command: Command, options: &str| {
-        command.env("LSAN_OPTIONS", options).arg(&program.0);
-        within("the program", move || command.output().unwrap())
-    };
-    let traced = |options| {
-        let mut command = trace();
-        command.args(["-o", "/dev/null"]);
-        ends(command, options)
-    };
-    if ends(Command::new("env"), "").status.code() != Some(7) {
-        // In a container that forbids ptrace, or under a tracer.
-        println!("SKIP odd::a_program_that_looks_for_leaks: it fails untraced");
-        return;
-    }
-    let output = traced("");
-    let said = text(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("LeakSanitizer"), "{said}");
-    let output = traced("detect_leaks=0");
-    assert_eq!(output.status.code(), Some(7), "{}", text(&output.stderr));
 }
 
 /// `docs/sources.md` must mention each of these limits of the tracer. The help and the manual, or
