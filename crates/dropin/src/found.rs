@@ -29,6 +29,8 @@ pub(crate) const OPAL: &CStr = c"libopen-pal";
 /// Returns the function `symbol`: that of the next object in the global scope, else that of a
 /// loaded library whose file name begins with `library`, else that of the program itself.
 pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
+    // Reading the mappings is a cancellation point.
+    let _whole = srcu::Uncancelled::enter();
     // SAFETY: the name is a live string. `RTLD_NEXT` searches the objects after this one, so it
     // does not find our own function.
     let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };

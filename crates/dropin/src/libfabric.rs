@@ -52,8 +52,9 @@ fn wanted() -> Option<String> {
     std::env::var("FI_MR_CACHE_MONITOR").ok()
 }
 
-/// Whether the user has turned the caches off: then there is no registration that could be stale.
-/// An imported monitor would turn them on.
+/// Whether the user has turned the caches off. The monitor is imported nevertheless, because a
+/// program that imports one of its own, as Open MPI does, would turn them on. Our monitor does not
+/// start.
 pub(crate) fn is_disabled() -> bool {
     wanted().as_deref() == Some("disabled")
 }
@@ -61,7 +62,8 @@ pub(crate) fn is_disabled() -> bool {
 /// The reason to leave libfabric's own monitor in use: the user has chosen one that sees changes
 /// which the `hook` source does not see, and the `kernel` source does not work.
 fn better_monitor() -> Option<String> {
-    let name = wanted().filter(|name| matches!(name.as_str(), "kdreg2" | "userfaultfd"))?;
+    let name =
+        wanted().filter(|name| matches!(name.as_str(), "kdreg2" | "userfaultfd" | "uffd"))?;
     let is_better = !space::current_or_made().is_complete();
     is_better.then(|| {
         format!("FI_MR_CACHE_MONITOR={name} stays in use, because the kernel source does not work")
@@ -72,9 +74,10 @@ fn import_once() {
     if IMPORTED.get().is_some() {
         return;
     }
-    // Look the function up before this thread claims `IMPORTING`: a thread that waits for
-    // `IMPORTING` may hold the loader's lock.
+    // Look the function up, and start the sources, before this thread claims `IMPORTING`: a thread
+    // that waits for `IMPORTING` may hold the loader's lock.
     let open = found::function(FABRIC, c"fi_open");
+    let better_monitor = better_monitor();
     let own = mmu_source::current_ref().id();
     loop {
         if IMPORTED.get().is_some() {
@@ -93,11 +96,7 @@ fn import_once() {
         // Another thread is between `fi_open` and the end of `bind`.
         std::thread::yield_now();
     }
-    IMPORTED.get_or_make(|| match better_monitor() {
-        _ if is_disabled() => Ok(()),
-        Some(reason) => Err(reason),
-        None => try_import(open),
-    });
+    IMPORTED.get_or_make(|| better_monitor.map_or_else(|| try_import(open), Err));
     // ORDER(dropin-importing): Release, after `IMPORTED`. Partner: the exchange above.
     IMPORTING.store(0, Ordering::Release);
 }

@@ -88,6 +88,9 @@ fn notify(start: u64, len: u64) {
 /// Called for the first cache of a kind. After an error, libfabric uses no cache: slower, never
 /// stale.
 extern "C" fn start(_: *mut MemMonitor) -> c_int {
+    if super::is_disabled() {
+        return -libc::ENOSYS;
+    }
     let _whole = srcu::Uncancelled::enter();
     counts::STARTS.add(1);
     if is_ready(space::current_or_made()) {
