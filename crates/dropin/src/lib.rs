@@ -38,6 +38,7 @@
 
 #![deny(unsafe_code)]
 
+mod at_load;
 mod counts;
 mod first;
 mod found;

@@ -96,6 +96,7 @@
     )
 )]
 
+mod aside;
 mod current_mm;
 mod error;
 #[cfg(any(feature = "kernel", feature = "process"))]

@@ -1,6 +1,6 @@
 //! A program that uses neither library is left alone.
 
-use crate::support::{library, output, preloaded, text};
+use crate::support::{build, library, output, preloaded, text};
 use std::process::Command;
 
 /// The counts of a shell's threads and open descriptors, and its standard error, which would have a
@@ -38,6 +38,20 @@ fn it_needs_nothing_but_libc() {
             known.iter().any(|name| line.contains(name)),
             "each further library slows the start of every program: {needs}"
         );
+    }
+}
+
+/// Later, in a process with threads, each registration takes some 12 ms.
+#[test]
+fn a_process_is_registered_for_membarrier_while_it_has_one_thread() {
+    let Some(program) = build("gcc", "registered.c", "registered", &[]) else {
+        return;
+    };
+    // `PRIVATE_EXPEDITED` for the core, `PRIVATE_EXPEDITED_SYNC_CORE` for `hook`.
+    let both = 1 << 4 | 1 << 6;
+    match text(&output(preloaded(program.to_str().unwrap(), "both")).stdout).trim() {
+        "-1" => println!("SKIP: the kernel does not say for what a process is registered"),
+        known => assert_eq!(known, both.to_string()),
     }
 }
 

@@ -22,7 +22,7 @@ mod machine;
 #[path = "sys/x86_64.rs"]
 mod machine;
 
-use crate::page;
+use crate::{aside, page};
 use std::ffi::{CStr, c_ulong};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -111,17 +111,10 @@ const MADV_DONTNEED_LOCKED: i32 = 24;
 /// Maps a page of anonymous memory.
 fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
-    let base = unsafe {
-        libc::mmap(
-            ptr::null_mut(),
-            page::size() as usize,
-            protection,
-            flags,
-            -1,
-            0,
-        )
-    };
+    let (at, fixed) = aside::part(page::size() as usize);
+    // SAFETY: the new mapping replaces addresses that `aside` has reserved and handed out once, or
+    // the kernel chooses its address. So no existing memory changes.
+    let base = unsafe { libc::mmap(at, page::size() as usize, protection, flags | fixed, -1, 0) };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -228,13 +221,15 @@ impl Shared {
     ) -> io::Result<Self> {
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let descriptor = map.as_raw_fd();
-        // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
+        let (at, fixed) = aside::part(bytes);
+        // SAFETY: the new mapping replaces addresses that `aside` has reserved and handed out once,
+        // or the kernel chooses its address. So no existing memory changes.
         let base = unsafe {
             libc::mmap(
-                ptr::null_mut(),
+                at,
                 bytes,
                 protection,
-                libc::MAP_SHARED,
+                libc::MAP_SHARED | fixed,
                 descriptor,
                 offset as libc::off_t,
             )
