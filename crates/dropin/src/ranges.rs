@@ -11,7 +11,8 @@
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
 //! | 1 | valid: `stale` is `None` | a change or a note that overlaps it (2), last unsubscription |
-//! | 2 | stale, counted in `dirty` | last unsubscription, `ask`, `dropped` |
+//! | 2 | stale, counted in `dirty` | last unsubscription, `ask` (3), `dropped` |
+//! | 3 | parked: `count` is 0, `stale` is `None` | `subscribe` (1 or 2), parking of another range |
 //!
 //! # Versions that never unsubscribe
 //! Up to 2.0, libfabric drops a registration without a call of `unsubscribe`. So the table has to
@@ -21,6 +22,10 @@
 //!   registration that it has asked for, and there is no other.
 //! * `notify` has returned: every cache has dropped the registrations that were there when `notify`
 //!   was called. Later ones are counted in `newer`.
+//!
+//! After a refusal libfabric usually registers the range anew and subscribes. So the entry stays in
+//! the table, parked, and its watch is valid again from the refusal on. At most one entry is
+//! parked.
 //!
 //! If a range has several subscriptions, some may be of registrations that are long gone, and
 //! `valid` does not say which one it asks for. Then all are refused until `notify` has returned.
@@ -61,7 +66,7 @@ fn key(start: u64, len: u64) -> Key {
 #[derive(Debug)]
 struct Entry {
     /// How many registrations of this range there are at most, in all caches: libfabric does not
-    /// say which cache subscribes.
+    /// say which cache subscribes. 0 if the entry is parked.
     count: usize,
     stale: Option<Change>,
     /// If the range is stale: how many registrations are newer than the change, and newer than the
@@ -85,7 +90,7 @@ impl Entry {
 
     /// Whether there may be a registration that no reported change has met.
     fn has_valid(&self) -> bool {
-        self.stale.is_none() || self.newer != 0
+        self.count != 0 && (self.stale.is_none() || self.newer != 0)
     }
 
     /// Makes all registrations stale. Returns whether the range was valid before. `marks` numbers
@@ -119,8 +124,8 @@ struct Table {
     marks: u64,
     /// Whether the caches may hold registrations that a parent made before a fork.
     has_parents: bool,
-    /// The watch of the range that was refused last, valid again, for its next registration.
-    spare: Option<Watch>,
+    /// The parked entry.
+    parked: Option<Key>,
 }
 
 /// A stale range, and the number of the change that made it stale.
@@ -171,7 +176,7 @@ impl Ranges {
             used: 0,
             marks: 0,
             has_parents: in_child,
-            spare: None,
+            parked: None,
         };
         Ranges {
             table: Mutex::new(table),
@@ -182,9 +187,9 @@ impl Ranges {
 
     /// Enters a registration of `start..start + len`. A range that is already entered keeps its
     /// first watch. A stale range stays stale: another cache may have registered it before the
-    /// change. `make` makes a watch if none is left over from the range's last registration, and is
-    /// called without the lock. If it fails, the range is stale at once. Returns whether the range
-    /// is stale: then the thread that drops stale ranges must be woken.
+    /// change. `make` makes a watch unless the range's entry is parked, and is called without the
+    /// lock. If it fails, the range is stale at once. Returns whether the range is stale: then the
+    /// thread that drops stale ranges must be woken.
     pub(crate) fn subscribe(
         &self,
         start: u64,
@@ -192,21 +197,28 @@ impl Ranges {
         make: impl FnOnce() -> Result<Option<Watch>, Change>,
     ) -> bool {
         let mut table = self.lock();
-        let range = covering(start, len);
-        let spare = table.spare.take_if(|watch| Some(watch.range()) == range);
-        let made = match spare {
-            Some(watch) => Ok(Some(watch)),
-            None => {
-                drop(table);
-                let made = make();
-                table = self.lock();
-                made
-            }
-        };
         let class = class(len);
+        let key = key(start, len);
+        if table.parked == Some(key) {
+            table.parked = None;
+            let Table { classes, marks, .. } = &mut *table;
+            if let Some(entry) = classes[class].get_mut(&key) {
+                entry.count = 1;
+                // The watch sees every change since the refusal, so also before this registration.
+                if entry.watch.is_some() && entry.is_met() {
+                    self.add_dirty(entry.meet(counted(start, len), marks));
+                }
+                return entry.stale.is_some();
+            }
+        }
+        drop(table);
+        let made = make();
+        table = self.lock();
         table.used |= 1 << class;
+        // Another thread may have parked the entry meanwhile.
+        table.parked.take_if(|parked| *parked == key);
         let Table { classes, marks, .. } = &mut *table;
-        let entry = classes[class].entry(key(start, len)).or_insert(Entry {
+        let entry = classes[class].entry(key).or_insert(Entry {
             count: 0,
             stale: None,
             newer: 0,
@@ -245,7 +257,8 @@ impl Ranges {
     /// Removes one registration of `start..start + len`, if there is one.
     pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
         let mut table = self.lock();
-        let Some(entry) = table.classes[class(len)].get_mut(&key(start, len)) else {
+        let entry = table.classes[class(len)].get_mut(&key(start, len));
+        let Some(entry) = entry.filter(|entry| entry.count != 0) else {
             return;
         };
         entry.count -= 1;
@@ -292,6 +305,7 @@ impl Ranges {
     /// Removes an entry. The caller must drop it without the lock.
     fn remove(&self, table: &mut Table, key: Key) -> Option<Entry> {
         let class = class(key.1);
+        table.parked.take_if(|parked| *parked == key);
         let removed = table.classes[class].remove(&key)?;
         if table.classes[class].is_empty() {
             table.used &= !(1 << class);
@@ -325,12 +339,13 @@ impl Ranges {
     fn look(&self, start: u64, len: u64) -> Verdict {
         let table = self.lock();
         let entry = table.classes[class(len)].get(&key(start, len));
+        let entry = entry.filter(|entry| entry.count != 0);
         entry.map_or(Verdict::Unknown, |entry| entry.verdict(start, len))
     }
 
     /// Looks a registration up for a cache. The caller holds the lock of all caches. If the result
     /// is not `Valid`, libfabric drops the registration before it unlocks. So a range with a single
-    /// registration is removed.
+    /// registration is parked, or removed if its watch cannot be made valid at once.
     #[cold]
     pub(crate) fn ask(&self, start: u64, len: u64) -> Verdict {
         let mut table = self.lock();
@@ -338,24 +353,34 @@ impl Ranges {
         if table.has_parents {
             return Verdict::Unknown;
         }
-        let Some(entry) = table.classes[class(len)].get(&key(start, len)) else {
+        let key = key(start, len);
+        let entry = table.classes[class(len)].get_mut(&key);
+        let Some(entry) = entry.filter(|entry| entry.count != 0) else {
             return Verdict::Unknown;
         };
         let verdict = entry.verdict(start, len);
         if verdict == Verdict::Valid || entry.count > 1 {
             return verdict;
         }
-        let removed = self.remove(&mut table, key(start, len));
-        drop(table);
         // libfabric registers the range anew, and then subscribes. The watch is valid again from
         // here on, so it also sees a change between the two.
-        let watch = removed.and_then(|entry| entry.watch);
-        let watch = watch.and_then(|mut watch| watch.renew().is_ok().then_some(watch));
-        if watch.is_some() {
-            // The lock is released before the old one is dropped.
-            let before = std::mem::replace(&mut self.lock().spare, watch);
-            drop(before);
-        }
+        let can_stay = entry.watch.as_mut().is_none_or(Watch::renew_at_once);
+        let unused = if can_stay {
+            entry.count = 0;
+            entry.newer = 0;
+            if entry.stale.take().is_some() {
+                // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
+                self.dirty.fetch_sub(1, Ordering::Relaxed);
+            }
+            let before = table.parked.replace(key).filter(|before| *before != key);
+            before.and_then(|before| self.remove(&mut table, before))
+        } else {
+            self.remove(&mut table, key)
+        };
+        // The entry is dropped without the lock held, because the drop takes a lock of the kernel
+        // source.
+        drop(table);
+        drop(unused);
         verdict
     }
 
@@ -405,7 +430,8 @@ impl Ranges {
     /// How many ranges there are; `None` if the lock is held, perhaps by a thread that was stopped.
     pub(crate) fn count(&self) -> Option<usize> {
         let table = self.table.try_lock().ok()?;
-        Some(table.classes.iter().map(BTreeMap::len).sum())
+        let entries: usize = table.classes.iter().map(BTreeMap::len).sum();
+        Some(entries - usize::from(table.parked.is_some()))
     }
 
     /// Locks the table and enters every note.

@@ -203,6 +203,9 @@ impl Space {
 
     /// Starts a watch of a registration by the kernel source. `None` if that source is not in use.
     ///
+    /// Does not wait for changes under way: the registration was made before this call, so a change
+    /// that began before this call is missed whether or not it is over when this call returns.
+    ///
     /// # Errors
     /// The kernel source is in use, but cannot watch the range.
     pub(crate) fn watch(&self, start: u64, len: u64) -> Result<Option<Watch>, ()> {
@@ -210,7 +213,7 @@ impl Space {
             return Ok(None);
         };
         let range = VaRange::covering(Va::untagged(start), len).map_err(drop)?;
-        kernel.watch(range).map(Some).map_err(drop)
+        kernel.watch_at_once(range).map(Some).map_err(drop)
     }
 
     /// Arms the whole address space, if the kernel source is in use. Returns false if the source

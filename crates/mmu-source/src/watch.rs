@@ -117,6 +117,20 @@ impl Watch {
         }
     }
 
+    /// Renews the watch if that takes at most some tens of microseconds, and returns whether it is
+    /// renewed. If it is not, the watch is invalid. For callers that hold a lock for which many
+    /// threads wait: unlike [`renew`](Self::renew), this waits for no other thread and makes no
+    /// virtual machine.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn renew_at_once(&mut self) -> bool {
+        match &mut self.by {
+            #[cfg(feature = "kernel")]
+            By::Kernel(watching) => watching.renew_at_once(),
+            By::Brackets(bracketed) => bracketed.renew().is_ok(),
+        }
+    }
+
     /// Returns the watched pages.
     #[must_use]
     pub fn range(&self) -> VaRange {
@@ -142,6 +156,21 @@ impl Kernel {
         Ok(Watch {
             range,
             by: By::Kernel(Watching::new(self, range)?),
+        })
+    }
+
+    /// Like [`watch`](Self::watch), but does not wait for the changes under way. A change that
+    /// began before the call may end later and be missed. For a caller whose translation was made
+    /// before the call: to such a caller a wait is of no use, because a change that is over by the
+    /// end of the wait is missed as well.
+    ///
+    /// # Errors
+    /// The errors of [`watch`](Self::watch).
+    #[doc(hidden)]
+    pub fn watch_at_once(self: &Arc<Self>, range: VaRange) -> Result<Watch, Error> {
+        Ok(Watch {
+            range,
+            by: By::Kernel(Watching::enter(self, range)?),
         })
     }
 }

@@ -4,6 +4,7 @@
 use super::*;
 use mmu_notifier::Va;
 use mmu_source::kernel::Kernel;
+use std::sync::Arc;
 
 fn change(start: u64, len: u64) -> Change {
     Change {
@@ -297,4 +298,86 @@ fn a_child_believes_nothing_until_the_caches_have_dropped_everything() {
     assert!(ranges.is_clean() && ranges.stale().is_empty());
     ranges.changed(change(0, 1));
     assert!(is_stale(&ranges, 0, 100));
+}
+
+/// Refuses the registration of a page, with a watch that can be renewed at once.
+fn refused(ranges: &Ranges, kernel: &Arc<Kernel>, start: u64) {
+    kernel
+        .inject(start, start + 4096)
+        .expect("the program runs");
+    // A wait of another thread may end just before the refusal. Then nothing is under way.
+    let _ = kernel.read_begin().expect("no fork");
+    assert!(matches!(ranges.ask(start, 4096), Verdict::Stale(_)));
+    assert!(ranges.is_clean());
+}
+
+#[test]
+fn a_refused_range_is_parked_and_a_change_before_its_next_registration_is_seen() {
+    let kernel = match Kernel::rehearse(1 << 18) {
+        Ok(kernel) => kernel,
+        Err(error) => return println!("SKIP: {error}"),
+    };
+    let ranges = Ranges::new(false);
+    let make = |start| {
+        let watch = kernel.watch(covering(start, 4096).expect("a range"));
+        Ok(Some(watch.expect("a watch")))
+    };
+    let kept = || -> Result<Option<Watch>, Change> { panic!("the parked entry has a watch") };
+    assert!(!ranges.subscribe(0x1000, 4096, || make(0x1000)));
+    refused(&ranges, &kernel, 0x1000);
+    // Parked is as good as gone.
+    assert_eq!(ranges.count(), Some(0));
+    assert_eq!(ranges.ask(0x1000, 4096), Verdict::Unknown);
+    ranges.unsubscribe(0x1000, 4096);
+    assert!(!ranges.subscribe(0x1000, 4096, kept));
+    assert_eq!(ranges.look(0x1000, 4096), Verdict::Valid);
+    assert_eq!(ranges.count(), Some(1));
+
+    refused(&ranges, &kernel, 0x1000);
+    kernel.inject(0x1000, 0x2000).expect("the program runs");
+    let _ = kernel.settle().expect("no fork");
+    let met = ranges.changed(change(0x1000, 4096));
+    assert!(!met && ranges.is_clean(), "there is no registration");
+    assert!(ranges.subscribe(0x1000, 4096, kept), "it is stale");
+    assert!(!ranges.is_clean() && is_stale(&ranges, 0x1000, 4096));
+
+    // Another refusal takes the place.
+    assert!(!ranges.subscribe(0x8000, 4096, || make(0x8000)));
+    refused_both(&ranges, &kernel);
+}
+
+/// Refuses both ranges. Only the second one can be parked then.
+fn refused_both(ranges: &Ranges, kernel: &Arc<Kernel>) {
+    let _ = kernel.read_begin().expect("no fork");
+    assert!(matches!(ranges.ask(0x1000, 4096), Verdict::Stale(_)));
+    refused(ranges, kernel, 0x8000);
+    assert_eq!(ranges.count(), Some(0));
+    let mut is_made = false;
+    ranges.subscribe(0x1000, 4096, || {
+        is_made = true;
+        Ok(None)
+    });
+    assert!(is_made, "its entry was removed");
+    assert_eq!(ranges.count(), Some(1));
+}
+
+#[test]
+fn a_refused_range_whose_watch_cannot_be_renewed_at_once_is_removed() {
+    let kernel = match Kernel::rehearse(1 << 18) {
+        Ok(kernel) => kernel,
+        Err(error) => return println!("SKIP: {error}"),
+    };
+    let ranges = Ranges::new(false);
+    let watch = kernel.watch(covering(0x1000, 4096).expect("a range"));
+    let watch = watch.expect("a watch");
+    ranges.subscribe(0x1000, 4096, || Ok(Some(watch)));
+    kernel.inject(0x1000, 0x2000).expect("the program runs");
+    // The change may be under way, and a rehearsal has no machine to ask.
+    assert!(matches!(ranges.ask(0x1000, 4096), Verdict::Stale(_)));
+    let mut is_made = false;
+    ranges.subscribe(0x1000, 4096, || {
+        is_made = true;
+        Ok(None)
+    });
+    assert!(is_made);
 }

@@ -15,7 +15,7 @@ pub(super) mod header {
     pub(in super::super) const DIRTY: usize = 136;
     /// The address of the page whose events are questions to the program: see `wait.rs`.
     pub(in super::super) const SCRATCH: usize = 144;
-    /// Whether a thread is going to read the ring without a wake-up.
+    /// Whether the listener is going to read the ring without a wake-up: see `awake` below.
     pub(in super::super) const AWAKE: usize = 152;
     /// The number of armed ranges.
     pub(in super::super) const ARMED: usize = 160;
@@ -46,6 +46,15 @@ pub(super) mod dirty {
     pub(in super::super) const WAITING: i32 = 2;
 }
 
+/// The values of [`header::AWAKE`].
+pub(super) mod awake {
+    /// The next record must wake the listener.
+    pub(in super::super) const NO: u64 = 0;
+    pub(in super::super) const YES: u64 = 1;
+    /// A record has woken the listener, which has not run yet.
+    pub(in super::super) const CALLED: i32 = 2;
+}
+
 /// The offsets of the words that only programs see.
 pub(super) mod private {
     pub(in super::super) const BYTES: usize = 64;
@@ -55,6 +64,7 @@ pub(super) mod private {
     pub(in super::super) const FILE_OPS: usize = 8;
     /// The source's address space: the address of its `struct mm_struct`.
     pub(in super::super) const SPACE: usize = 16;
-    /// The process (`tgid`) that has asked the first question, or 0 before that.
+    /// The source's process (`tgid`): for a client of a broker that which has asked the first
+    /// question, otherwise that which has loaded the programs. 0 if it is not known.
     pub(in super::super) const PROCESS: usize = 24;
 }

@@ -2,16 +2,21 @@
 //! thread run the callbacks.
 //!
 //! A wake-up for each record would be expensive, and a client that checks at every use needs no
-//! wake-up. So only the first record after a pause wakes the listener. Then the program sends no
-//! more wake-ups, and the listener checks for new records once a millisecond, or less often while a
-//! callback takes long. After a check that finds all records passed on, the listener sleeps again.
+//! wake-up. So only the first record after a pause wakes the listener. The program itself notes
+//! that, and sends no more wake-ups, even if the listener does not run for a while on a busy
+//! machine: a wake-up interrupts the processor, which takes microseconds in a virtual machine. The
+//! listener then checks for new records once a millisecond, or less often while a callback takes
+//! long. After a check that finds all records passed on, the listener sleeps again.
+//!
+//! The listener sleeps in `poll`, which goes on sleeping if the ring is empty when it looks. So a
+//! thread that takes in the record must not empty the ring: see `Ring::pop`.
 //!
 //! The listener also closes machine B after a time without waits, because B costs each change of
 //! this address space some time. If a process fills its cache now and then, B would be made anew
 //! each time. So if B is made again soon after it was closed, it stays four times as long, at most
 //! a second.
 
-use super::layout::header;
+use super::layout::{awake, header};
 use super::machine::Machines;
 use super::programs::{load_resolver, may_skip, offsets};
 use super::{Inner, kernel_error};
@@ -86,7 +91,10 @@ fn listen(
             );
             crate::wait::clear(nudge.as_fd());
         }
-        inner.header.u64(header::AWAKE).store(1, Ordering::Relaxed);
+        inner
+            .header
+            .u64(header::AWAKE)
+            .store(awake::YES, Ordering::Relaxed);
         let (handled, generation) = (inner.handled(), inner.generation());
         std::thread::sleep(Duration::from_millis(nap));
         // ORDER(source-stop): Acquire. Partner: the store in the drop of `Kernel`.

@@ -122,7 +122,7 @@ impl Machines {
     pub(super) fn set_resolver(&mut self, resolver: OwnedFd) {
         if let (Keeper::Own(programs), Some(live)) = (&mut self.keeper, &self.live) {
             programs.set_resolver(resolver);
-            programs.show(live.a.as_fd(), Role::Space);
+            programs.show(live.a.as_fd(), Role::Own);
         }
     }
 

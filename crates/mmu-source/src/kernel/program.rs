@@ -34,13 +34,14 @@
 //! record = bpf_ringbuf_reserve(ring, 24);
 //! if (!record) { lost++; return; }
 //! *record = { start, end, number };
-//! bpf_ringbuf_submit(record, awake ? BPF_RB_NO_WAKEUP : 0);
+//! called = !awake && xchg(&awake, CALLED) == 0;      // One wake-up is enough: see `listen.rs`.
+//! bpf_ringbuf_submit(record, called ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP);
 //! return;
 //! question:                                          // Is anything under way? See `wait.rs`.
 //! number = asked;
 //! fence();
 //! if (count && *count == 0) {
-//!     if (!process) process = pid_tgid >> 32;
+//!     if (!process) process = pid_tgid >> 32;        // For a client of a broker: see `resolver.rs`.
 //!     asker = pid_tgid >> 32 == process ? pid_tgid : 0;
 //!     answered = number;
 //! }
@@ -50,6 +51,7 @@
 
 use super::asm::{Assembler, If, Op, PEEKED, Reg};
 use super::filter::{FACTORS, LEVELS, LINE_BITS, SPAN, STARTS, shift, start_of};
+use super::layout::awake;
 use super::layout::dirty::{MANY, QUIET};
 use super::layout::{header, private};
 use super::owner;
@@ -87,6 +89,8 @@ enum Label {
     Asker,
     Hit,
     Count,
+    NoCall,
+    Submit,
     Lost,
     Out,
     /// The event is too wide for the levels before this one.
@@ -251,7 +255,7 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.label(Label::Coarser(LEVELS));
     a.goto(Label::Out);
     match audience {
-        Audience::Own { .. } => question(&mut a, maps, peek, Label::Question),
+        Audience::Own { .. } => question(&mut a, maps, audience, Label::Question),
         Audience::Client => {
             a.label(Label::Question);
             a.label(Label::Hit);
@@ -265,7 +269,7 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
             a.map_value(HEADER, maps.header);
             a.load(R2, HEADER, word(header::SCRATCH));
             a.jump_reg(If::NotEqual, R2, START, Label::Record);
-            question(&mut a, maps, true, Label::Answer);
+            question(&mut a, maps, audience, Label::Answer);
         }
     }
     hit(
@@ -359,9 +363,13 @@ fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
 
 /// Handles a question of `wait.rs`: answers it if the program can read B's count and nothing is
 /// under way.
-fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
+///
+/// For a client of a broker, the first process that asks is the source's. `owner.rs` has found out
+/// that the question is of its address space. A question to a process's own program may come from
+/// any process that has a page of its own at the same address.
+fn question(a: &mut Code, maps: Maps<'_>, audience: Audience, label: Label) {
     a.label(label);
-    if peek {
+    if audience != (Audience::Own { peek: false }) {
         // ORDER(source-question): load the number first, so that the count is read after the
         // question was asked. Partner: the store in `Waits::is_over`, before the question.
         a.load(R7, HEADER, header::ASKED as isize);
@@ -373,10 +381,12 @@ fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
         a.op(Op::Shr, R1, 32);
         a.map_value(R2, maps.private);
         a.load(R3, R2, private::PROCESS as isize);
-        a.jump(If::NotEqual, R3, 0, Label::Process);
-        a.store(R2, private::PROCESS as isize, R1);
-        a.op_reg(Op::Mov, R3, R1);
-        a.label(Label::Process);
+        if audience == Audience::Client {
+            a.jump(If::NotEqual, R3, 0, Label::Process);
+            a.store(R2, private::PROCESS as isize, R1);
+            a.op_reg(Op::Mov, R3, R1);
+            a.label(Label::Process);
+        }
         a.jump_reg(If::Equal, R1, R3, Label::Asker);
         a.op(Op::Mov, R0, 0);
         a.label(Label::Asker);
@@ -390,6 +400,8 @@ fn question(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
 fn hit(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     const RINGBUF_RESERVE: i32 = 131;
     const RINGBUF_SUBMIT: i32 = 132;
+    const NO_WAKEUP: i32 = 1;
+    const FORCE_WAKEUP: i32 = 2;
     a.label(label);
     if peek {
         load_count(a, maps, Label::Count);
@@ -413,10 +425,19 @@ fn hit(a: &mut Code, maps: Maps<'_>, peek: bool, label: Label) {
     a.store(R0, 8, LAST);
     a.store(R0, 16, R9);
     a.op_reg(Op::Mov, R1, R0);
-    // BPF_RB_NO_WAKEUP is 1.
     // ORDER(source-awake): the generation was counted above, which is a full barrier. Partner: the
     // fence in `wants_a_call`.
-    a.load(R2, HEADER, header::AWAKE as isize);
+    let awake = header::AWAKE as isize;
+    a.load(R2, HEADER, awake);
+    a.jump(If::NotEqual, R2, 0, Label::NoCall);
+    a.op(Op::Mov, R2, awake::CALLED);
+    a.exchange(HEADER, awake, R2);
+    a.jump(If::NotEqual, R2, 0, Label::NoCall);
+    a.op(Op::Mov, R2, FORCE_WAKEUP);
+    a.goto(Label::Submit);
+    a.label(Label::NoCall);
+    a.op(Op::Mov, R2, NO_WAKEUP);
+    a.label(Label::Submit);
     a.call(RINGBUF_SUBMIT);
     a.label(Label::Out);
     a.op(Op::Mov, R0, 0);

@@ -6,7 +6,7 @@
 //! ```c
 //! if (descriptor == NONE) {
 //!     count = 0;
-//!     if (role == SPACE) space = 0;
+//!     if (role != B) space = 0;
 //!     return 0;
 //! }
 //! table = current->files->fdt;
@@ -14,7 +14,11 @@
 //! if (!file_ops) file_ops = file->f_op;              // The first file is our own, and is a machine.
 //! if (file->f_op != file_ops) return 1;              // So this one is a machine too.
 //! kvm = file->private_data;
-//! if (role == SPACE) { space = kvm->mm; return 0; }
+//! if (role != B) {
+//!     space = kvm->mm;
+//!     if (role == OWN) process = pid_tgid >> 32;     // Not in a broker, which is another process.
+//!     return 0;
+//! }
 //! if (kvm->mm != space) return 1;                    // It must be of the source's address space.
 //! count = &kvm->mn_active_invalidate_count;
 //! return 0;
@@ -42,6 +46,8 @@ pub(super) enum Role {
     /// The machine defines the source's address space. With [`NONE`], the program forgets the count
     /// and the address space.
     Space = 1,
+    /// The same, and the caller is the process that the machine belongs to.
+    Own = 2,
 }
 
 /// Where the role is stored, relative to the end of the stack.
@@ -86,12 +92,14 @@ enum Label {
     Forgotten,
     Known,
     Space,
+    Done,
     Refuse,
 }
 
 /// Builds the program. `map` holds the words that only programs see.
 pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     const GET_CURRENT_TASK: i32 = 35;
+    const GET_CURRENT_PID_TGID: i32 = 14;
     let mut a = Assembler::new();
     let (descriptor, kept, table, words) = (R6, R7, R8, R9);
     a.load(descriptor, R1, 0);
@@ -141,7 +149,7 @@ pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     a.op_reg(Op::Mov, kept, R0);
     follow(&mut a, at.kvm_mm, 8);
     a.load(R1, R10, ROLE);
-    a.jump(If::Equal, R1, Role::Space as i32, Label::Space);
+    a.jump(If::NotEqual, R1, Role::B as i32, Label::Space);
     a.load(R1, words, private::SPACE as isize);
     a.jump_reg(If::NotEqual, R0, R1, Label::Refuse);
     a.op(Op::Add, kept, at.kvm_count as i32);
@@ -150,6 +158,11 @@ pub(super) fn build(map: BorrowedFd<'_>, at: Offsets) -> Vec<u64> {
     a.exit();
     a.label(Label::Space);
     a.store(words, private::SPACE as isize, R0);
+    a.jump(If::NotEqual, R1, Role::Own as i32, Label::Done);
+    a.call(GET_CURRENT_PID_TGID);
+    a.op(Op::Shr, R0, 32);
+    a.store(words, private::PROCESS as isize, R0);
+    a.label(Label::Done);
     a.op(Op::Mov, R0, 0);
     a.exit();
     a.label(Label::Refuse);

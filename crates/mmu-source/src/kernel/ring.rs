@@ -65,11 +65,15 @@ impl Ring {
         Glance::new(header, progress, &self.producer, self.bytes)
     }
 
-    /// Removes the oldest record, unless there is none or it is still being written. Afterwards
-    /// `position` is the position of the next record.
+    /// Removes the oldest record, at `position`, unless there is none or it is still being written.
+    /// Afterwards `position` is the position of the next record.
+    ///
+    /// The kernel learns that the records before this one were removed, but not yet that this one
+    /// was. So the ring never looks empty to the listener's `poll`, and a record that has called
+    /// the listener wakes it although another thread takes the record in.
     pub(super) fn pop(&mut self, position: &AtomicU64) -> Option<Record> {
         loop {
-            let at = self.consumer.u64(0).load(Ordering::Relaxed);
+            let at = position.load(Ordering::Relaxed);
             // ORDER: Acquire, for the record's header. Partner: the kernel's release store in
             // `bpf_ringbuf_reserve`.
             if at == self.producer.u64(0).load(Ordering::Acquire) {
@@ -94,15 +98,27 @@ impl Ring {
             };
             let length = HEADER + ((header & !DISCARD) as usize).next_multiple_of(8);
             position.store(at + length as u64, Ordering::Relaxed);
-            // ORDER(source-glimpse): Release: the record has been copied and `position` has moved
-            // before the kernel may overwrite the record. Partner: the fence in `glimpse`.
-            self.consumer
-                .u64(0)
-                .store(at + length as u64, Ordering::Release);
+            // ORDER(source-glimpse): Release: the records before `at` have been copied and
+            // `position` has moved before the kernel may overwrite them. Partner: the fence in
+            // `glimpse`.
+            self.consumer.u64(0).store(at, Ordering::Release);
             if header & DISCARD == 0 {
                 return Some(record);
             }
         }
+    }
+}
+
+impl Ring {
+    /// Tells the kernel that all records before `position` were removed, so that `poll` waits for
+    /// the next one. For the listener, before it allows the program to call it: a record that is
+    /// removed after that leaves the ring readable.
+    pub(super) fn release(&mut self, position: &AtomicU64) {
+        // ORDER(source-glimpse, source-called): Release, as in `pop`, and before the store of
+        // `awake` in `wants_a_call`.
+        self.consumer
+            .u64(0)
+            .store(position.load(Ordering::Relaxed), Ordering::Release);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::busy::{self, Flag};
 use super::intake::{Intake, Told, Words};
-use super::layout::header;
+use super::layout::{awake, header};
 use super::{Inner, Kernel};
 use crate::current_mm::current_ref;
 use mmu_notifier::Event;
@@ -185,7 +185,13 @@ impl Inner {
     /// Asks the program to wake the listener at the next record. Returns false if there are records
     /// that have not been passed on.
     pub(super) fn wants_a_call(&self) -> bool {
-        self.header.u64(header::AWAKE).store(0, Ordering::Relaxed);
+        // The ring must be released before the program may take the call: see `Ring::release`.
+        self.with_intake(|intake, words| intake.ring.release(words.position));
+        // ORDER(source-called): Release: the ring has been released before this store. Partner: the
+        // program's exchange.
+        self.header
+            .u64(header::AWAKE)
+            .store(awake::NO, Ordering::Release);
         // ORDER(source-awake): full fence between the store of `AWAKE` and the load of the
         // generation. Partner: the program, which counts the generation (a full barrier) and then
         // loads `AWAKE`. If this store comes first, the program sends a wake-up. If the program's

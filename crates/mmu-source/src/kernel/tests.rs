@@ -93,6 +93,72 @@ fn an_event_during_a_wait_belongs_to_no_thread() {
     }));
 }
 
+/// The listener must wake although another thread has taken the records in.
+#[test]
+fn records_that_a_watch_takes_in_are_told_without_further_records() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    const AT: u64 = 0x5900_0000_0000;
+    const OTHER: u64 = AT + (1 << 30);
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let watch = kernel.watch(range(AT, 4096)).expect("it can be armed");
+    let _armed = kernel.arm(range(OTHER, 4096)).expect("it can be armed");
+    let inner = Arc::clone(&kernel.inner);
+    let rounds = kernel.rehearsal(move |inject| {
+        let end = Instant::now() + Duration::from_secs(60);
+        let is_told = |_: &u32| {
+            // The listener sleeps, or is about to.
+            let asleep = || inner.header.u64(header::AWAKE).load(Ordering::Relaxed) == 0;
+            crate::wait::until(|| asleep() || Instant::now() > end);
+            // More records than a check examines in the ring.
+            (0..6).for_each(|_| inject(OTHER, OTHER + 4096).expect("it runs"));
+            inner.catch_up();
+            crate::wait::until(|| inner.is_caught_up() || Instant::now() > end);
+            inner.is_caught_up()
+        };
+        (0..200).take_while(is_told).count()
+    });
+    assert_eq!(rounds, 200);
+    assert!(watch.is_valid());
+}
+
+/// Without address space randomisation, another process may have a page at the same address.
+#[test]
+fn a_question_at_the_same_address_in_another_process_changes_no_mark() {
+    if !(require(Cap::Bpf) && require(Cap::Kvm)) {
+        return;
+    }
+    assert!(crate::testkit::in_child(|| {
+        let kernel = Kernel::start().expect("it starts");
+        kernel.wait_for_threads();
+        let waits = &kernel.inner.waits;
+        let page = sys::Scratch::map().expect("memory");
+        let arm = || drop(kernel.arm(range(page.address(), 4096)).expect("armed"));
+        // The wait that makes B asks no question, so the child's is the first.
+        let is_first = (0..5).any(|_| {
+            crate::wait::until(|| !waits.has_b());
+            arm();
+            let has_asked = || {
+                let own = Kernel::start().expect("it starts");
+                sys::ask(&waits.scratch);
+                !own.is_inherited()
+            };
+            crate::testkit::in_child(has_asked) && waits.has_b()
+        });
+        if !is_first {
+            println!("SKIP: no machine stayed for so long, or the count cannot be read");
+            return true;
+        }
+        (0..20_000).any(|_| {
+            sys::ask(&page);
+            let before = kernel.waits().0;
+            arm();
+            kernel.waits().0 == before
+        })
+    }));
+}
+
 /// Another thread may take in the loss between the two counts of `note_loss`.
 #[test]
 fn a_loss_that_is_noted_while_another_thread_takes_in_is_handled() {
@@ -156,6 +222,66 @@ fn a_wait_that_has_interrupted_one_of_its_own_thread_is_refused() {
         assert!(other.join().expect("no panic"), "another thread waits");
     });
     assert!(kernel.arm(at).is_ok());
+}
+
+#[test]
+fn a_brief_wait_makes_no_machine_and_waits_for_no_thread() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    const AT: u64 = 0x5500_0000_0000;
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let waits = &kernel.inner.waits;
+    let dirty = kernel.inner.header.u64(header::DIRTY);
+    let mut watch = kernel.watch(range(AT, 4096)).expect("it can be armed");
+    assert!(watch.renew_at_once(), "nothing has happened since the wait");
+    kernel.inject(AT, AT + 4096).expect("the program runs");
+    assert!(!watch.renew_at_once(), "there is no machine to ask");
+    assert!(!watch.is_valid());
+    // A question to a machine that does not exist is not answered.
+    crate::wait::until(|| !waits.has_posted.load(Ordering::Relaxed));
+    waits.set_has_b(true);
+    assert!(!watch.renew_at_once() && !watch.is_valid());
+    assert_eq!(dirty.load(Ordering::Relaxed), MANY as u64);
+    let (begun, machines) = kernel.waits();
+    assert_eq!((begun, machines), (2, 1), "one was for the first watch");
+    thread::scope(|scope| {
+        let held = waits.lock();
+        let other = scope.spawn(move || watch.renew_at_once());
+        assert!(!other.join().expect("no panic"), "another thread waits");
+        drop(held);
+    });
+}
+
+#[test]
+fn brief_waits_succeed_beside_a_thread_that_changes_memory() {
+    if !(require(Cap::Bpf) && require(Cap::Kvm)) {
+        return;
+    }
+    let kernel = Kernel::start().expect("it starts");
+    kernel.wait_for_threads();
+    let page = sys::Scratch::map().expect("memory");
+    let at = range(page.address(), 4096);
+    let mut watch = kernel.watch_at_once(at).expect("it can be armed");
+    let mut has_had_b = false;
+    let end = Instant::now() + Duration::from_secs(60);
+    let is_renewed = loop {
+        // The change of another thread, which is over by then.
+        thread::scope(|scope| scope.spawn(|| sys::ask(&page)).join().expect("no panic"));
+        has_had_b |= kernel.inner.waits.has_b();
+        if watch.renew_at_once() {
+            break true;
+        }
+        assert!(!watch.is_valid());
+        if Instant::now() > end {
+            break false;
+        }
+    };
+    if !has_had_b {
+        return println!("SKIP: the count cannot be read");
+    }
+    assert!(is_renewed);
+    assert_eq!(kernel.waits().1, 0, "no thread waited for a machine");
 }
 
 /// Makes another change of armed memory in each callback, up to `left` times.

@@ -37,6 +37,15 @@ impl Kernel {
 impl Watching {
     /// See [`Kernel::watch`].
     pub(crate) fn new(kernel: &Arc<Kernel>, range: VaRange) -> Result<Self, Error> {
+        let watching = Self::enter(kernel, range)?;
+        // A change that begins from here on marks the watch. Changes that began before are over
+        // after this call.
+        kernel.wait()?;
+        Ok(watching)
+    }
+
+    /// See [`Kernel::watch_at_once`].
+    pub(crate) fn enter(kernel: &Arc<Kernel>, range: VaRange) -> Result<Self, Error> {
         let armed = Armed::enter(kernel, range)?;
         let word = Arc::new(Word::default());
         let base = kernel.generation();
@@ -46,17 +55,13 @@ impl Watching {
             inner.with_intake(|intake, _| intake.ring.glance(&inner.header, &inner.progress));
         let glance = glance.ok_or_else(inside)?;
         let id = kernel.enter(range, base, &word).ok_or_else(inside)?;
-        let watching = Watching {
+        Ok(Watching {
             glance,
             word,
             base,
             id,
             armed,
-        };
-        // A change that begins from here on marks the watch. Changes that began before are over
-        // after this call.
-        kernel.wait()?;
-        Ok(watching)
+        })
     }
 
     #[inline]
@@ -83,6 +88,25 @@ impl Watching {
     }
 
     pub(crate) fn renew(&mut self) -> Result<(), Error> {
+        self.clear()?;
+        // A change that began before may still be under way.
+        self.armed.kernel.wait().inspect_err(|_| self.word.touch())
+    }
+
+    /// See [`Watch::renew_at_once`](crate::Watch::renew_at_once).
+    pub(crate) fn renew_at_once(&mut self) -> bool {
+        if self.clear().is_err() {
+            return false;
+        }
+        let is_renewed = self.armed.kernel.wait_briefly();
+        if !is_renewed {
+            self.word.touch();
+        }
+        is_renewed
+    }
+
+    /// Clears the word: events so far no longer count.
+    fn clear(&mut self) -> Result<(), Error> {
         let kernel = &self.armed.kernel;
         if kernel.inner.is_inherited() {
             return Err(Error::AfterFork { source: "kernel" });
@@ -93,8 +117,7 @@ impl Watching {
             .with_intake(|intake, _| intake.watches.renew(&self.id, base));
         renewed.ok_or(Error::InCallback { source: "kernel" })?;
         self.base = base;
-        // A change that began before may still be under way.
-        kernel.wait().inspect_err(|_| self.word.touch())
+        Ok(())
     }
 }
 
