@@ -101,9 +101,14 @@ impl Feed {
     }
 }
 
+/// The end of every address space. UCX's caches add up the lengths of the ranges that they have
+/// queued, and abort if the sum wraps around: as it would with `usize::MAX`.
+const END: usize = 1 << 56;
+
 impl Served {
     /// Reports that a range is about to change, or has changed.
     fn report(self, start: usize, len: usize) {
+        let len = len.min(END - start.min(END));
         // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
         FEEDING.fetch_add(1, Ordering::Relaxed);
         // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. The function may be
