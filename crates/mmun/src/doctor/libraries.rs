@@ -3,37 +3,60 @@
 //! This module runs the libraries' own programs, as an administrator would, because loading a
 //! library could start it.
 
-use std::process::{Command, Stdio};
+use std::ffi::OsStr;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Command, Output, Stdio};
 
-/// The libraries, each with the command that prints its version.
-const ASKED: [(&str, &[&str]); 4] = [
-    ("UCX", &["ucx_info", "-v"]),
-    ("libfabric", &["fi_info", "--version"]),
-    ("Open MPI", &["ompi_info", "--version"]),
-    ("MPICH", &["mpichversion", "-v"]),
+/// The libraries, each with the command that prints its version, and the file that programs load.
+const ASKED: [(&str, &[&str], &str); 4] = [
+    ("UCX", &["ucx_info", "-v"], "libucp.so.0"),
+    ("libfabric", &["fi_info", "--version"], "libfabric.so.1"),
+    ("Open MPI", &["ompi_info", "--version"], "libmpi.so.40"),
+    ("MPICH", &["mpichversion", "-v"], "libmpi.so.12"),
 ];
 
-/// One line for each library: its version and what the drop-in does for it, or that its program is
-/// not installed.
+/// One line for each library: its version and what the drop-in does for it, or why its version is
+/// not known. A second line if the environment names another copy of the library.
 pub(super) fn lines() -> Vec<String> {
-    ASKED
-        .iter()
-        .map(|(name, words)| match version(words) {
-            None => format!("{name}: no {} in PATH", words[0]),
-            Some(version) => format!("{name} {}: {}", dotted(&version), verdict(name, &version)),
-        })
-        .collect()
+    let folders = std::env::var_os("LD_LIBRARY_PATH").unwrap_or_default();
+    let mut lines = Vec::new();
+    for (name, words, file) in ASKED {
+        lines.push(match version(words) {
+            Err(reason) => format!("{name}: {reason}"),
+            Ok(version) => format!("{name} {}: {}", dotted(&version), verdict(name, &version)),
+        });
+        lines.extend(other_copy(name, words[0], file, &folders));
+    }
+    lines
 }
 
-fn version(words: &[&str]) -> Option<Vec<u32>> {
+/// The line about a copy that the loader prefers to the one that `program` belongs to.
+fn other_copy(name: &str, program: &str, file: &str, folders: &OsStr) -> Option<String> {
+    let mut files = std::env::split_paths(folders).map(|folder| folder.join(file));
+    let found = files.find(|path| path.is_file())?;
+    Some(format!(
+        "{name}: programs load {} (LD_LIBRARY_PATH); the version above is that of {program} in PATH, and may be another one",
+        found.display()
+    ))
+}
+
+/// Runs a command and returns the version that it prints, or the reason why there is none.
+fn version(words: &[&str]) -> Result<Vec<u32>, String> {
     let mut command = Command::new(words[0]);
-    let output = command
-        .args(&words[1..])
-        .stdin(Stdio::null())
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
+    command.args(&words[1..]);
+    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let output = output.map_err(|_| format!("no {} in PATH", words[0]))?;
     first_version(&String::from_utf8_lossy(&output.stdout))
+        .ok_or_else(|| unknown(words[0], &output))
+}
+
+fn unknown(program: &str, output: &Output) -> String {
+    match output.status.signal() {
+        Some(signal) => format!(
+            "{program} was killed by signal {signal}: it loads another version than its own, perhaps by LD_LIBRARY_PATH"
+        ),
+        None => format!("{program} prints no version ({})", output.status),
+    }
 }
 
 /// The first version number in a text: numbers with dots between them.
@@ -100,6 +123,35 @@ mod tests {
         ] {
             assert_eq!(first_version(text), found, "{text}");
         }
+    }
+
+    #[test]
+    fn a_program_without_a_version_says_why() {
+        let of = |words: &[&str]| version(words).expect_err("no version");
+        assert_eq!(
+            of(&["mmun-no-such-program"]),
+            "no mmun-no-such-program in PATH"
+        );
+        assert_eq!(of(&["false"]), "false prints no version (exit status: 1)");
+        let killed = of(&["sh", "-c", "kill -SEGV $$"]);
+        assert!(
+            killed.starts_with("sh was killed by signal 11: "),
+            "{killed}"
+        );
+    }
+
+    #[test]
+    fn a_copy_of_the_environment_is_named() {
+        let folder = std::env::current_exe().expect("a program has a file");
+        let (folder, file) = (folder.parent().expect("a folder"), folder.file_name());
+        let file = file.and_then(OsStr::to_str).expect("a plain name");
+        let paths = std::env::join_paths(["/".as_ref(), folder]).expect("no colon");
+        let line = other_copy("UCX", "ucx_info", file, &paths).expect("it is there");
+        assert!(
+            line.contains(&format!("{}/{file}", folder.display())),
+            "{line}"
+        );
+        assert_eq!(other_copy("UCX", "ucx_info", file, OsStr::new("")), None);
     }
 
     #[test]
