@@ -70,18 +70,22 @@ fn own(space: *mut Space) -> Option<&'static Space> {
     (space.id == mmu_source::current_ref().id()).then_some(space)
 }
 
-/// The space of this process, if its kernel source is in use and the callbacks have run for every
-/// change that this source has counted. For fast paths: loads only, no call.
+/// The space of this process, if the callbacks have run for every change that its kernel source has
+/// counted, or if that source is not in use. For fast paths: loads only, no call.
 ///
-/// A parent's space is never returned: in the child of a fork its kernel source is not settled.
+/// A parent's space is never returned: in the child of a fork its kernel source is not settled, and
+/// without that source the id differs.
 #[inline]
 pub(crate) fn settled() -> Option<&'static Space> {
     // ORDER(dropin-space): Acquire, as in `current`.
     let space = CURRENT.load(Ordering::Acquire);
     // SAFETY: as in `own`.
     let space = unsafe { space.as_ref() }?;
-    let is_settled = |kernel: &Arc<Kernel>| kernel.is_settled();
-    space.kernel.as_ref().is_ok_and(is_settled).then_some(space)
+    let is_settled = match &space.kernel {
+        Ok(kernel) => kernel.is_settled(),
+        Err(_) => space.id == mmu_source::current_ref().id(),
+    };
+    is_settled.then_some(space)
 }
 
 /// The space of this process, made at first use.

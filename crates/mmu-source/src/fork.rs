@@ -19,7 +19,6 @@
 #![allow(unsafe_code, reason = "maps the one page; see its Safety section")]
 
 use crate::Error;
-use crate::aside;
 use crate::wait::until;
 use std::any::Any;
 use std::ptr;
@@ -74,10 +73,8 @@ fn map() -> &'static Marks {
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
-    let (at, fixed) = aside::part(4096);
-    // SAFETY: the new mapping replaces addresses that `aside` has reserved and handed out once, or
-    // the kernel chooses its address. So no existing memory changes.
-    let page = unsafe { libc::mmap(at, 4096, protection, flags | fixed, -1, 0) };
+    // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
+    let page = unsafe { libc::mmap(ptr::null_mut(), 4096, protection, flags, -1, 0) };
     assert_ne!(page, libc::MAP_FAILED, "one page can be mapped");
     // SAFETY: the advice changes only how a fork copies the page mapped above.
     let wiped = unsafe { libc::madvise(page, 4096, libc::MADV_WIPEONFORK) } == 0;

@@ -96,7 +96,6 @@
     )
 )]
 
-mod aside;
 mod current_mm;
 mod error;
 #[cfg(any(feature = "kernel", feature = "process"))]

@@ -22,7 +22,7 @@ mod machine;
 #[path = "sys/x86_64.rs"]
 mod machine;
 
-use crate::{aside, page};
+use crate::page;
 use std::ffi::{CStr, c_ulong};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -111,10 +111,17 @@ const MADV_DONTNEED_LOCKED: i32 = 24;
 /// Maps a page of anonymous memory.
 fn new_page(protection: i32) -> io::Result<NonNull<u8>> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-    let (at, fixed) = aside::part(page::size() as usize);
-    // SAFETY: the new mapping replaces addresses that `aside` has reserved and handed out once, or
-    // the kernel chooses its address. So no existing memory changes.
-    let base = unsafe { libc::mmap(at, page::size() as usize, protection, flags | fixed, -1, 0) };
+    // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
+    let base = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            page::size() as usize,
+            protection,
+            flags,
+            -1,
+            0,
+        )
+    };
     if base == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -221,15 +228,13 @@ impl Shared {
     ) -> io::Result<Self> {
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let descriptor = map.as_raw_fd();
-        let (at, fixed) = aside::part(bytes);
-        // SAFETY: the new mapping replaces addresses that `aside` has reserved and handed out once,
-        // or the kernel chooses its address. So no existing memory changes.
+        // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
         let base = unsafe {
             libc::mmap(
-                at,
+                ptr::null_mut(),
                 bytes,
                 protection,
-                libc::MAP_SHARED | fixed,
+                libc::MAP_SHARED,
                 descriptor,
                 offset as libc::off_t,
             )
