@@ -25,7 +25,8 @@ fn a_task_killed_in_its_call_closes_its_bracket_and_leaves() {
     let recorder = Recorder::with(Box::new(move |part| {
         // Only calls of the threads count: the loader may unmap a range of the same size while
         // there is one task.
-        let is_threads = part.task.tid != part.task.pid && part.end - part.start == 5 * page_size();
+        let is_threads =
+            part.task.tid != part.task.pid && part.end - part.start == 37 * page_size();
         if part.cause == "munmap" && is_threads && !killed.swap(true, Ordering::Relaxed) {
             kill(part.task.pid);
         }

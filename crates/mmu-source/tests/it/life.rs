@@ -144,7 +144,7 @@ fn threads_share_one_address_space_and_no_call_of_theirs_is_lost() {
         let unmaps = |part: &&crate::log::Part| {
             part.task == *child
                 && part.cause == "munmap"
-                && part.end - part.start == 5 * page_size()
+                && part.end - part.start == 37 * page_size()
         };
         assert_eq!(
             trace.ends().map(|(part, _)| part).filter(unmaps).count(),

@@ -84,10 +84,11 @@ pub(crate) fn threads(count: u64, rounds: u64) {
             scope.spawn(|| {
                 barrier.wait();
                 for _ in 0..rounds {
-                    // Longer than the signal stack that Rust unmaps at the end of a thread.
-                    let at = map(5 * page_size(), RW);
-                    touch(at, 5 * page_size());
-                    assert_eq!(munmap(at, 5 * page_size()), 0);
+                    // Longer than the signal stack that Rust unmaps at the end of a thread, whose
+                    // size depends on the kernel.
+                    let at = map(37 * page_size(), RW);
+                    touch(at, 37 * page_size());
+                    assert_eq!(munmap(at, 37 * page_size()), 0);
                 }
             });
         }
