@@ -44,6 +44,8 @@ pub(crate) struct Space {
     /// The subscription that marks `ranges`. Made when the first cache starts.
     marks: Mutex<Option<Registration<Marks>>>,
     is_marked: AtomicBool,
+    /// Whether UCX's caches may hold registrations that a parent made before a fork.
+    pub(crate) has_parents: AtomicBool,
     /// The subscription that reports to UCX. Made when UCX's first cache subscribes.
     pub(crate) fed: Mutex<Option<Feeding>>,
     /// Changes that UCX learns of at its next look-up.
@@ -105,6 +107,11 @@ fn make() -> &'static Space {
     if let Some(space) = own(before) {
         return space;
     }
+    if !before.is_null() {
+        // The fork may have run no handlers, and libfabric may make this space: UCX's next look-up
+        // must notice that its caches hold registrations of the parent.
+        counts::LOOKED_UP.store(false, Ordering::Relaxed);
+    }
     let space = Box::leak(Box::new(Space::new(!before.is_null())));
     // ORDER(dropin-space): Release for the content, Acquire for that of the thread that was first.
     // Partner: `current`.
@@ -148,6 +155,7 @@ impl Space {
             reaper: Reaper::new(),
             marks: Mutex::new(None),
             is_marked: AtomicBool::new(false),
+            has_parents: AtomicBool::new(in_child),
             fed: Mutex::new(None),
             late: Late::default(),
         };

@@ -216,9 +216,6 @@ fn feed(space: &'static Space, served: Served) -> bool {
     fed.is_some()
 }
 
-/// Whether UCX's caches may hold registrations that a parent made before a fork.
-static HAS_PARENTS: AtomicBool = AtomicBool::new(false);
-
 /// Runs in the child of a fork, where UCX's caches still hold the parent's registrations.
 ///
 /// If look-ups call this library, the child's first look-up drops them, and starts the child's
@@ -229,9 +226,6 @@ extern "C" fn serve_child() {
     // these stores or later ones, because the space is published afterwards.
     FEEDING.store(0, Ordering::Relaxed);
     counts::LOOKED_UP.store(false, Ordering::Relaxed);
-    HAS_PARENTS.store(true, Ordering::Relaxed);
-    // No fast path until then, even if another library makes the child's space.
-    caches::reported();
     if !CALLS_US.load(Ordering::Relaxed) {
         begin_child();
     }
@@ -247,8 +241,15 @@ fn begin_child() {
     let Some(Ok(served)) = SERVED.get() else {
         return;
     };
+    static IS_DONE: AtomicBool = AtomicBool::new(false);
+    IS_DONE.store(false, Ordering::Relaxed);
+    let drop_parents = || {
+        drop_parents(*served);
+        IS_DONE.store(true, Ordering::Relaxed);
+    };
     let made = Thread::spawn(c"mmun-fork", drop_parents).map(Thread::detach);
-    let is_done = || !HAS_PARENTS.load(Ordering::Relaxed);
+    // Relaxed: this thread does not look up. The child's first look-up drops once more.
+    let is_done = || IS_DONE.load(Ordering::Relaxed);
     if made.is_ok() {
         wait_until(Duration::from_secs(1), is_done);
     }
@@ -267,13 +268,8 @@ fn begin_child() {
 ///
 /// # Blocking
 /// Takes locks of UCX's caches, see `begin_child`.
-fn drop_parents() {
-    if let Some(Ok(served)) = SERVED.get() {
-        served.report(0, usize::MAX);
-        // Relaxed: a thread that reads `false` takes the caches' locks afterwards, so after this
-        // thread.
-        HAS_PARENTS.store(false, Ordering::Relaxed);
-    }
+fn drop_parents(served: Served) {
+    served.report(0, usize::MAX);
 }
 
 /// Connects UCX to the sources, then calls the real `ucm_set_event_handler`.
@@ -469,7 +465,9 @@ pub(crate) unsafe extern "C" fn ucs_pgtable_lookup(
     address: usize,
 ) -> *mut c_void {
     // Fast path: no change is left to be reported, and the cache has seen the reports.
+    // ORDER(dropin-looked): Acquire, as in `ask`.
     if space::settled().is_some()
+        && counts::LOOKED_UP.load(Ordering::Acquire)
         && caches::with_table(table.addr()).is_some_and(caches::Entry::has_seen_all)
     {
         if let Some(real) = PGTABLE_LOOKUP.known() {
@@ -516,12 +514,13 @@ fn ask() {
             }
             settle(space);
         }
-        // The first look-up in a child, perhaps in one that was made without the handlers of a
-        // fork.
-        None => {
-            HAS_PARENTS.store(true, Ordering::Relaxed);
-            first_look_up();
-        }
+        // Without a connection, only the first look-up has something to do: later ones must not
+        // store, because that would contend for the cache line.
+        None => match SERVED.get() {
+            None => {}
+            Some(Err(_)) if counts::LOOKED_UP.load(Ordering::Relaxed) => {}
+            Some(_) => first_look_up(),
+        },
     }
 }
 
@@ -543,11 +542,15 @@ fn first_look_up() {
         return;
     };
     place::begin();
-    if HAS_PARENTS.load(Ordering::Relaxed) {
-        drop_parents();
-    }
     if let Ok(served) = served {
         start(*served);
+        let space = space::current_or_made();
+        // ORDER(dropin-parents): Acquire, for the report's effect in UCX. Partner: the store below.
+        if space.has_parents.load(Ordering::Acquire) {
+            drop_parents(*served);
+            // ORDER(dropin-parents): Release, after the report.
+            space.has_parents.store(false, Ordering::Release);
+        }
     }
     CALLS_US.store(true, Ordering::Relaxed);
     // ORDER(dropin-looked): Release, for the subscription. Partner: the load in `ask`.
