@@ -41,14 +41,83 @@ pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>>
     Some(found)
 }
 
+/// The same if one file with the library's name is loaded. Otherwise the function that the caller
+/// of this library would call. (Python can load one UCX for mpi4py and another one from a wheel.)
+pub(crate) fn for_caller(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
+    if loaded(library).len() != 1 {
+        if let Some(found) = caller().and_then(|caller| from(&caller, symbol)) {
+            return Some(found);
+        }
+    }
+    function(library, symbol)
+}
+
+/// Whether several files with the library's name are loaded.
+pub(crate) fn has_copies(library: &CStr) -> bool {
+    loaded(library).len() > 1
+}
+
+/// The function that an object finds in itself and its dependencies.
+fn from(name: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
+    let handle = open(name, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
+    // SAFETY: the handle is open, the name a live string.
+    let found = NonNull::new(unsafe { libc::dlsym(handle.as_ptr(), symbol.as_ptr()) });
+    // SAFETY: the handle comes from `dlopen` and is closed once. The object stays loaded, because
+    // its code has called this library.
+    unsafe { libc::dlclose(handle.as_ptr()) };
+    let found = found.filter(|found| object(*found) != own())?;
+    pin(found);
+    Some(found)
+}
+
+/// The loader's name of this library.
+fn own() -> Option<CString> {
+    object(NonNull::new((function as *const ()).cast_mut().cast())?)
+}
+
+/// The loader's name of the object whose code has called this library: that of the innermost frame
+/// outside of this library. `None` if there is none.
+fn caller() -> Option<CString> {
+    unsafe extern "C" {
+        fn _Unwind_Backtrace(
+            each: extern "C" fn(*mut c_void, *mut c_void) -> c_int,
+            frames: *mut c_void,
+        ) -> c_int;
+        fn _Unwind_GetIP(context: *mut c_void) -> usize;
+    }
+    struct Frames {
+        own: Option<CString>,
+        caller: Option<CString>,
+    }
+    extern "C" fn each(context: *mut c_void, frames: *mut c_void) -> c_int {
+        // SAFETY: the unwinder passes its context.
+        let address = unsafe { _Unwind_GetIP(context) };
+        // SAFETY: the pointer of the call below; no other reference exists meanwhile.
+        let frames = unsafe { &mut *frames.cast::<Frames>() };
+        let name = NonNull::new(ptr::without_provenance_mut(address)).and_then(object);
+        if name == frames.own {
+            return 0;
+        }
+        frames.caller = name;
+        // `_URC_END_OF_STACK` stops the walk.
+        5
+    }
+    let mut frames = Frames {
+        own: own(),
+        caller: None,
+    };
+    // SAFETY: the callback gets this pointer, and nothing else uses it meanwhile.
+    unsafe { _Unwind_Backtrace(each, (&raw mut frames).cast()) };
+    frames.caller
+}
+
 /// Looks in the program itself, which may have the library statically linked and export its
 /// functions. `RTLD_NEXT` does not search the program, because the program comes before this
 /// object.
 fn in_program(symbol: &CStr) -> Option<NonNull<c_void>> {
     // SAFETY: `dlsym` reads a live string, and searches the default scope.
     let found = NonNull::new(unsafe { libc::dlsym(libc::RTLD_DEFAULT, symbol.as_ptr()) })?;
-    let own = NonNull::new((function as *const ()).cast_mut().cast())?;
-    (object(found) != object(own)).then_some(found)
+    (object(found) != own()).then_some(found)
 }
 
 /// Whether a library is loaded whose file name begins with `library`.

@@ -12,21 +12,26 @@ use std::sync::{Mutex, PoisonError};
 /// With more ranges than these, all memory counts as changed.
 const MOST: usize = 1024;
 
-/// Starts and lengths of changed ranges.
-#[derive(Debug, Default)]
+/// Starts and lengths of changed ranges. The list never grows: an allocator that changes memory
+/// under the lock would be reported here.
+#[derive(Debug)]
 pub(crate) struct Late(Mutex<Vec<(usize, usize)>>);
 
 /// Whether a change may be waiting.
 static IS_WAITING: AtomicBool = AtomicBool::new(false);
 
-/// Whether a change may be waiting. Relaxed: a look-up waits first until the source has reported
-/// all changes, so the store of their report is visible to it.
+/// Whether a change may be waiting. False only after all are reported.
 #[inline]
 pub(crate) fn is_waiting() -> bool {
-    IS_WAITING.load(Ordering::Relaxed)
+    // ORDER(dropin-late): Acquire, for the reports. Partner: `Late::report`.
+    IS_WAITING.load(Ordering::Acquire)
 }
 
 impl Late {
+    pub(crate) fn new() -> Late {
+        Late(Mutex::new(Vec::with_capacity(MOST)))
+    }
+
     pub(crate) fn add(&self, start: usize, len: usize) {
         let mut ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if ranges.len() == MOST {
@@ -42,10 +47,12 @@ impl Late {
     /// look-up must not continue before they are reported.
     pub(crate) fn report(&self, mut report: impl FnMut(usize, usize)) {
         let mut ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        IS_WAITING.store(false, Ordering::Relaxed);
         for (start, len) in ranges.drain(..) {
             report(start, len);
         }
+        // ORDER(dropin-late): Release, after the reports: a thread that reads false does not wait
+        // for them. Partner: `is_waiting`.
+        IS_WAITING.store(false, Ordering::Release);
     }
 }
 
@@ -55,7 +62,7 @@ mod tests {
 
     #[test]
     fn every_change_is_reported_once_and_none_is_lost_when_there_are_many() {
-        let late = Late::default();
+        let late = Late::new();
         let reported = || {
             let mut ranges = Vec::new();
             late.report(|start, len| ranges.push((start, len)));

@@ -17,10 +17,10 @@ use crate::first::First;
 use crate::found::{self, FABRIC};
 use crate::say::complain;
 use crate::{place, space, strict};
-use abi::{FiOpen, Fid, Ops, VERSION};
+use abi::{FabricAttr, FiOpen, Fid, Ops, VERSION};
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 
 /// The result of the import, once it was tried.
 static IMPORTED: First<Result<(), String>> = First::new();
@@ -29,11 +29,22 @@ static IMPORTED: First<Result<(), String>> = First::new();
 /// the child of a fork the id can be the parent's; the child does not have that thread.
 static IMPORTING: AtomicU64 = AtomicU64::new(0);
 
+/// `fi_open` of the libfabric with the monitor. Relaxed: the address of code that stays loaded.
+static OPEN: AtomicPtr<c_void> = AtomicPtr::new(ptr::null_mut());
+
+/// Whether the program uses a second libfabric, which has no monitor of ours.
+static HAS_SECOND: AtomicBool = AtomicBool::new(false);
+
 /// The result of the import, for the report. `None` if the program did not use libfabric.
 pub(crate) fn imported() -> Option<Result<(), &'static str>> {
-    IMPORTED
-        .get()
-        .map(|result| result.as_ref().copied().map_err(String::as_str))
+    let result = IMPORTED.get()?;
+    Some(match result {
+        Ok(()) if HAS_SECOND.load(Ordering::Relaxed) => Err(
+            "the program uses two copies of libfabric; the cache of the second one is not protected",
+        ),
+        Ok(()) => Ok(()),
+        Err(reason) => Err(reason),
+    })
 }
 
 /// Imports the monitor, unless that was tried before.
@@ -72,11 +83,12 @@ fn better_monitor() -> Option<String> {
 
 fn import_once() {
     if IMPORTED.get().is_some() {
+        note_second();
         return;
     }
     // Look the function up, and start the sources, before this thread claims `IMPORTING`: a thread
     // that waits for `IMPORTING` may hold the loader's lock.
-    let open = found::function(FABRIC, c"fi_open");
+    let open = found::for_caller(FABRIC, c"fi_open");
     let better_monitor = better_monitor();
     let own = mmu_source::current_ref().id();
     loop {
@@ -101,8 +113,18 @@ fn import_once() {
     IMPORTING.store(0, Ordering::Release);
 }
 
+/// Notes whether the caller uses another libfabric than the one with the monitor.
+fn note_second() {
+    let (first, open) = (OPEN.load(Ordering::Relaxed), c"fi_open");
+    let second = found::has_copies(FABRIC) && !first.is_null();
+    if second && found::for_caller(FABRIC, open).is_some_and(|open| open.as_ptr() != first) {
+        HAS_SECOND.store(true, Ordering::Relaxed);
+    }
+}
+
 fn try_import(open: Option<ptr::NonNull<c_void>>) -> Result<(), String> {
     let open = open.ok_or("it is older than 1.13 (no fi_open)")?;
+    OPEN.store(open.as_ptr(), Ordering::Relaxed);
     // SAFETY: this is the type of `fi_open` in fi_open(3), since 1.5 of its ABI.
     let open = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, FiOpen>(open) };
     let mut cache: *mut Fid = ptr::null_mut();
@@ -216,6 +238,7 @@ pub(crate) unsafe extern "C" fn fi_fabric(
         let _whole = srcu::Uncancelled::enter();
         space::current_or_made();
     }
+    note_provider(attr.cast());
     // SAFETY: this is the type of `fi_fabric` in fi_fabric(3).
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
     // SAFETY: the arguments are valid for `fi_fabric`, because the caller promises so (see #
@@ -223,8 +246,45 @@ pub(crate) unsafe extern "C" fn fi_fabric(
     unsafe { real(attr, fabric, context) }
 }
 
+/// Whether the program has opened the provider OPX of libfabric 1.20 to 2.5. That provider finds
+/// its registrations without asking the monitor whether they are valid.
+static HAS_OPX: AtomicBool = AtomicBool::new(false);
+
+/// Why a hit may find a registration that a change has made stale. `None` if each hit is checked.
+pub(crate) fn late_changes() -> Option<&'static str> {
+    HAS_OPX.load(Ordering::Relaxed).then_some(
+        "the provider opx of libfabric before 2.6 does not check its registrations: it receives each change some milliseconds late",
+    )
+}
+
+/// Notes a provider that does not ask the monitor.
+fn note_provider(attr: *const FabricAttr) {
+    // SAFETY: a program passes null, or live attributes.
+    let Some(attr) = (unsafe { attr.as_ref() }) else {
+        return;
+    };
+    if attr.provider.is_null() {
+        return;
+    }
+    // SAFETY: the name of a provider is a string.
+    let provider = unsafe { CStr::from_ptr(attr.provider) };
+    if provider.to_bytes() != b"opx" {
+        return;
+    }
+    let Some(version) = found::for_caller(FABRIC, c"fi_version") else {
+        return;
+    };
+    // SAFETY: this is the type of `fi_version` in fi_version(3).
+    let version =
+        unsafe { std::mem::transmute::<ptr::NonNull<c_void>, extern "C" fn() -> u32>(version) }();
+    if version < (2 << 16 | 6) && imported() == Some(Ok(())) {
+        HAS_OPX.store(true, Ordering::Relaxed);
+        strict::require(late_changes().map_or(Ok(()), Err));
+    }
+}
+
 fn real(symbol: &CStr) -> Option<ptr::NonNull<c_void>> {
-    let real = found::function(FABRIC, symbol);
+    let real = found::for_caller(FABRIC, symbol);
     if real.is_none() {
         complain(&format!(
             "{}: no libfabric is loaded",

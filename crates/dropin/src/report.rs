@@ -98,6 +98,9 @@ fn text() -> String {
             ),
         );
     }
+    if let Some(late) = libfabric::late_changes() {
+        line("", late.to_owned());
+    }
     if let Some(result) = ucx::served() {
         line("UCX", words(result, "protected"));
         if let (Ok(()), Some(late)) = (result, ucx::late_changes()) {

@@ -157,7 +157,7 @@ impl Space {
             is_marked: AtomicBool::new(false),
             has_parents: AtomicBool::new(in_child),
             fed: Mutex::new(None),
-            late: Late::default(),
+            late: Late::new(),
         };
         strict::require(space.gap().as_deref().map_or(Ok(()), Err));
         space

@@ -46,17 +46,24 @@ type VmMunmap = unsafe extern "C" fn(*mut c_void, usize);
 /// The connection to UCX, or the reason why there is none. Set when the first cache subscribes.
 static SERVED: First<Result<Served, String>> = First::new();
 
-/// The function of UCX to which changes are reported.
+/// UCX is connected: changes are reported to the functions in [`VM_MUNMAPS`].
 #[derive(Clone, Copy, Debug)]
-struct Served {
-    vm_munmap: VmMunmap,
-}
+struct Served;
+
+/// `ucm_vm_munmap` of each UCX in the process; the first null ends the list. Relaxed: addresses of
+/// code that stays loaded.
+static VM_MUNMAPS: [AtomicPtr<c_void>; 8] = [const { AtomicPtr::new(ptr::null_mut()) }; 8];
+
+/// Why a UCX in this process is not connected.
+static PAST: First<String> = First::new();
 
 /// The result of the connection, for the report. `None` if the program did not use UCX.
 pub(crate) fn served() -> Option<Result<(), &'static str>> {
-    SERVED
-        .get()
-        .map(|result| result.as_ref().map(|_| ()).map_err(String::as_str))
+    let served = SERVED.get()?;
+    Some(match (PAST.get(), served) {
+        (Some(reason), _) | (None, Err(reason)) => Err(reason),
+        (None, Ok(_)) => Ok(()),
+    })
 }
 
 /// Reports to UCX which memory is about to change.
@@ -73,9 +80,9 @@ impl Notifier for Feed {
     }
 
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
-        // A registration during the change can be of the old pages. The kernel source reports each
-        // change when it is over.
-        if self.space.kernel().is_err() {
+        // A registration during the change can be of the old pages. A record of the kernel source
+        // has no end of its own: the source learns of the change as it begins.
+        if !Kernel::is_telling() {
             self.report(range);
         }
     }
@@ -111,10 +118,16 @@ impl Served {
         let len = len.min(END - start.min(END));
         // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
         FEEDING.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`. The function may be
-        // called anywhere, inside `free` as well: it takes a recursive read lock, and calls
-        // handlers that only try their locks.
-        unsafe { (self.vm_munmap)(ptr::without_provenance_mut(start), len) };
+        for vm_munmap in &VM_MUNMAPS {
+            let Some(vm_munmap) = NonNull::new(vm_munmap.load(Ordering::Relaxed)) else {
+                break;
+            };
+            // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
+            let vm_munmap = unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) };
+            // SAFETY: the function may be called anywhere, inside `free` as well: it takes a
+            // recursive read lock, and calls handlers that only try their locks.
+            unsafe { vm_munmap(ptr::without_provenance_mut(start), len) };
+        }
         caches::reported();
         FEEDING.fetch_sub(1, Ordering::Relaxed);
     }
@@ -123,6 +136,17 @@ impl Served {
 /// Whether UCP's look-ups hold no lock that `ucm_vm_munmap` respects: in UCX 1.14 to 1.16
 /// ([`late`]).
 static LOOKS_UNLOCKED: AtomicBool = AtomicBool::new(false);
+
+/// Notes whether the caller is of a version that looks up without a lock.
+fn note_version() {
+    let version = version();
+    if version.is_some_and(|version| ((1, 14)..(1, 17)).contains(&version)) {
+        LOOKS_UNLOCKED.store(true, Ordering::Relaxed);
+    }
+    if version.is_some_and(|version| version >= (1, 14)) {
+        IS_INLINED.store(true, Ordering::Relaxed);
+    }
+}
 
 /// How many threads are inside of UCX's handlers.
 static FEEDING: AtomicU32 = AtomicU32::new(0);
@@ -153,7 +177,16 @@ fn serve() {
         unsafe { libc::pthread_atfork(Some(before_fork), None, Some(serve_child)) };
         try_serve()
     });
+    // Here, because the first look-up may hold a lock of UCX.
+    let _ = PGTABLE_LOOKUP.look_up();
+    let served = match served {
+        Ok(served) => announce().map(|()| served),
+        Err(reason) => Err(reason.clone()),
+    };
     strict::require(served.as_ref().map(|_| ()).map_err(String::as_str));
+    if let Err(reason) = &served {
+        PAST.get_or_make(|| reason.clone());
+    }
     if let Ok(served) = served {
         start(*served);
     }
@@ -172,20 +205,7 @@ fn start(served: Served) {
 }
 
 fn try_serve() -> Result<Served, String> {
-    let function = |name: &CStr| {
-        found::function(UCM, name)
-            .ok_or_else(|| format!("it is older than 1.4 (no {})", name.to_string_lossy()))
-    };
-    let (announce, vm_munmap) = (
-        function(c"ucm_set_external_event")?,
-        function(c"ucm_vm_munmap")?,
-    );
-    let served = Served {
-        // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
-        vm_munmap: unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) },
-    };
-    let looks_unlocked = |version| ((1, 14)..(1, 17)).contains(&version);
-    LOOKS_UNLOCKED.store(version().is_some_and(looks_unlocked), Ordering::Relaxed);
+    note_version();
     let space = space::current_or_made();
     if !space.is_watched() {
         let why = match settings().choice {
@@ -194,15 +214,41 @@ fn try_serve() -> Result<Served, String> {
         };
         return Err(format!("{why}: UCX watches memory by itself"));
     }
-    if !feed(space, served) {
+    if !feed(space, Served) {
         return Err("the address space cannot be subscribed to: UCX watches by itself".to_owned());
+    }
+    Ok(Served)
+}
+
+/// Announces this library to the UCX that has called it. Further calls for the same UCX have no
+/// effect.
+fn announce() -> Result<(), String> {
+    let function = |name: &CStr| {
+        found::for_caller(UCM, name)
+            .ok_or_else(|| format!("it is older than 1.4 (no {})", name.to_string_lossy()))
+    };
+    let (announce, vm_munmap) = (
+        function(c"ucm_set_external_event")?,
+        function(c"ucm_vm_munmap")?,
+    );
+    let vm_munmap = vm_munmap.as_ptr();
+    // The list first: UCX relies on the reports as soon as they are announced.
+    let is_listed = |slot: &AtomicPtr<c_void>| {
+        let (before, relaxed) = (ptr::null_mut(), Ordering::Relaxed);
+        match slot.compare_exchange(before, vm_munmap, relaxed, relaxed) {
+            Ok(_) => true,
+            Err(listed) => listed == vm_munmap,
+        }
+    };
+    if !VM_MUNMAPS.iter().any(is_listed) {
+        return Err("there are more than eight copies of it in the process".to_owned());
     }
     // SAFETY: this is the type of `ucm_set_external_event` in `ucm/api/ucm.h`.
     let announce =
         unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(c_int)>(announce) };
     // SAFETY: the function takes a set of events. This library reports these events from now on.
     unsafe { announce(VM_UNMAPPED) };
-    Ok(served)
+    Ok(())
 }
 
 /// Subscribes on behalf of UCX, once for each address space. Returns false if that fails.
@@ -284,7 +330,7 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
     argument: *mut c_void,
 ) -> i8 {
     type Real = unsafe extern "C" fn(c_int, c_int, *mut c_void, *mut c_void) -> i8;
-    let Some(real) = found::function(UCM, c"ucm_set_event_handler") else {
+    let Some(real) = found::for_caller(UCM, c"ucm_set_event_handler") else {
         complain("ucm_set_event_handler: no libucm is loaded");
         return UNSUPPORTED;
     };
@@ -323,6 +369,7 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
     if space::settled().is_some()
         && counts::LOOKED_UP.load(Ordering::Acquire)
         && !late::is_waiting()
+        && !HAS_COPIES.load(Ordering::Relaxed)
     {
         if let Some(real) = RCACHE_GET.known() {
             // SAFETY: as in `ask_first`.
@@ -358,23 +405,27 @@ impl Real {
         NonNull::new(self.address.load(Ordering::Relaxed))
     }
 
+    /// Looks the function up, if that was not done before.
+    fn look_up(&self) -> Option<NonNull<c_void>> {
+        let found = self.known().or_else(|| found::function(UCS, self.name))?;
+        self.address.store(found.as_ptr(), Ordering::Relaxed);
+        Some(found)
+    }
+
     #[cold]
     fn found(&self) -> Option<NonNull<c_void>> {
-        let found = self.known().or_else(|| found::function(UCS, self.name));
-        match found {
-            Some(found) => self.address.store(found.as_ptr(), Ordering::Relaxed),
-            None => complain(&format!(
+        let found = self.look_up();
+        if found.is_none() {
+            complain(&format!(
                 "{}: no libucs is loaded",
                 self.name.to_string_lossy()
-            )),
+            ));
         }
         found
     }
 }
 
 static RCACHE_GET: Real = Real::new(c"ucs_rcache_get");
-static RCACHE_CREATE: Real = Real::new(c"ucs_rcache_create");
-static RCACHE_DESTROY: Real = Real::new(c"ucs_rcache_destroy");
 static PGTABLE_LOOKUP: Real = Real::new(c"ucs_pgtable_lookup");
 
 /// # Safety
@@ -390,11 +441,16 @@ unsafe extern "C" fn ask_first(
     f: usize,
     g: usize,
 ) -> i8 {
-    let Some(real) = RCACHE_GET.found() else {
+    let entry = caches::entry(a);
+    let own = entry.and_then(|entry| NonNull::new(entry.real().get.load(Ordering::Relaxed)));
+    let Some(real) = own.or_else(|| RCACHE_GET.found()) else {
         return UNSUPPORTED;
     };
+    if RCACHE_GET.known().is_none() {
+        RCACHE_GET.address.store(real.as_ptr(), Ordering::Relaxed);
+    }
     // A cache of 1.14 or later that was created past this library is looked up past it as well.
-    if caches::is_known(a) || !is_inlined() {
+    if entry.is_some() || !IS_INLINED.load(Ordering::Relaxed) {
         ask();
     } else if let Some(space) = space::current() {
         settle(space);
@@ -420,19 +476,42 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
 ) -> i8 {
     type Create =
         unsafe extern "C" fn(*const c_void, *const c_char, *mut c_void, *mut *mut c_void) -> i8;
-    let Some(real) = RCACHE_CREATE.found() else {
+    let Some(real) = found::for_caller(UCS, c"ucs_rcache_create") else {
+        complain("ucs_rcache_create: no libucs is loaded");
         return UNSUPPORTED;
     };
+    note_version();
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Create>(real) };
     // SAFETY: the caller's duty.
     let status = unsafe { real(params, name, parent, cache) };
     if status == OK {
         // SAFETY: the caller has passed room for the cache, which the real function has written.
-        caches::add(unsafe { *cache }.addr());
+        let cache = unsafe { *cache };
+        let function = |name| {
+            found::for_caller(UCS, name)
+                .map_or_else(AtomicPtr::default, |found| AtomicPtr::new(found.as_ptr()))
+        };
+        let real = caches::Functions {
+            get: function(c"ucs_rcache_get"),
+            destroy: function(c"ucs_rcache_destroy"),
+        };
+        // Before the cache is added: its look-ups must not call another library's function.
+        if found::has_copies(UCS) {
+            HAS_COPIES.store(true, Ordering::Relaxed);
+        }
+        // SAFETY: the caller passes a string, which is alive during this call.
+        let name = unsafe { CStr::from_ptr(name) };
+        if !name.to_bytes().starts_with(IMPORTED) {
+            caches::add(cache.addr(), real);
+        }
     }
     status
 }
+
+/// How the names of UCP's caches of imported memory begin. Memory of another process is registered
+/// there, so changes of this process's memory do not concern them ([`caches`]).
+const IMPORTED: &[u8] = b"ucp_import_rcache";
 
 /// Destroys a cache with the real function.
 ///
@@ -440,7 +519,10 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
 /// As for `ucs_rcache_destroy`.
 #[unsafe(no_mangle)]
 pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
-    let Some(real) = RCACHE_DESTROY.found() else {
+    let own = caches::entry(cache.addr())
+        .and_then(|entry| NonNull::new(entry.real().destroy.load(Ordering::Relaxed)));
+    let Some(real) = own.or_else(|| found::for_caller(UCS, c"ucs_rcache_destroy")) else {
+        complain("ucs_rcache_destroy: no libucs is loaded");
         return;
     };
     caches::remove(cache.addr());
@@ -450,6 +532,10 @@ pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
     // SAFETY: the caller's duty.
     unsafe { real(cache) }
 }
+
+/// Whether several `libucs` are loaded: each cache has the functions of its own. A page table's
+/// look-up is the same in all versions.
+static HAS_COPIES: AtomicBool = AtomicBool::new(false);
 
 type Lookup = unsafe extern "C" fn(*const c_void, usize) -> *mut c_void;
 
@@ -560,7 +646,7 @@ fn first_look_up() {
 /// The version of the loaded UCX, major and minor. `None` if UCX does not tell its version.
 fn version() -> Option<(u32, u32)> {
     type GetVersion = unsafe extern "C" fn(*mut u32, *mut u32, *mut u32);
-    let get = found::function(c"libucp", c"ucp_get_version")?;
+    let get = found::for_caller(c"libucp", c"ucp_get_version")?;
     // SAFETY: this is the type of `ucp_get_version` in `ucp/api/ucp.h`.
     let get = unsafe { std::mem::transmute::<NonNull<c_void>, GetVersion>(get) };
     let [mut major, mut minor, mut release] = [0; 3];
@@ -573,9 +659,7 @@ fn version() -> Option<(u32, u32)> {
 static CALLS_US: AtomicBool = AtomicBool::new(false);
 
 /// Whether UCP's look-up is compiled into it, and does not call `ucs_rcache_get`.
-fn is_inlined() -> bool {
-    version().is_some_and(|version| version >= (1, 14))
-}
+static IS_INLINED: AtomicBool = AtomicBool::new(false);
 
 /// Why a look-up may find a registration that a change has made stale. `None` if each look-up
 /// consults the kernel source.

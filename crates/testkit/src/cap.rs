@@ -40,9 +40,9 @@ pub enum Cap {
     PythonModule(&'static str),
     /// The library of this file name, in the folder where Debian's packages install libraries.
     Library(&'static str),
-    /// UCX 1.13, the version whose cache has the layout that the tests know.
+    /// UCX 1.12 or later, whose caches the tests can use.
     Ucx,
-    /// libfabric 1.17, the version whose cache has the layout that the tests know.
+    /// libfabric 1.17 or 2.1, the versions whose cache has a layout that the tests know.
     Libfabric,
 }
 
@@ -152,8 +152,10 @@ fn probe(cap: Cap) -> Result<(), String> {
                 false => Err(format!("{folder} has no {name}")),
             }
         }
-        Cap::Ucx => version("ucx_info", "-v", "1.13."),
-        Cap::Libfabric => version("fi_info", "--version", "1.17."),
+        Cap::Ucx => version("ucx_info", "-v", |version| version >= (1, 12)),
+        Cap::Libfabric => version("fi_info", "--version", |version| {
+            [(1, 17), (2, 1)].contains(&version)
+        }),
         Cap::Bpf => bpf().map_err(|error| format!("BPF: {error}")),
         Cap::Kvm => match fs::File::options().read(true).write(true).open("/dev/kvm") {
             Ok(_) => Ok(()),
@@ -189,15 +191,25 @@ fn mount_namespace() -> io::Result<()> {
     thread.join().expect("it makes two calls")
 }
 
-/// Checks that the output of a program with `option` contains `version`.
-fn version(program: &str, option: &str, version: &str) -> Result<(), String> {
+/// Checks the first version, major and minor, in the output of a program with `option`.
+fn version(
+    program: &str,
+    option: &str,
+    is_known: impl Fn((u32, u32)) -> bool,
+) -> Result<(), String> {
     let output = Command::new(program).arg(option).output();
     let output = output.map_err(|error| format!("{program}: {error}"))?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    let first = said.lines().next().unwrap_or_default();
-    match said.contains(version) {
-        true => Ok(()),
-        false => Err(format!("{program} is not of version {version}x: {first}")),
+    let number = |word: &str| {
+        let mut parts = word.split('.').map(|part| part.parse().ok());
+        Some((parts.next()??, parts.next()??))
+    };
+    match said.split_whitespace().find_map(number) {
+        Some(version) if is_known(version) => Ok(()),
+        Some((major, minor)) => Err(format!(
+            "{program} is of version {major}.{minor}, which the tests do not know"
+        )),
+        None => Err(format!("{program} {option} prints no version")),
     }
 }
 

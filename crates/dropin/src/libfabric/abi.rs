@@ -29,6 +29,15 @@ pub(crate) struct Ops {
     pub(crate) bind: Bind,
 }
 
+/// The beginning of `struct fi_fabric_attr`.
+#[derive(Debug)]
+#[repr(C)]
+pub(crate) struct FabricAttr {
+    pub(crate) fabric: *mut c_void,
+    pub(crate) name: *const c_char,
+    pub(crate) provider: *const c_char,
+}
+
 pub(crate) type Close = unsafe extern "C" fn(*mut Fid) -> c_int;
 pub(crate) type Bind = unsafe extern "C" fn(*mut Fid, *mut Fid, u64) -> c_int;
 

@@ -8,13 +8,16 @@
 //! The slow path, `ucs_rcache_get`, handles the queue and searches again. A report that comes
 //! between the steps 1 and 2 may be in the queue, and its stale region in the page table. So this
 //! library, which defines `ucs_pgtable_lookup`, answers null if there was a report since the
-//! cache's last look-up. Null is always a correct answer to a look-up: it costs the slow path.
+//! cache's last look-up. Null is a correct answer to a look-up of these caches: it costs the slow path. (It would
+//! not be for a cache of imported memory, which is therefore not noted: its miss trusts what the slow
+//! path finds.)
 //!
 //! # Case analysis
 //! A change happens before a look-up. Step 2 waits until the change is reported, and then reads the
 //! number of reports, which includes this one. If the cache has not seen this number, the result is
 //! null. If the cache has seen it, an earlier look-up has read it. UCP's look-ups of one cache
-//! follow each other (its contexts have a lock, or are used by one thread). So the report ended
+//! follow each other (its contexts have a lock, or are used by one thread; other caches settle in
+//! `ucs_rcache_get`, before it reads the queue). So the report ended
 //! before step 1, which found it in the queue, or after it was handled.
 //!
 //! The page tables of other objects, such as UCX's cache of memory types, are passed through: there
@@ -25,12 +28,20 @@
     reason = "pointers that are published once and never freed"
 )]
 
+use std::ffi::c_void;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// A cache's page table begins within this many bytes of the cache, and ends within the cache: at
 /// byte 72 to 136 in UCX 1.12 to 1.22, of at least 264.
 const TABLE_WITHIN: usize = 192;
+
+/// Functions of one `libucs`. Addresses of code that stays loaded.
+#[derive(Debug, Default)]
+pub(super) struct Functions {
+    pub(super) get: AtomicPtr<c_void>,
+    pub(super) destroy: AtomicPtr<c_void>,
+}
 
 /// A cache. Entries are never freed; an entry whose cache was destroyed is used again.
 #[derive(Debug)]
@@ -40,6 +51,8 @@ pub(super) struct Entry {
     /// The number of reports that the cache's look-ups have seen; [`NONE`] before the first
     /// look-up, so that it is noticed.
     seen: AtomicU64,
+    /// The functions of the cache's `libucs`.
+    real: Functions,
     next: *const Entry,
 }
 
@@ -70,8 +83,8 @@ fn entries() -> impl Iterator<Item = &'static Entry> {
     })
 }
 
-/// Adds a new cache.
-pub(super) fn add(cache: usize) {
+/// Adds a new cache, with the functions of its library.
+pub(super) fn add(cache: usize, real: Functions) {
     // Relaxed in all of this function but for the exchange: the creation of a cache happens before
     // its look-ups.
     let is_taken = |entry: &Entry| {
@@ -82,11 +95,17 @@ pub(super) fn add(cache: usize) {
     };
     if let Some(entry) = entries().find(|entry| is_taken(entry)) {
         entry.seen.store(NONE, Ordering::Relaxed);
+        let copy = |to: &AtomicPtr<c_void>, from: AtomicPtr<c_void>| {
+            to.store(from.into_inner(), Ordering::Relaxed);
+        };
+        copy(&entry.real.get, real.get);
+        copy(&entry.real.destroy, real.destroy);
         return;
     }
     let entry = Box::leak(Box::new(Entry {
         cache: AtomicUsize::new(cache),
         seen: AtomicU64::new(NONE),
+        real,
         next: FIRST.load(Ordering::Relaxed),
     }));
     loop {
@@ -108,9 +127,9 @@ pub(super) fn remove(cache: usize) {
     }
 }
 
-/// Whether the cache was added.
-pub(super) fn is_known(cache: usize) -> bool {
-    entries().any(|entry| entry.cache.load(Ordering::Relaxed) == cache)
+/// The entry of a cache; `None` if it was not added.
+pub(super) fn entry(cache: usize) -> Option<&'static Entry> {
+    entries().find(|entry| entry.cache.load(Ordering::Relaxed) == cache)
 }
 
 /// The cache with this page table.
@@ -123,6 +142,10 @@ pub(super) fn with_table(table: usize) -> Option<&'static Entry> {
 }
 
 impl Entry {
+    pub(super) fn real(&self) -> &Functions {
+        &self.real
+    }
+
     /// Whether the cache's look-ups have seen all reports that have ended.
     #[inline]
     pub(super) fn has_seen_all(&self) -> bool {
@@ -133,7 +156,11 @@ impl Entry {
     /// The same; from now on the cache's look-ups have seen them.
     pub(super) fn sees_all(&self) -> bool {
         let reports = reports();
-        self.seen.swap(reports, Ordering::Relaxed) == reports
+        let has_seen = self.seen.load(Ordering::Relaxed) == reports;
+        if !has_seen {
+            self.seen.store(reports, Ordering::Relaxed);
+        }
+        has_seen
     }
 }
 
@@ -151,27 +178,29 @@ mod tests {
     #[test]
     fn a_page_table_belongs_to_the_cache_around_it() {
         let caches = [0x10000, 0x20000];
-        caches.into_iter().for_each(add);
         for cache in caches {
-            assert!(is_known(cache));
-            let entry = with_table(cache + 72).expect("the table is inside");
-            assert_eq!(entry.cache.load(Ordering::Relaxed), cache);
+            add(cache, Functions::default());
+        }
+        for cache in caches {
+            assert!(entry(cache).is_some());
+            let found = with_table(cache + 72).expect("the table is inside");
+            assert_eq!(found.cache.load(Ordering::Relaxed), cache);
             assert!(with_table(cache + 136).is_some());
             assert!(with_table(cache - 8).is_none());
             assert!(with_table(cache + TABLE_WITHIN).is_none());
         }
         remove(0x10000);
-        assert!(!is_known(0x10000) && with_table(0x10000 + 72).is_none());
+        assert!(entry(0x10000).is_none() && with_table(0x10000 + 72).is_none());
         let count = entries().count();
-        add(0x30000);
-        assert!(is_known(0x30000));
+        add(0x30000, Functions::default());
+        assert!(entry(0x30000).is_some());
         assert_eq!(entries().count(), count, "the entry was used again");
     }
 
     #[test]
     fn each_cache_sees_a_report_once() {
-        add(0x50000);
-        add(0x60000);
+        add(0x50000, Functions::default());
+        add(0x60000, Functions::default());
         let [one, other] = [0x50000, 0x60000].map(|cache| with_table(cache).expect("added"));
         reported();
         for entry in [one, other] {

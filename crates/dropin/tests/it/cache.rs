@@ -17,6 +17,7 @@ pub(crate) enum Cache {
 
 pub(crate) const ALL: [Cache; 2] = [Cache::Ucx, Cache::Libfabric];
 
+/// Builds the program. `None` as for [`flags`].
 pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
     let flags = flags(cache)?;
     let variant = match cache {
@@ -27,7 +28,7 @@ pub(crate) fn program(cache: Cache) -> Option<PathBuf> {
 }
 
 /// The compiler's flags for the program. `None` if gcc, the library or io_uring is missing, or if
-/// the installed version is not that of Debian 12, whose declarations the program has.
+/// the program cannot use the cache of the installed version.
 pub(crate) fn flags(cache: Cache) -> Option<Vec<&'static str>> {
     let (asks, version) = match cache {
         Cache::Ucx => ("ucx_info", Cap::Ucx),
@@ -43,25 +44,24 @@ pub(crate) fn flags(cache: Cache) -> Option<Vec<&'static str>> {
         return None;
     }
     match cache {
-        Cache::Ucx => Some(vec!["-DWITH_UCX", "-lucs", "-lucm"]),
+        // `-rdynamic` exports the program's functions: libucp calls the program's device.
+        Cache::Ucx => Some(vec!["-rdynamic", "-DWITH_UCX", "-lucp", "-lucs", "-lucm"]),
         Cache::Libfabric => {
             assert!(
                 installed("libfabric.a").exists(),
                 "fi_info without libfabric-dev"
             );
-            let needs = [
-                "-l:libfabric.a",
-                "-l:libpsm_infinipath.so.1",
-                "-l:libpsm2.so.2",
-                "-lrdmacm",
-                "-libverbs",
-                "-lefa",
-                "-latomic",
-                "-ldl",
-            ];
             // `-rdynamic` exports the program's functions, so that the drop-in finds them as in a
             // shared library.
-            Some(["-rdynamic"].into_iter().chain(needs).collect())
+            let mut flags = vec!["-rdynamic", "-l:libfabric.a"];
+            if installed("libpsm_infinipath.so.1").exists() {
+                flags.push("-l:libpsm_infinipath.so.1");
+            }
+            if installed("libpsm2.so.2").exists() {
+                flags.push("-l:libpsm2.so.2");
+            }
+            flags.extend(["-lrdmacm", "-libverbs", "-lefa", "-latomic", "-ldl"]);
+            Some(flags)
         }
     }
 }
@@ -105,7 +105,7 @@ fn nothing_is_stale_with_both_and_much_without() {
         };
         let shipped = stale(&run(&program, &["stale"], None));
         // The control: shows that the transfer detects stale registrations.
-        assert!(shipped >= 7, "{cache:?}: {shipped}");
+        assert!(shipped >= 6, "{cache:?}: {shipped}");
         let hook = stale(&run(&program, &["stale"], Some("hook")));
         assert!(
             hook < shipped,

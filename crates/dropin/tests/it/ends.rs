@@ -208,3 +208,28 @@ fn a_library_that_is_not_protected_has_no_count_of_reports() {
         assert!(!said.contains("look-ups are"), "{said}");
     }
 }
+
+/// Up to UCX 1.16, a report by a thread that does not look up races with UCP's look-ups.
+#[test]
+fn ucx_that_looks_up_without_a_lock_is_told_by_the_thread_that_looks_up() {
+    let Some(once) = Once::built("ucx").filter(|_| has_kernel()) else {
+        return;
+    };
+    let said = |minor: &str| {
+        let output = once.run(&["late"], |command| {
+            command.env("MMUN", "kernel").env("STAND_IN_UCX", minor);
+        });
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    for minor in ["14", "16"] {
+        let out = said(minor);
+        assert_eq!(out, "0 by 0, null after reports, found\ndone\n", "{minor}");
+    }
+    let out = said("17");
+    assert!(out.contains("after reports, found\n"), "{out}");
+    assert!(
+        !out.starts_with("0 by 0"),
+        "the source's thread reports: {out}"
+    );
+}

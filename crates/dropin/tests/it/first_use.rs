@@ -59,3 +59,31 @@ fn a_constructor_and_another_thread_do_not_wait_for_each_other() {
         run("constructor", "auto", &[&plugin]);
     }
 }
+
+/// Python can load one UCX for mpi4py, and another one from a wheel.
+#[test]
+fn each_of_two_copies_of_ucx_gets_its_own_calls() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let Some(stand_in) = build("gcc", "stand_in.c", "shared", &["-shared", "-fPIC"]) else {
+        return;
+    };
+    let program = build("gcc", "copies.c", "copies", &["-ldl"]).expect("gcc was there");
+    let plugins = ["a", "b"].map(|name| {
+        let copy = folder.join(format!("libucs-{name}{}.so", std::process::id()));
+        std::fs::copy(&stand_in, &copy).unwrap();
+        let flags = ["-shared", "-fPIC", copy.to_str().unwrap()];
+        build("gcc", "copy_plugin.c", name, &flags).expect("gcc was there")
+    });
+    let mut command = Command::new(program);
+    command
+        .args(&plugins)
+        .env("LD_PRELOAD", library())
+        .env("MMUN", "auto");
+    let output = output(command);
+    assert_eq!(
+        (text(&output.stdout).as_str(), output.status.code()),
+        ("own\nown\n", Some(0)),
+        "{}",
+        text(&output.stderr)
+    );
+}

@@ -52,6 +52,8 @@ pub(crate) fn build(
         return Some(program);
     }
     let mut command = Command::new(compiler);
+    // Links with the installed libraries; the program may run with those of LD_LIBRARY_PATH.
+    command.env_remove("LD_LIBRARY_PATH");
     command
         .args([
             "-O1",

@@ -1,19 +1,26 @@
 /* libfabric's own registration cache, which its providers for network cards use, from the
- * libfabric.a of Debian 12 (1.17). libfabric does not export it, so this file declares its
- * structures by their layout. */
+ * libfabric.a of Debian 12 (1.17) or 13 (2.1). libfabric does not export it, so this file declares
+ * its structures by their layout. */
 #include "device.h"
 #include <dlfcn.h>
 #include <pthread.h>
+#include <stddef.h>
 #include <rdma/fabric.h>
 #include <rdma/fi_domain.h>
 #include <rdma/providers/fi_prov.h>
+
+#define IS_2 (FI_MAJOR_VERSION >= 2)
 
 struct mr_info {
     struct iovec iov;
     enum fi_hmem_iface iface;
     uint64_t device;
-    void *ipc_address;
-    uint8_t ipc_handle[64];
+#if IS_2
+    uint64_t flags;
+    uint64_t peer;
+#endif
+    void *address;
+    uint8_t handle[64];
 };
 
 struct mr_entry {
@@ -21,19 +28,22 @@ struct mr_entry {
     void *node;
     int use_cnt;
     void *list[2];
-    uint64_t hmem;
+    uint64_t hmem[8]; /* as large as its largest variant */
     long slot; /* ours */
 };
 
 struct mr_cache {
     void *domain;
+#if IS_2
+    const void *provider;
+#endif
     void *monitors[6];
     void *notify[6][2];
     size_t entry_data_size;
     void *tree[8];
     void *lru[2], *dead[2];
     pthread_mutex_t lock;
-    size_t counts[8];
+    size_t counts[IS_2 ? 10 : 8];
     void *pool;
     int (*add_region)(struct mr_cache *, struct mr_entry *);
     void (*delete_region)(struct mr_cache *, struct mr_entry *);
@@ -42,7 +52,7 @@ struct mr_cache {
 extern void *default_monitor;
 int ofi_mr_cache_init(void *domain, void **monitors, struct mr_cache *cache);
 void ofi_mr_cache_cleanup(struct mr_cache *cache);
-int ofi_mr_cache_search(struct mr_cache *cache, const struct mr_info *info, struct mr_entry **entry);
+int ofi_mr_cache_search(struct mr_cache *cache, struct mr_info *info, struct mr_entry **entry);
 void ofi_mr_cache_delete(struct mr_cache *cache, struct mr_entry *entry);
 
 static int add_region(struct mr_cache *cache, struct mr_entry *entry)
@@ -71,7 +81,7 @@ static void cache_start(void)
     struct mr_cache *cache = &caches[chosen];
     void *monitors[6] = { default_monitor };
     memset(cache, 0, sizeof *cache);
-    cache->entry_data_size = sizeof(long);
+    cache->entry_data_size = sizeof(struct mr_entry) - offsetof(struct mr_entry, hmem);
     cache->add_region = add_region;
     cache->delete_region = delete_region;
     int error = ofi_mr_cache_init(domain, monitors, cache);

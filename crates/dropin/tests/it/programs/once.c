@@ -11,6 +11,9 @@
  *   exec    after the use, executes this program in its own place, without a further word
  *   fork    after the use, forks a child that lowers its limit of open files and calls _exit(7)
  *   serve   the child of "fork" looks a region up before that
+ *   late    after the use, changes memory, and looks up in a cache's page table. Prints
+ *           "REPORTS by STRANGERS, WORD after REPORTS, WORD": the reports to UCX before the
+ *           look-ups, those that another thread made, and the results of two look-ups
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -18,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -58,6 +62,31 @@ static void use(int is_ucx, void *file)
 static void look_up(void *file)
 {
     ((signed char (*)(long, long, long, long, long, long, long))function(file, "ucs_rcache_get"))(0, 0, 0, 0, 0, 0, 0);
+}
+
+static void late(void *file)
+{
+    void *cache;
+    ((signed char (*)(const void *, const char *, void *, void **))function(file, "ucs_rcache_create"))(
+        NULL, "test", NULL, &cache);
+    void *(*find)(const void *, unsigned long) =
+        (void *(*)(const void *, unsigned long))function(file, "ucs_pgtable_lookup");
+    const void *table = (char *)cache + 72;
+    find(table, 0);
+    int *reports = function(file, "stand_in_reports"), *strangers = function(file, "stand_in_strangers");
+    int before = __atomic_load_n(reports, __ATOMIC_RELAXED);
+    /* The source's own thread takes these changes in, some of them at least. */
+    for (int round = 0; round < 100; round++) {
+        char *at = mmap(NULL, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        *at = 1;
+        munmap(at, 65536);
+        usleep(1000);
+    }
+    printf("%d by %d, ", __atomic_load_n(reports, __ATOMIC_RELAXED) - before,
+           __atomic_load_n(strangers, __ATOMIC_RELAXED));
+    const char *first = find(table, 0) ? "found" : "null";
+    int more = __atomic_load_n(reports, __ATOMIC_RELAXED) > before;
+    printf("%s after %s, %s\n", first, more ? "reports" : "none", find(table, 0) ? "found" : "null");
 }
 
 int main(int count, char **words)
@@ -108,6 +137,8 @@ int main(int count, char **words)
         waitpid(child, &status, 0);
         printf("child %d\n", WIFEXITED(status) ? WEXITSTATUS(status) : -1);
     }
+    if (has("late"))
+        late(file);
     puts("done");
     return 0;
 }
