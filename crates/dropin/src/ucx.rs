@@ -15,10 +15,11 @@
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
 
 mod caches;
+mod calls;
 
 use crate::counts;
 use crate::first::First;
-use crate::found::{self, UCM, UCS};
+use crate::found::{self, UCM};
 use crate::late;
 use crate::place;
 use crate::say::complain;
@@ -29,7 +30,7 @@ use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration};
 use mmu_source::kernel::Kernel;
 use srcu::Thread;
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
@@ -37,7 +38,6 @@ use std::time::Duration;
 
 /// `UCM_EVENT_VM_UNMAPPED`.
 const VM_UNMAPPED: c_int = 1 << 17;
-const OK: i8 = 0;
 /// `UCS_ERR_UNSUPPORTED`.
 const UNSUPPORTED: i8 = -22;
 
@@ -178,7 +178,7 @@ fn serve() {
         try_serve()
     });
     // Here, because the first look-up may hold a lock of UCX.
-    let _ = PGTABLE_LOOKUP.look_up();
+    calls::prepare();
     let served = match served {
         Ok(served) => announce().map(|()| served),
         Err(reason) => Err(reason.clone()),
@@ -343,248 +343,6 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
     // SAFETY: the arguments are valid for `ucm_set_event_handler`, because the caller promises so
     // (see # Safety).
     unsafe { real(events, priority, callback, argument) }
-}
-
-/// Waits until the kernel source has reported all changes, then calls the real `ucs_rcache_get`.
-///
-/// The real function takes words as arguments, six up to UCX 1.13 and seven later. This function
-/// always passes seven. If the caller has passed six, the seventh is a word of the caller's stack
-/// frame, which is readable.
-///
-/// # Safety
-/// As for `ucs_rcache_get`.
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ucs_rcache_get(
-    a: usize,
-    b: usize,
-    c: usize,
-    d: usize,
-    e: usize,
-    f: usize,
-    g: usize,
-) -> i8 {
-    // Fast path: no change is left to be reported. The call of the real function is a jump, because
-    // it has the arguments of this function.
-    // ORDER(dropin-looked): Acquire, as in `ask`.
-    if space::settled().is_some()
-        && counts::LOOKED_UP.load(Ordering::Acquire)
-        && !late::is_waiting()
-        && !HAS_COPIES.load(Ordering::Relaxed)
-    {
-        if let Some(real) = RCACHE_GET.known() {
-            // SAFETY: as in `ask_first`.
-            let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
-            // SAFETY: the caller's duty.
-            return unsafe { real(a, b, c, d, e, f, g) };
-        }
-    }
-    // SAFETY: the caller's duty.
-    unsafe { ask_first(a, b, c, d, e, f, g) }
-}
-
-type RcacheGet = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, usize) -> i8;
-
-/// A real function of `libucs`, looked up at its first use.
-struct Real {
-    name: &'static CStr,
-    /// Null before. Relaxed: it is the address of code that stays loaded; a thread that reads null
-    /// looks the function up.
-    address: AtomicPtr<c_void>,
-}
-
-impl Real {
-    const fn new(name: &'static CStr) -> Real {
-        Real {
-            name,
-            address: AtomicPtr::new(ptr::null_mut()),
-        }
-    }
-
-    #[inline]
-    fn known(&self) -> Option<NonNull<c_void>> {
-        NonNull::new(self.address.load(Ordering::Relaxed))
-    }
-
-    /// Looks the function up, if that was not done before.
-    fn look_up(&self) -> Option<NonNull<c_void>> {
-        let found = self.known().or_else(|| found::function(UCS, self.name))?;
-        self.address.store(found.as_ptr(), Ordering::Relaxed);
-        Some(found)
-    }
-
-    #[cold]
-    fn found(&self) -> Option<NonNull<c_void>> {
-        let found = self.look_up();
-        if found.is_none() {
-            complain(&format!(
-                "{}: no libucs is loaded",
-                self.name.to_string_lossy()
-            ));
-        }
-        found
-    }
-}
-
-static RCACHE_GET: Real = Real::new(c"ucs_rcache_get");
-static PGTABLE_LOOKUP: Real = Real::new(c"ucs_pgtable_lookup");
-
-/// # Safety
-/// As for `ucs_rcache_get`.
-#[cold]
-#[inline(never)]
-unsafe extern "C" fn ask_first(
-    a: usize,
-    b: usize,
-    c: usize,
-    d: usize,
-    e: usize,
-    f: usize,
-    g: usize,
-) -> i8 {
-    let entry = caches::entry(a);
-    let own = entry.and_then(|entry| NonNull::new(entry.real().get.load(Ordering::Relaxed)));
-    let Some(real) = own.or_else(|| RCACHE_GET.found()) else {
-        return UNSUPPORTED;
-    };
-    if RCACHE_GET.known().is_none() {
-        RCACHE_GET.address.store(real.as_ptr(), Ordering::Relaxed);
-    }
-    // A cache of 1.14 or later that was created past this library is looked up past it as well.
-    if entry.is_some() || !IS_INLINED.load(Ordering::Relaxed) {
-        ask();
-    } else if let Some(space) = space::current() {
-        settle(space);
-    }
-    // SAFETY: the real function takes its arguments as words, in the same registers and stack
-    // slots.
-    let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
-    // SAFETY: the arguments are valid for `ucs_rcache_get`, because the caller promises so (see #
-    // Safety).
-    unsafe { real(a, b, c, d, e, f, g) }
-}
-
-/// Creates a cache with the real function, and notes it.
-///
-/// # Safety
-/// As for `ucs_rcache_create`.
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ucs_rcache_create(
-    params: *const c_void,
-    name: *const c_char,
-    parent: *mut c_void,
-    cache: *mut *mut c_void,
-) -> i8 {
-    type Create =
-        unsafe extern "C" fn(*const c_void, *const c_char, *mut c_void, *mut *mut c_void) -> i8;
-    let Some(real) = found::for_caller(UCS, c"ucs_rcache_create") else {
-        complain("ucs_rcache_create: no libucs is loaded");
-        return UNSUPPORTED;
-    };
-    note_version();
-    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
-    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Create>(real) };
-    // SAFETY: the caller's duty.
-    let status = unsafe { real(params, name, parent, cache) };
-    if status == OK {
-        // SAFETY: the caller has passed room for the cache, which the real function has written.
-        let cache = unsafe { *cache };
-        let function = |name| {
-            found::for_caller(UCS, name)
-                .map_or_else(AtomicPtr::default, |found| AtomicPtr::new(found.as_ptr()))
-        };
-        let real = caches::Functions {
-            get: function(c"ucs_rcache_get"),
-            destroy: function(c"ucs_rcache_destroy"),
-        };
-        // Before the cache is added: its look-ups must not call another library's function.
-        if found::has_copies(UCS) {
-            HAS_COPIES.store(true, Ordering::Relaxed);
-        }
-        // SAFETY: the caller passes a string, which is alive during this call.
-        let name = unsafe { CStr::from_ptr(name) };
-        if !name.to_bytes().starts_with(IMPORTED) {
-            caches::add(cache.addr(), real);
-        }
-    }
-    status
-}
-
-/// How the names of UCP's caches of imported memory begin. Memory of another process is registered
-/// there, so changes of this process's memory do not concern them ([`caches`]).
-const IMPORTED: &[u8] = b"ucp_import_rcache";
-
-/// Destroys a cache with the real function.
-///
-/// # Safety
-/// As for `ucs_rcache_destroy`.
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
-    let own = caches::entry(cache.addr())
-        .and_then(|entry| NonNull::new(entry.real().destroy.load(Ordering::Relaxed)));
-    let Some(real) = own.or_else(|| found::for_caller(UCS, c"ucs_rcache_destroy")) else {
-        complain("ucs_rcache_destroy: no libucs is loaded");
-        return;
-    };
-    caches::remove(cache.addr());
-    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
-    let real =
-        unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(*mut c_void)>(real) };
-    // SAFETY: the caller's duty.
-    unsafe { real(cache) }
-}
-
-/// Whether several `libucs` are loaded: each cache has the functions of its own. A page table's
-/// look-up is the same in all versions.
-static HAS_COPIES: AtomicBool = AtomicBool::new(false);
-
-type Lookup = unsafe extern "C" fn(*const c_void, usize) -> *mut c_void;
-
-/// The look-up of a cache in its page table: waits until the kernel source has reported all
-/// changes. Returns null, which makes the look-up take the slow path, if there was a report
-/// ([`caches`]). Otherwise, and for other page tables, calls the real function.
-///
-/// # Safety
-/// As for `ucs_pgtable_lookup`.
-#[unsafe(no_mangle)]
-pub(crate) unsafe extern "C" fn ucs_pgtable_lookup(
-    table: *const c_void,
-    address: usize,
-) -> *mut c_void {
-    // Fast path: no change is left to be reported, and the cache has seen the reports.
-    // ORDER(dropin-looked): Acquire, as in `ask`.
-    if space::settled().is_some()
-        && counts::LOOKED_UP.load(Ordering::Acquire)
-        && caches::with_table(table.addr()).is_some_and(caches::Entry::has_seen_all)
-    {
-        if let Some(real) = PGTABLE_LOOKUP.known() {
-            // SAFETY: this is the function's type from UCX 1.12 to 1.22.
-            let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
-            // SAFETY: the caller's duty.
-            return unsafe { real(table, address) };
-        }
-    }
-    // SAFETY: the caller's duty.
-    unsafe { look_up_slowly(table, address) }
-}
-
-/// # Safety
-/// As for `ucs_pgtable_lookup`.
-#[cold]
-#[inline(never)]
-unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mut c_void {
-    let Some(real) = PGTABLE_LOOKUP.found() else {
-        return ptr::null_mut();
-    };
-    if let Some(cache) = caches::with_table(table.addr()) {
-        ask();
-        if !cache.sees_all() {
-            return ptr::null_mut();
-        }
-    }
-    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
-    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
-    // SAFETY: the caller's duty.
-    unsafe { real(table, address) }
 }
 
 /// Waits until all changes so far are reported to UCX.

@@ -8,9 +8,9 @@
 //! The slow path, `ucs_rcache_get`, handles the queue and searches again. A report that comes
 //! between the steps 1 and 2 may be in the queue, and its stale region in the page table. So this
 //! library, which defines `ucs_pgtable_lookup`, answers null if there was a report since the
-//! cache's last look-up. Null is a correct answer to a look-up of these caches: it costs the slow path. (It would
-//! not be for a cache of imported memory, which is therefore not noted: its miss trusts what the slow
-//! path finds.)
+//! cache's last look-up. Null is a correct answer to a look-up of these caches: it costs the slow
+//! path. It would not be for a cache of imported memory, whose miss trusts what the slow path
+//! finds; such a cache is not noted.
 //!
 //! # Case analysis
 //! A change happens before a look-up. Step 2 waits until the change is reported, and then reads the
