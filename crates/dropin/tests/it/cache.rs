@@ -54,13 +54,18 @@ pub(crate) fn flags(cache: Cache) -> Option<Vec<&'static str>> {
             // `-rdynamic` exports the program's functions, so that the drop-in finds them as in a
             // shared library.
             let mut flags = vec!["-rdynamic", "-l:libfabric.a"];
-            if installed("libpsm_infinipath.so.1").exists() {
-                flags.push("-l:libpsm_infinipath.so.1");
-            }
-            if installed("libpsm2.so.2").exists() {
-                flags.push("-l:libpsm2.so.2");
-            }
-            flags.extend(["-lrdmacm", "-libverbs", "-lefa", "-latomic", "-ldl"]);
+            // The libraries by their names at run time: their development packages may be missing.
+            let needs = [
+                ("libpsm_infinipath.so.1", "-l:libpsm_infinipath.so.1"),
+                ("libpsm2.so.2", "-l:libpsm2.so.2"),
+                ("librdmacm.so.1", "-l:librdmacm.so.1"),
+                ("libibverbs.so.1", "-l:libibverbs.so.1"),
+                ("libefa.so.1", "-l:libefa.so.1"),
+                ("libatomic.so.1", "-l:libatomic.so.1"),
+            ];
+            let is_installed = |(file, _): &(&str, &str)| installed(file).exists();
+            flags.extend(needs.into_iter().filter(is_installed).map(|(_, flag)| flag));
+            flags.push("-ldl");
             Some(flags)
         }
     }
