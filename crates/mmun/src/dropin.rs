@@ -14,8 +14,12 @@ pub(crate) fn library() -> Result<PathBuf, String> {
         let named = PathBuf::from(named);
         return usable(&named).ok_or(format!("MMUN_DROPIN={}: no such file", named.display()))?;
     }
-    let program = std::env::current_exe()
-        .map_err(|error| format!("/proc/self/exe: {}", crate::reason(&error)))?;
+    let program = std::env::current_exe().map_err(|error| {
+        format!(
+            "/proc/self/exe: {}; without /proc, MMUN_DROPIN=FILE must name {NAME}",
+            crate::reason(&error)
+        )
+    })?;
     let beside = program.parent().unwrap_or(Path::new("/"));
     let places = [
         beside.join(NAME),

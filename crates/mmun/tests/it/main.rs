@@ -18,6 +18,7 @@ mod page;
 mod records;
 mod report;
 mod run;
+mod run_signals;
 mod run_times;
 mod streams;
 mod support;

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -11,7 +10,7 @@ use testkit::{Cap, PYTHON, require};
 
 use crate::support::{Fifo, by_default, dropin, kill, scratch, text, within};
 
-fn run() -> Command {
+pub(crate) fn run() -> Command {
     let mut command = by_default(env!("CARGO_BIN_EXE_mmun"));
     command.arg("run").env("MMUN_DROPIN", dropin());
     for own in ["MMUN", "MMUN_REPORT", "MMUN_STRICT"] {
@@ -20,7 +19,7 @@ fn run() -> Command {
     command
 }
 
-fn sh(script: &str) -> Command {
+pub(crate) fn sh(script: &str) -> Command {
     let mut command = run();
     command.args(["--", "sh", "-c", script]);
     command
@@ -88,6 +87,26 @@ fn a_program_that_cannot_be_run_is_reported_in_one_line() {
         (output.status.code(), text(&output.stderr).lines().count()),
         (Some(125), 1)
     );
+}
+
+#[test]
+fn without_proc_a_variable_names_the_library() {
+    if !require(Cap::MountNamespace) || !require(Cap::Program("unshare")) {
+        return;
+    }
+    let with = |variable: &str| {
+        let mut command = by_default("unshare");
+        let script = "mount -t tmpfs none /proc && exec \"$0\" run -- sh -c 'exit 7'";
+        command.args(["-m", "sh", "-c", script, env!("CARGO_BIN_EXE_mmun")]);
+        command.env(variable, dropin()).output().unwrap()
+    };
+    let output = with("UNUSED");
+    assert_eq!(output.status.code(), Some(125), "{output:?}");
+    let error = text(&output.stderr);
+    assert!(error.contains("MMUN_DROPIN=FILE must name"), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+    let output = with("MMUN_DROPIN");
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
 }
 
 #[test]
@@ -280,93 +299,6 @@ fn a_report_is_written_to_the_file_of_the_option() {
         "mmun: no use of UCX or libfabric came through the drop-in\n"
     );
     fs::remove_file(file).unwrap();
-}
-
-#[test]
-fn signals_that_are_sent_to_it_reach_the_program() {
-    for (name, signal) in [
-        ("TERM", libc::SIGTERM),
-        ("USR1", libc::SIGUSR1),
-        ("INT", libc::SIGINT),
-        ("HUP", libc::SIGHUP),
-    ] {
-        let ready = Fifo::new("ready");
-        // A shell runs its trap between two commands. If it checked for signals just before a
-        // blocking command, it would then wait for ever.
-        let script = format!(
-            "trap 'exit 9' {name}; echo > {}; while :; do :; done",
-            ready.0.display()
-        );
-        let mut child = sh(&script).stderr(Stdio::null()).spawn().unwrap();
-        assert_eq!(ready.read(), "\n");
-        kill(child.id(), signal);
-        let status = within("mmun run", move || child.wait().unwrap());
-        assert_eq!(status.code(), Some(9), "{name}");
-    }
-}
-
-#[test]
-fn a_signal_before_the_program_is_there_is_not_lost() {
-    if !require(Cap::Program("gcc")) {
-        return;
-    }
-    let (source, library) = (
-        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/early_signal.c"),
-        scratch("early_signal.so"),
-    );
-    let mut gcc = Command::new("gcc");
-    gcc.args(["-shared", "-fPIC", "-o"])
-        .arg(&library)
-        .arg(source);
-    assert!(gcc.status().unwrap().success());
-    for (which, signal) in [("kernel", libc::SIGINT), ("sent", libc::SIGTERM)] {
-        let mut command = sh("exec sleep 60");
-        command
-            .env("LD_PRELOAD", &library)
-            .env("BEFORE_FORK", which)
-            .stderr(Stdio::null());
-        let mut child = command.spawn().unwrap();
-        let status = within("mmun run", move || child.wait().unwrap());
-        assert_eq!(status.signal(), Some(signal), "{which}: {status}");
-    }
-    // Without a folder for reports there is no fork: `mmun` becomes the program.
-    let mut command = sh("exit 4");
-    command.env("LD_PRELOAD", &library).env("IN_MKDIR", "1");
-    let output = within("mmun run", move || command.output().unwrap());
-    assert_eq!(output.status.signal(), Some(libc::SIGTERM), "{output:?}");
-    assert!(text(&output.stderr).contains("no report: "), "{output:?}");
-    fs::remove_file(library).unwrap();
-}
-
-#[test]
-fn a_signal_after_the_program_has_ended_is_its_own() {
-    let ready = Fifo::new("ready");
-    // `mmun` blocks in writing the report, because the pipe is full and this test does not read it.
-    let (_reader, mut full) = std::io::pipe().unwrap();
-    let number = full.as_raw_fd();
-    let set = |flags: i32| {
-        // SAFETY: `fcntl` with `F_SETFL` takes an integer.
-        assert_eq!(unsafe { libc::fcntl(number, libc::F_SETFL, flags) }, 0);
-    };
-    set(libc::O_NONBLOCK);
-    for part in [4096, 1] {
-        while full.write(&vec![0; part]).is_ok() {}
-    }
-    set(0);
-    let script = format!("echo > {}", ready.0.display());
-    let mut child = run()
-        .args(["-o", "-", "--", "sh", "-c", &script])
-        .stdout(full)
-        .spawn()
-        .unwrap();
-    assert_eq!(ready.read(), "\n");
-    let children = format!("/proc/{0}/task/{0}/children", child.id());
-    while !fs::read_to_string(&children).unwrap().is_empty() {
-        std::thread::yield_now();
-    }
-    kill(child.id(), libc::SIGTERM);
-    let status = within("mmun run", move || child.wait().unwrap());
-    assert_eq!(status.signal(), Some(libc::SIGTERM));
 }
 
 #[test]
