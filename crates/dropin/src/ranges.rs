@@ -24,8 +24,8 @@
 //!   was called. Later ones are counted in `newer`.
 //!
 //! After a refusal libfabric usually registers the range anew and subscribes. So the entry stays in
-//! the table, parked, and its watch is valid again from the refusal on. At most one entry is
-//! parked.
+//! the table, parked, and its watch is valid again from the refusal on, when every older change is
+//! over. At most one entry is parked.
 //!
 //! If a range has several subscriptions, some may be of registrations that are long gone, and
 //! `valid` does not say which one it asks for. Then all are refused until `notify` has returned.
@@ -66,7 +66,7 @@ fn key(start: u64, len: u64) -> Key {
 #[derive(Debug)]
 struct Entry {
     /// How many registrations of this range there are at most, in all caches: libfabric does not
-    /// say which cache subscribes. 0 if the entry is parked.
+    /// say which cache subscribes. 0 if the entry is parked, or is about to be.
     count: usize,
     stale: Option<Change>,
     /// If the range is stale: how many registrations are newer than the change, and newer than the
@@ -345,7 +345,10 @@ impl Ranges {
 
     /// Looks a registration up for a cache. The caller holds the lock of all caches. If the result
     /// is not `Valid`, libfabric drops the registration before it unlocks. So a range with a single
-    /// registration is parked, or removed if its watch cannot be made valid at once.
+    /// registration is parked, or removed if it has no watch.
+    ///
+    /// # Blocking
+    /// If the range is parked, waits as [`Watch::renew`] does.
     #[cold]
     pub(crate) fn ask(&self, start: u64, len: u64) -> Verdict {
         let mut table = self.lock();
@@ -362,26 +365,45 @@ impl Ranges {
         if verdict == Verdict::Valid || entry.count > 1 {
             return verdict;
         }
-        // libfabric registers the range anew, and then subscribes. The watch is valid again from
-        // here on, so it also sees a change between the two.
-        let can_stay = entry.watch.as_mut().is_none_or(Watch::renew_at_once);
-        let unused = if can_stay {
-            entry.count = 0;
-            entry.newer = 0;
-            if entry.stale.take().is_some() {
-                // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
-                self.dirty.fetch_sub(1, Ordering::Relaxed);
-            }
-            let before = table.parked.replace(key).filter(|before| *before != key);
-            before.and_then(|before| self.remove(&mut table, before))
-        } else {
-            self.remove(&mut table, key)
+        let Some(mut watch) = entry.watch.take() else {
+            // The next subscription makes a watch, if there can be one.
+            self.remove(&mut table, key);
+            return verdict;
         };
-        // The entry is dropped without the lock held, because the drop takes a lock of the kernel
+        entry.count = 0;
+        entry.newer = 0;
+        if entry.stale.take().is_some() {
+            // ORDER(dropin-dirty): Relaxed suffices, because every change holds the lock.
+            self.dirty.fetch_sub(1, Ordering::Relaxed);
+        }
+        drop(table);
+        // libfabric registers the range anew, and then subscribes. The watch sees each change that
+        // begins from here on, also between the two. The renewal waits for older changes: if one
+        // were still under way, libfabric could register pages that it is about to remove. After an
+        // error the watch stays invalid, so the next registration is stale at once.
+        let _ = watch.renew();
+        self.park(key, watch);
+        verdict
+    }
+
+    /// Parks a range that was refused, unless another thread has registered it meanwhile.
+    fn park(&self, key: Key, watch: Watch) {
+        let mut table = self.lock();
+        let entry = table.classes[class(key.1)].get_mut(&key);
+        let entry = entry.filter(|entry| entry.count == 0 && entry.watch.is_none());
+        let unused = match entry {
+            Some(entry) => {
+                entry.watch = Some(watch);
+                let before = table.parked.replace(key);
+                let removed = before.and_then(|before| self.remove(&mut table, before));
+                removed.and_then(|entry| entry.watch)
+            }
+            None => Some(watch),
+        };
+        // A watch is dropped without the lock held, because the drop takes a lock of the kernel
         // source.
         drop(table);
         drop(unused);
-        verdict
     }
 
     /// Marks the ranges that `change` overlaps as stale. Returns whether a range may be newly
@@ -430,8 +452,8 @@ impl Ranges {
     /// How many ranges there are; `None` if the lock is held, perhaps by a thread that was stopped.
     pub(crate) fn count(&self) -> Option<usize> {
         let table = self.table.try_lock().ok()?;
-        let entries: usize = table.classes.iter().map(BTreeMap::len).sum();
-        Some(entries - usize::from(table.parked.is_some()))
+        let entries = table.classes.iter().flatten();
+        Some(entries.filter(|(_, entry)| entry.count != 0).count())
     }
 
     /// Locks the table and enters every note.

@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | `start` | the lock of the monitors' states | starts the sources, marks ranges from now on |
 //! | `subscribe`, `unsubscribe` | the lock of all caches | enters a range, removes it |
-//! | `valid` | the lock of all caches | checks for unreported changes and stale ranges |
+//! | `valid` | the lock of all caches | checks for unreported changes and stale ranges; before it refuses a range, waits for changes under way |
 //!
 //! None of these functions waits for a thread that could need a lock of libfabric. Callbacks only
 //! mark ranges ([`Ranges`](crate::ranges::Ranges)). Our own thread, which holds no lock, calls

@@ -257,6 +257,17 @@ fn a_range_that_cannot_be_watched_is_refused() {
     assert!(ranges.subscribe(0x1000, 8, || Err(reason)));
     assert!(is_stale(&ranges, 0x1000, 8), "the other one, too");
     assert_eq!(ranges.stale().len(), 1);
+    // The next one has no watch either.
+    ranges
+        .stale()
+        .into_iter()
+        .for_each(|stale| ranges.dropped(stale));
+    for _ in 0..2 {
+        assert!(ranges.subscribe(0x1000, 8, || Err(reason)));
+        assert!(!ranges.is_clean() && is_stale(&ranges, 0x1000, 8));
+        assert!(matches!(ranges.ask(0x1000, 8), Verdict::Stale(_)));
+        assert_eq!((ranges.count(), ranges.is_clean()), (Some(0), true));
+    }
 }
 
 /// The change was reported before the range was entered, so no callback has met the range.
@@ -361,23 +372,29 @@ fn refused_both(ranges: &Ranges, kernel: &Arc<Kernel>) {
     assert_eq!(ranges.count(), Some(1));
 }
 
+/// The change that made the range stale may still be under way in another thread. libfabric must
+/// not register the pages before it is over.
 #[test]
-fn a_refused_range_whose_watch_cannot_be_renewed_at_once_is_removed() {
+fn a_refusal_waits_for_the_change_and_a_later_one_is_seen() {
     let kernel = match Kernel::rehearse(1 << 18) {
         Ok(kernel) => kernel,
         Err(error) => return println!("SKIP: {error}"),
     };
     let ranges = Ranges::new(false);
-    let watch = kernel.watch(covering(0x1000, 4096).expect("a range"));
-    let watch = watch.expect("a watch");
-    ranges.subscribe(0x1000, 4096, || Ok(Some(watch)));
-    kernel.inject(0x1000, 0x2000).expect("the program runs");
-    // The change may be under way, and a rehearsal has no machine to ask.
-    assert!(matches!(ranges.ask(0x1000, 4096), Verdict::Stale(_)));
-    let mut is_made = false;
-    ranges.subscribe(0x1000, 4096, || {
-        is_made = true;
-        Ok(None)
-    });
-    assert!(is_made);
+    let make = || {
+        let watch = kernel.watch_at_once(covering(0x1000, 4096).expect("a range"));
+        Ok(Some(watch.expect("a watch")))
+    };
+    assert!(!ranges.subscribe(0x1000, 4096, make));
+    for _ in 0..2 {
+        kernel.inject(0x1000, 0x2000).expect("the program runs");
+        let (_, machines) = kernel.waits();
+        assert!(matches!(ranges.ask(0x1000, 4096), Verdict::Stale(_)));
+        // A rehearsal has no machine to ask.
+        assert_eq!(kernel.waits().1, machines + 1, "it has waited");
+        kernel.inject(0x1000, 0x2000).expect("the program runs");
+        // libfabric has registered the range before that change, and subscribes after it.
+        assert!(ranges.subscribe(0x1000, 4096, make), "it must be dropped");
+        assert!(!ranges.is_clean() && is_stale(&ranges, 0x1000, 4096));
+    }
 }
