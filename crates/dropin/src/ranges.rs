@@ -83,9 +83,10 @@ impl Entry {
     /// Tells whether a change that is reported now makes a valid range stale. The range stays valid
     /// if the kernel has counted no change of the range since its registration. The change is then
     /// older than the registration, or it has not begun, and the kernel source will report it
-    /// again.
-    fn is_met(&self) -> bool {
-        self.has_valid() && !self.watch.as_ref().is_some_and(Watch::is_valid)
+    /// again. If `sees_all` is false, the kernel can miss a change that another source reports, so
+    /// a valid watch says nothing about it.
+    fn is_met(&self, sees_all: bool) -> bool {
+        self.has_valid() && !(sees_all && self.watch.as_ref().is_some_and(Watch::is_valid))
     }
 
     /// Whether there may be a registration that no reported change has met.
@@ -156,6 +157,8 @@ pub(crate) struct Ranges {
     table: Mutex<Table>,
     dirty: AtomicUsize,
     pending: AtomicU64,
+    /// Whether the kernel source counts every change: then a valid watch is the truth.
+    sees_all: bool,
 }
 
 /// The result of a look-up.
@@ -182,7 +185,14 @@ impl Ranges {
             table: Mutex::new(table),
             dirty: AtomicUsize::new(in_child as usize),
             pending: AtomicU64::new(0),
+            sees_all: true,
         }
+    }
+
+    /// The same table, for a kernel source that may miss changes which another source reports.
+    pub(crate) const fn with_doubt(mut self, may_miss: bool) -> Ranges {
+        self.sees_all = !may_miss;
+        self
     }
 
     /// Enters a registration of `start..start + len`. A range that is already entered keeps its
@@ -205,7 +215,7 @@ impl Ranges {
             if let Some(entry) = classes[class].get_mut(&key) {
                 entry.count = 1;
                 // The watch sees every change since the refusal, so also before this registration.
-                if entry.watch.is_some() && entry.is_met() {
+                if entry.watch.is_some() && entry.is_met(true) {
                     self.add_dirty(entry.meet(counted(start, len), marks));
                 }
                 return entry.stale.is_some();
@@ -243,7 +253,7 @@ impl Ranges {
         };
         // The new watch may be invalid already: the change was reported before the range was
         // entered, so no callback has met it. A change that is counted later finds the entry.
-        if entry.is_met() && entry.watch.is_some() {
+        if entry.is_met(true) && entry.watch.is_some() {
             self.add_dirty(entry.meet(counted(start, len), marks));
         }
         let is_stale = entry.stale.is_some();
@@ -477,7 +487,7 @@ impl Ranges {
             let Some(range) = covering(*start, *len) else {
                 continue;
             };
-            if granules(range) & bits != 0 && entry.is_met() {
+            if granules(range) & bits != 0 && entry.is_met(self.sees_all) {
                 let change = Change {
                     event: "a change nearby",
                     range,
@@ -515,7 +525,7 @@ impl Ranges {
             let entries = classes[class].range_mut((from, 0, 0)..);
             let entries = entries.take_while(|((at, ..), _)| end.is_none_or(|end| *at < end));
             for ((at, len, _), entry) in entries {
-                if at.saturating_add(*len) > start && entry.is_met() {
+                if at.saturating_add(*len) > start && entry.is_met(self.sees_all) {
                     marked += usize::from(entry.meet(change, marks));
                     is_met = true;
                 }

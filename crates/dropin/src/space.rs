@@ -36,6 +36,9 @@ pub(crate) struct Space {
     id: u64,
     hook: Result<Hook, String>,
     kernel: Result<Arc<Kernel>, String>,
+    /// Whether the kernel can skip the kernel source's program for a change (since Linux 7.0). Then
+    /// the hook's reports count as well.
+    may_skip: bool,
     /// The whole address space, armed for UCX, because UCX does not say which ranges it registers.
     everything: Mutex<Option<Armed>>,
     /// The ranges that libfabric's caches have registered.
@@ -85,7 +88,7 @@ pub(crate) fn settled() -> Option<&'static Space> {
     let space = unsafe { space.as_ref() }?;
     let is_settled = match &space.kernel {
         Ok(kernel) => kernel.is_settled(),
-        Err(_) => space.id == mmu_source::current_ref().id(),
+        Err(_) => mmu_source::current_if_made().is_some_and(|mm| mm.id() == space.id),
     };
     is_settled.then_some(space)
 }
@@ -145,13 +148,15 @@ impl Space {
         if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
             kernel.wait_for_threads();
         }
+        let may_skip = kernel.is_ok() && Kernel::may_skip_changes();
         counts::START_NS.set(begin.elapsed().as_nanos() as u64);
         let space = Space {
             id: mmu_source::current_ref().id(),
             hook,
             kernel,
+            may_skip,
             everything: Mutex::new(None),
-            ranges: Ranges::new(in_child),
+            ranges: Ranges::new(in_child).with_doubt(may_skip),
             reaper: Reaper::new(),
             marks: Mutex::new(None),
             is_marked: AtomicBool::new(false),
@@ -273,7 +278,7 @@ struct Marks(&'static Space);
 impl Notifier for Marks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
         // With the kernel source each range has a watch, and the kernel reports this change, too.
-        if self.0.kernel.is_ok() && !Kernel::is_telling() {
+        if self.0.kernel.is_ok() && !self.0.may_skip && !Kernel::is_telling() {
             return;
         }
         self.mark(range);
@@ -282,7 +287,7 @@ impl Notifier for Marks {
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
         // A registration since the start can be of the old pages. Only the kernel source sees which
         // is not.
-        if self.0.kernel.is_err() {
+        if self.0.kernel.is_err() || (self.0.may_skip && !Kernel::is_telling()) {
             self.mark(range);
         }
     }

@@ -315,6 +315,14 @@ impl Kernel {
         drained
     }
 
+    /// Tells whether this kernel can skip the source's program for a change, which the source then
+    /// notices up to a second later: since Linux 7.0.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn may_skip_changes() -> bool {
+        programs::this_kernel_may_skip()
+    }
+
     /// Returns how often records were lost: because the ring or the queue was full, because the
     /// kernel skipped the program (`missed` in the `Debug` output), or because a broker no longer
     /// says whether the kernel did so. For statistics.
@@ -392,8 +400,8 @@ impl Kernel {
         self.inner.waits.wait_briefly(&self.inner.header, || {
             let inner = Arc::clone(&self.inner);
             self.vault().post(move |machines| {
-                inner.waits.has_posted.store(false, Ordering::Relaxed);
                 machines.make_b(&inner);
+                inner.waits.has_posted.store(false, Ordering::Relaxed);
             });
         })
     }

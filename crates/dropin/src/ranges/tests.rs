@@ -249,6 +249,23 @@ fn changes_have_no_tag_and_the_library_gets_its_own_back() {
     assert_eq!((ranges.count(), ranges.is_clean()), (Some(0), true));
 }
 
+/// A kernel that has skipped the source's program has not touched the watch.
+#[test]
+fn a_valid_watch_proves_nothing_if_the_kernel_source_may_miss_changes() {
+    let kernel = match Kernel::rehearse(1 << 18) {
+        Ok(kernel) => kernel,
+        Err(error) => return println!("SKIP: {error}"),
+    };
+    for may_miss in [false, true] {
+        let ranges = Ranges::new(false).with_doubt(may_miss);
+        let range = covering(0x1000, 4096).expect("a range");
+        let make = || Ok(Some(kernel.watch(range).expect("a watch")));
+        assert!(!ranges.subscribe(0x1000, 4096, make));
+        ranges.changed(change(0x1000, 1));
+        assert_eq!(is_stale(&ranges, 0x1000, 4096), may_miss);
+    }
+}
+
 #[test]
 fn a_range_that_cannot_be_watched_is_refused() {
     let ranges = Ranges::new(false);

@@ -18,7 +18,7 @@
 
 use super::layout::{awake, header};
 use super::machine::Machines;
-use super::programs::{load_resolver, may_skip, offsets};
+use super::programs::{load_resolver, offsets, this_kernel_may_skip};
 use super::{Inner, kernel_error};
 use crate::Error;
 use crate::vault::Letterbox;
@@ -74,8 +74,7 @@ fn listen(
     drop(private);
     let mut lease = Lease::new();
     let mut nap = 1;
-    let may_skip =
-        may_skip(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default());
+    let may_skip = this_kernel_may_skip();
     let begun = Arc::clone(inner);
     // ORDER(source-begun): Release; it publishes no data. Partner: the load in `wait_for_threads`.
     vault.post(move |_| begun.has_begun.store(true, Ordering::Release));

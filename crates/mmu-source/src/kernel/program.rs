@@ -200,14 +200,14 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     let word = |offset: usize| offset as isize;
     a.load(R2, HEADER, word(header::SCRATCH));
     a.jump_reg(If::Equal, R2, START, Label::Question);
-    a.load(R2, HEADER, word(header::ON));
-    a.jump(If::Equal, R2, 0, Label::Out);
     // ORDER(source-wait): if this code runs at A's tracepoint, the change has already raised B's
-    // count, and a full barrier (on x86-64 a locked instruction of the kernel's) comes before this
-    // load. Partner: the fence in `Waits::wait`.
+    // count, and a full barrier (on x86-64 a locked instruction of the kernel's) comes before the
+    // loads of `ON` and `dirty`. Partner: the fence in `Waits::wait`.
     // ORDER(source-forgotten): if the kernel did not find B among the notifiers, `load_count` does
     // not find B's count. Partner: the store in the resolver.
     a.fence();
+    a.load(R2, HEADER, word(header::ON));
+    a.jump(If::Equal, R2, 0, Label::Out);
     let peek = match audience {
         Audience::Own { peek } => peek,
         Audience::Client => true,
@@ -391,6 +391,9 @@ fn question(a: &mut Code, maps: Maps<'_>, audience: Audience, label: Label) {
         a.op(Op::Mov, R0, 0);
         a.label(Label::Asker);
         a.store(HEADER, header::ASKER as isize, R0);
+        // ORDER(source-asker): the asker is stored before the answer: the answer may come from
+        // another process. Partner: the load of the answer in `Waits::is_over`.
+        a.fence();
         a.store(HEADER, header::ANSWERED as isize, R7);
     }
     a.goto(Label::Out);

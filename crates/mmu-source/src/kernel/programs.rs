@@ -162,6 +162,11 @@ pub(super) fn may_skip(release: &str) -> bool {
     major.is_none_or(|major| major >= 7)
 }
 
+/// [`may_skip`] of the kernel that runs.
+pub(super) fn this_kernel_may_skip() -> bool {
+    may_skip(&std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -333,7 +333,8 @@ impl Waits {
             // thread too. Partner: the program's load of the count, before its store.
             let is_over = header.u64(header::ANSWERED).load(Ordering::Acquire) == state.asked;
             if is_over {
-                // Relaxed: the program ran in this thread.
+                // ORDER(source-asker): Relaxed, after the Acquire load of the answer: this is the
+                // asker of that answer or of none. Partner: the program's fence between the two.
                 MARK.set(header.u64(header::ASKER).load(Ordering::Relaxed));
                 MARKED_BY.set(self.id);
             }
