@@ -2,6 +2,7 @@
 //! keep that check.
 
 use crate::child::alone;
+use crate::pages::page_size;
 use mmu_source::hook::{Hook, probe};
 use std::fs;
 
@@ -26,6 +27,40 @@ fn is_checked(address: u64) -> bool {
         }
     }
     panic!("{address:x} is not mapped");
+}
+
+/// A library that patches a function, as UCX does, makes its page writable and then executable
+/// again, without the check. Its jump is no landing pad.
+#[test]
+fn a_page_that_another_library_has_changed_stays_without_them() {
+    const NAME: &str = "landing_pads::a_page_that_another_library_has_changed_stays_without_them";
+    alone(NAME, || {
+        let sites = || probe().expect("there are sites");
+        let of = |name: &str| {
+            sites()
+                .iter()
+                .find(|site| site.name == name)
+                .map(|site| site.address)
+        };
+        let changed = of("mmap").expect("it is hooked");
+        let page = (changed as usize) & !(page_size() - 1);
+        let code = std::ptr::with_exposed_provenance_mut(page);
+        let protection = libc::PROT_READ | libc::PROT_EXEC;
+        // SAFETY: the page is code of libc, and stays readable and executable.
+        assert_eq!(0, unsafe { libc::mprotect(code, page_size(), protection) });
+        let flags = || -> Vec<bool> {
+            sites()
+                .iter()
+                .map(|site| is_checked(site.address))
+                .collect()
+        };
+        let before = flags();
+        assert!(!is_checked(changed));
+        let hook = Hook::install().expect("it can be patched");
+        assert_eq!(flags(), before);
+        drop(hook);
+        assert_eq!(flags(), before);
+    });
 }
 
 #[test]

@@ -15,7 +15,7 @@ mod synchronize;
 mod trampoline;
 
 #[cfg(target_arch = "aarch64")]
-pub(super) use protection::protection;
+pub(super) use protection::Protections;
 pub(super) use scan::{Code64, Found};
 #[cfg(target_arch = "aarch64")]
 pub(super) use synchronize::synchronize_code;

@@ -28,7 +28,7 @@ pub(super) struct Edit {
     /// If other bytes are there, they are another program's patch and are left alone.
     pub(super) from: [u8; PATCH],
     pub(super) to: [u8; PATCH],
-    /// The protection of the pages.
+    /// The protection of the page.
     pub(super) protection: i32,
 }
 
@@ -103,8 +103,10 @@ unsafe fn swap(
         }
     }
     let mut is_changed = false;
-    let mut protection = libc::PROT_READ | libc::PROT_EXEC;
+    // A check that one of the pages does not have is not given to it.
+    let mut protection = !0;
     for edit in edits {
+        protection &= edit.protection;
         // SAFETY: the offset must be inside the copy. The edit is inside the pages.
         let bytes = unsafe { page.add((edit.address - start) as usize) }.cast::<[u8; PATCH]>();
         // SAFETY: the bytes were initialised above, no other code refers to the copy, and bytes
@@ -112,7 +114,6 @@ unsafe fn swap(
         let bytes = unsafe { &mut *bytes };
         if *bytes == edit.from {
             *bytes = edit.to;
-            protection = edit.protection;
             is_changed = true;
         }
     }

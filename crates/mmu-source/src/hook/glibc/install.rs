@@ -2,7 +2,8 @@
 
 #![allow(unsafe_code, reason = "replaces code")]
 
-use super::plan::{self, Plan, Site};
+use super::machine::Protections;
+use super::plan::{self, Plan};
 use super::{code_pages, raw};
 use crate::fork::{Lock, marks};
 use crate::hook::Patch;
@@ -23,16 +24,17 @@ pub(in crate::hook) fn install() -> Result<(), Error> {
     // Make the address space before the first bracket, because a bracket must not allocate.
     current_ref();
     let plan = plan::plan(prepare)?;
+    let now = Protections::read();
     let result = lock().with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
             if let Err(error) =
                 // SAFETY: each trampoline does what the replaced instruction did, and libc stays
                 // loaded.
                 unsafe {
-                    code_pages::apply(plan.sites.iter().map(Site::patch), &plan.hidden)
+                    code_pages::apply(plan.sites.iter().map(|site| site.patch(&now)), &plan.hidden)
                 }
             {
-                take_out(plan);
+                take_out(plan, &now);
                 return Err(error);
             }
         }
@@ -48,9 +50,10 @@ pub(in crate::hook) fn install() -> Result<(), Error> {
 
 pub(in crate::hook) fn remove() {
     let Some(plan) = plan::made() else { return };
+    let now = Protections::read();
     lock().with(|| {
         if COUNT.fetch_sub(1, Ordering::Relaxed) == 1 {
-            take_out(plan);
+            take_out(plan, &now);
         }
     });
 }
@@ -68,11 +71,16 @@ pub(in crate::hook) fn probe() -> Result<Vec<Patch>, Error> {
         .collect())
 }
 
-fn take_out(plan: &Plan) {
+fn take_out(plan: &Plan, now: &Protections) {
     // If the kernel refuses to replace a page, the page keeps its patch, which still works.
     // SAFETY: the instruction does what its trampoline does, except for the bracket, and libc stays
     // loaded.
-    let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::restore), &plan.hidden) };
+    let _ = unsafe {
+        code_pages::apply(
+            plan.sites.iter().map(|site| site.restore(now)),
+            &plan.hidden,
+        )
+    };
 }
 
 /// Prepares for the first patch. A second call does no harm.
@@ -93,10 +101,13 @@ extern "C" fn in_child() {
     if plan.sites.iter().all(|site| site.is_settled(is_installed)) {
         return;
     }
+    let now = Protections::read();
     if is_installed {
         // SAFETY: each trampoline does what the replaced instruction did, and libc stays loaded.
-        let _ = unsafe { code_pages::apply(plan.sites.iter().map(Site::patch), &plan.hidden) };
+        let _ = unsafe {
+            code_pages::apply(plan.sites.iter().map(|site| site.patch(&now)), &plan.hidden)
+        };
     } else {
-        take_out(plan);
+        take_out(plan, &now);
     }
 }

@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
 
-use super::machine::{self, BREAKPOINT, Code64};
+use super::machine::{BREAKPOINT, Code64};
 use super::raw;
 use super::starts::Starts;
 use crate::page;
@@ -88,11 +88,6 @@ impl Segment {
             code,
         };
         Ok((text, hidden.into_iter().map(at).collect()))
-    }
-
-    /// Returns the protection of the segment's pages.
-    pub(super) fn protection(&self) -> i32 {
-        machine::protection(self.start)
     }
 
     /// Returns the starts of the module's functions.

@@ -6,7 +6,7 @@
 use super::arena::Arena;
 use super::code_pages::{self, Edit};
 use super::handler::CALLS;
-use super::machine::{self, Code64, Foreign, Found, PATCH};
+use super::machine::{self, Code64, Foreign, Found, PATCH, Protections};
 use super::module::{self, Function, Hidden, Segment};
 use crate::Error;
 use crate::hook::{Patch, State};
@@ -23,7 +23,6 @@ pub(super) struct Site {
     address: u64,
     original: [u8; PATCH],
     jump: [u8; PATCH],
-    protection: i32,
     /// Whether the patch replaces another program's jump at the entry of the function.
     is_chain: bool,
 }
@@ -184,7 +183,6 @@ fn build(
         remedy: "cat /proc/PID/maps; the kernel source needs no libc",
     };
     let mut arena = Arena::near(segment.start, end, found.len() + rest.len()).ok_or_else(room)?;
-    let protection = segment.protection();
     let bytes = |from: u64, length: usize| &code.bytes[(from - code.start) as usize..][..length];
     let mut add = |name, function: Option<Function>, address: u64, trampoline: u64, is_chain| {
         sites.push(Site {
@@ -194,7 +192,6 @@ fn build(
             address,
             original: bytes(address, PATCH).try_into().expect("as long as a jump"),
             jump: machine::branch(address, trampoline).ok_or_else(room)?,
-            protection,
             is_chain,
         });
         Ok::<(), Lack>(())
@@ -302,22 +299,22 @@ fn name(number: Option<u32>) -> &'static str {
 
 impl Site {
     /// Returns the edit that installs the patch.
-    pub(super) fn patch(&self) -> Edit {
+    pub(super) fn patch(&self, now: &Protections) -> Edit {
         Edit {
             address: self.address,
             from: self.original,
             to: self.jump,
-            protection: self.protection,
+            protection: now.at(self.address),
         }
     }
 
     /// Returns the edit that removes the patch.
-    pub(super) fn restore(&self) -> Edit {
+    pub(super) fn restore(&self, now: &Protections) -> Edit {
         Edit {
             address: self.address,
             from: self.jump,
             to: self.original,
-            protection: self.protection,
+            protection: now.at(self.address),
         }
     }
 

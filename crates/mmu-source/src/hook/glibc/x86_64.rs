@@ -12,9 +12,18 @@ pub(super) const REACH: u64 = (1 << 31) - (1 << 20);
 /// `int3`.
 pub(super) const BREAKPOINT: [u8; 1] = [0xcc];
 
-/// Returns the protection of a page of code.
-pub(super) fn protection(_: u64) -> i32 {
-    libc::PROT_READ | libc::PROT_EXEC
+/// The protection of pages of code, which is the same for all.
+#[derive(Debug)]
+pub(super) struct Protections;
+
+impl Protections {
+    pub(super) fn read() -> Self {
+        Self
+    }
+
+    pub(super) fn at(&self, _: u64) -> i32 {
+        libc::PROT_READ | libc::PROT_EXEC
+    }
 }
 
 /// Does nothing: on this processor instruction caches are coherent with stores.

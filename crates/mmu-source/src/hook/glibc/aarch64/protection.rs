@@ -1,36 +1,46 @@
-//! The protection of a page of code: read and execute, and the landing-pad check if the page has
-//! it.
+//! The protection of pages of code: read and execute, and the landing-pad check where a page has it.
+//!
+//! Pages of one module can differ: a library that has patched a page (UCX does) has taken the check
+//! away, and its patch has no landing pad.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::ops::Range;
 
 /// The flag of a page in which every target of an indirect branch must be a landing pad.
 const PROT_BTI: i32 = 0x10;
 
-/// Returns the protection of the executable mapping that contains `address`.
-pub(in crate::hook::glibc) fn protection(address: u64) -> i32 {
-    let plain = libc::PROT_READ | libc::PROT_EXEC;
-    // If `/proc` cannot be read, the replaced pages lose their landing-pad check, and still work.
-    match has_landing_pads(address) {
-        Some(true) => plain | PROT_BTI,
-        Some(false) | None => plain,
-    }
-}
+/// The mappings that have the landing-pad check. If `/proc` cannot be read, the list is empty: then
+/// the replaced pages lose their check, and still work.
+#[derive(Debug)]
+pub(in crate::hook::glibc) struct Protections(Vec<Range<u64>>);
 
-/// Tells whether the mapping that contains `address` has the landing-pad check. Returns `None` if
-/// `/proc` cannot be read.
-fn has_landing_pads(address: u64) -> Option<bool> {
-    let maps = BufReader::new(File::open("/proc/self/smaps").ok()?);
-    let mut is_here = false;
-    for line in maps.lines() {
-        let line = line.ok()?;
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if is_here {
-                return Some(flags.split_ascii_whitespace().any(|flag| flag == "bt"));
+impl Protections {
+    /// Reads the present state. Allocates.
+    pub(in crate::hook::glibc) fn read() -> Self {
+        let mut checked = Vec::new();
+        let Ok(maps) = File::open("/proc/self/smaps") else {
+            return Self(checked);
+        };
+        let mut here = 0..0;
+        for line in BufReader::new(maps).lines().map_while(Result::ok) {
+            if let Some(flags) = line.strip_prefix("VmFlags:") {
+                if flags.split_ascii_whitespace().any(|flag| flag == "bt") {
+                    checked.push(here.clone());
+                }
+            } else if let Some(mapping) = crate::maps::parse(line.as_bytes()) {
+                here = mapping.start..mapping.end;
             }
-        } else if let Some(mapping) = crate::maps::parse(line.as_bytes()) {
-            is_here = (mapping.start..mapping.end).contains(&address);
+        }
+        Self(checked)
+    }
+
+    /// Returns the protection of the page of code that contains `address`.
+    pub(in crate::hook::glibc) fn at(&self, address: u64) -> i32 {
+        let plain = libc::PROT_READ | libc::PROT_EXEC;
+        match self.0.iter().any(|mapping| mapping.contains(&address)) {
+            true => plain | PROT_BTI,
+            false => plain,
         }
     }
-    None
 }
