@@ -1,4 +1,5 @@
-//! The protection of pages of code: read and execute, and the landing-pad check where a page has it.
+//! The protection of pages of code: read and execute, and the landing-pad check where a page has
+//! it.
 //!
 //! Pages of one module can differ: a library that has patched a page (UCX does) has taken the check
 //! away, and its patch has no landing pad.
