@@ -179,7 +179,7 @@ fn a_fork_and_close_range_in_the_middle_of_five_threads() {
             continue;
         };
         for source in ["hook", "auto"] {
-            for _ in 0..runs() {
+            for _ in 0..runs(3) {
                 let out = run(&program, &["middle"], Some(source));
                 assert_eq!(out, "child right\nparent right\n", "{cache:?} {source}");
             }
@@ -195,8 +195,8 @@ fn children_that_use_no_cache_end_whatever_other_threads_did_at_the_fork() {
         let Some(program) = program(cache) else {
             continue;
         };
-        for source in ["hook", "auto"] {
-            let out = run(&program, &["forks", "200"], Some(source));
+        for (source, count) in [("hook", "150"), ("auto", "20")] {
+            let out = run(&program, &["forks", count], Some(source));
             assert_eq!(out, "all ended\n", "{cache:?} {source}");
         }
     }
@@ -261,19 +261,19 @@ fn caches_start_and_stop_while_others_map_and_unmap() {
             continue;
         };
         for source in ["hook", "auto"] {
-            for _ in 0..runs() {
+            for _ in 0..runs(3) {
                 run(&program, &["cycles", "20"], Some(source));
             }
         }
     }
 }
 
-/// How often to run a test that can crash by chance; `MMUN_RUNS` sets another value.
-pub(crate) fn runs() -> u32 {
+/// How often to run a test that can crash by chance: `usual`, or `MMUN_RUNS` if that is set.
+pub(crate) fn runs(usual: u32) -> u32 {
     std::env::var("MMUN_RUNS")
         .ok()
         .and_then(|runs| runs.parse().ok())
-        .unwrap_or(3)
+        .unwrap_or(usual)
 }
 
 #[test]

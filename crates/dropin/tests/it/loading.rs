@@ -31,7 +31,7 @@ fn it_can_be_loaded_while_five_threads_map_unmap_and_fork() {
             continue;
         };
         for source in ["hook", "auto"] {
-            for _ in 0..runs() {
+            for _ in 0..runs(1) {
                 let mut command = Command::new(&program);
                 command.arg(library()).arg(&cache_file);
                 command.args(["threads", "0.05"]).env("MMUN", source);
