@@ -253,6 +253,52 @@ fn a_brief_wait_makes_no_machine_and_waits_for_no_thread() {
     });
 }
 
+/// Another thread changes the range while its watch is made. The change is counted only if the
+/// filter lets it pass, so only if it begins after the range was armed.
+#[test]
+fn a_change_that_begins_while_a_watch_is_made_marks_it() {
+    if !require(Cap::Bpf) {
+        return;
+    }
+    const AT: u64 = 0x5900_0000_0000;
+    const ROUNDS: u64 = 2_000;
+    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
+    let (begun, over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (begin, done) = (Arc::clone(&begun), Arc::clone(&over));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            kernel.rehearsal(move |inject| {
+                for round in 1..=ROUNDS {
+                    crate::wait::until(|| begin.load(Ordering::Acquire) >= round);
+                    inject(AT, AT + 4096).expect("the program runs");
+                    done.store(round, Ordering::Release);
+                }
+            });
+        });
+        let mut delay = 100_u32;
+        for round in 1..=ROUNDS {
+            let before = kernel.generation();
+            begun.store(round, Ordering::Release);
+            (0..delay).for_each(|_| std::hint::spin_loop());
+            let watch = kernel.watch_at_once(range(AT, 4096)).expect("a watch");
+            crate::wait::until(|| over.load(Ordering::Acquire) == round);
+            let is_counted = kernel.generation() != before;
+            crate::wait::until(|| kernel.settle().is_ok() && kernel.is_settled());
+            let is_valid = watch.is_valid();
+            // So the two happen at about the same time in most rounds.
+            delay = match is_counted {
+                true => delay + 4,
+                false => delay.saturating_sub(4),
+            };
+            if is_counted && is_valid {
+                // The other thread must not wait for ever.
+                begun.store(ROUNDS, Ordering::Release);
+                panic!("round {round}: the change was missed");
+            }
+        }
+    });
+}
+
 #[test]
 fn brief_waits_succeed_beside_a_thread_that_changes_memory() {
     if !(require(Cap::Bpf) && require(Cap::Kvm)) {

@@ -46,15 +46,20 @@ impl Watching {
 
     /// See [`Kernel::watch_at_once`].
     pub(crate) fn enter(kernel: &Arc<Kernel>, range: VaRange) -> Result<Self, Error> {
-        let armed = Armed::enter(kernel, range)?;
-        let word = Arc::new(Word::default());
-        let base = kernel.generation();
-        let inside = || Error::InCallback { source: "kernel" };
         let inner = &kernel.inner;
+        if inner.is_inherited() {
+            return Err(Error::AfterFork { source: "kernel" });
+        }
+        let word = Arc::new(Word::default());
+        let inside = || Error::InCallback { source: "kernel" };
         let glance =
             inner.with_intake(|intake, _| intake.ring.glance(&inner.header, &inner.progress));
         let glance = glance.ok_or_else(inside)?;
+        // In this order, each change that the filter lets pass from here on has a number above
+        // `base`, and its record is taken in when the table has the watch.
+        let base = kernel.generation();
         let id = kernel.enter(range, base, &word).ok_or_else(inside)?;
+        let armed = Armed::enter(kernel, range)?;
         Ok(Watching {
             glance,
             word,
