@@ -19,6 +19,16 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::{self, NonNull};
 
+/// Returns the result of a real function, and keeps its call from becoming a jump on aarch64. Code
+/// with branch target identification (`-mbranch-protection=standard`, as in Debian 13) refuses an
+/// indirect jump to a function by SIGILL, unless it goes through `x16` or `x17`; it accepts a call.
+#[inline(always)]
+pub(crate) fn returned<T>(result: T) -> T {
+    #[cfg(target_arch = "aarch64")]
+    let result = std::hint::black_box((result, 0_u8)).0;
+    result
+}
+
 /// The prefix of a library's file name.
 pub(crate) const UCM: &CStr = c"libucm";
 pub(crate) const UCS: &CStr = c"libucs";

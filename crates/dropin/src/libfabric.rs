@@ -243,7 +243,7 @@ pub(crate) unsafe extern "C" fn fi_fabric(
     let real = unsafe { std::mem::transmute::<ptr::NonNull<c_void>, Real>(real) };
     // SAFETY: the arguments are valid for `fi_fabric`, because the caller promises so (see #
     // Safety).
-    unsafe { real(attr, fabric, context) }
+    found::returned(unsafe { real(attr, fabric, context) })
 }
 
 /// Whether the program has opened the provider OPX of libfabric 1.20 to 2.5. That provider finds

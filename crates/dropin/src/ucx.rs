@@ -342,7 +342,7 @@ pub(crate) unsafe extern "C" fn ucm_set_event_handler(
     }
     // SAFETY: the arguments are valid for `ucm_set_event_handler`, because the caller promises so
     // (see # Safety).
-    unsafe { real(events, priority, callback, argument) }
+    found::returned(unsafe { real(events, priority, callback, argument) })
 }
 
 /// Waits until all changes so far are reported to UCX.

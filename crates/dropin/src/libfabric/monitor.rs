@@ -17,6 +17,7 @@
 
 use super::abi::{CLASS_MEM_MONITOR, Fid, MemMonitor, MonitorOps};
 use crate::counts::{self, Change};
+use crate::found;
 use crate::place;
 use crate::ranges::Verdict;
 use crate::space::{self, Space};
@@ -83,6 +84,7 @@ fn notify(start: u64, len: u64) {
             len as usize,
         )
     };
+    found::returned(());
 }
 
 /// Called for the first cache of a kind. After an error, libfabric uses no cache: slower, never

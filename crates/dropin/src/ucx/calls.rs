@@ -47,7 +47,7 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
             // SAFETY: as in `ask_first`.
             let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
             // SAFETY: the caller's duty.
-            return unsafe { real(a, b, c, d, e, f, g) };
+            return found::returned(unsafe { real(a, b, c, d, e, f, g) });
         }
     }
     // SAFETY: the caller's duty.
@@ -132,7 +132,7 @@ unsafe extern "C" fn ask_first(
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
     // SAFETY: the arguments are valid for `ucs_rcache_get`, because the caller promises so (see #
     // Safety).
-    unsafe { real(a, b, c, d, e, f, g) }
+    found::returned(unsafe { real(a, b, c, d, e, f, g) })
 }
 
 /// Creates a cache with the real function, and notes it.
@@ -202,7 +202,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
     let real =
         unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(*mut c_void)>(real) };
     // SAFETY: the caller's duty.
-    unsafe { real(cache) }
+    unsafe { real(cache) };
+    found::returned(());
 }
 
 /// Whether several `libucs` are loaded: each cache has the functions of its own. A page table's
@@ -232,7 +233,7 @@ pub(crate) unsafe extern "C" fn ucs_pgtable_lookup(
             // SAFETY: this is the function's type from UCX 1.12 to 1.22.
             let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
             // SAFETY: the caller's duty.
-            return unsafe { real(table, address) };
+            return found::returned(unsafe { real(table, address) });
         }
     }
     // SAFETY: the caller's duty.
@@ -256,5 +257,5 @@ unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mu
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
     // SAFETY: the caller's duty.
-    unsafe { real(table, address) }
+    found::returned(unsafe { real(table, address) })
 }
