@@ -21,7 +21,7 @@
 //! * `valid` has answered false and the range has one subscription: libfabric drops the
 //!   registration that it has asked for, and there is no other.
 //! * `notify` has returned: every cache has dropped the registrations that were there when `notify`
-//!   was called. Later ones are counted in `newer`.
+//!   was called. Later ones are counted in `newer`. For evicted registrations, see [`most`].
 //!
 //! After a refusal libfabric usually registers the range anew and subscribes. So the entry stays in
 //! the table, parked, and its watch is valid again from the refusal on, when every older change is
@@ -41,6 +41,8 @@
 //! `dirty` is the count of stale ranges, plus one while the caches may hold registrations of a
 //! parent, and is changed under the lock only. `pending` is 0 or holds the bits of changes that
 //! have not been entered yet. So if both are 0, every range is valid.
+
+mod most;
 
 use crate::counts::Change;
 use mmu_notifier::{Va, VaRange};
@@ -74,6 +76,8 @@ struct Entry {
     newer: usize,
     /// The number of the change that made the range stale.
     mark: u64,
+    /// The number of the last subscription of this range.
+    number: u64,
     /// Tells whether the kernel has changed the range since the first of the registrations that are
     /// not stale. `None` if the kernel source is not in use.
     watch: Option<Watch>,
@@ -123,6 +127,10 @@ struct Table {
     used: u64,
     /// Numbers the changes that have made a range stale.
     marks: u64,
+    /// Numbers the subscriptions.
+    numbers: u64,
+    /// Whether this version of libfabric unsubscribes.
+    has_unsubscribed: bool,
     /// Whether the caches may hold registrations that a parent made before a fork.
     has_parents: bool,
     /// The parked entry.
@@ -178,6 +186,8 @@ impl Ranges {
             classes: [const { BTreeMap::new() }; 64],
             used: 0,
             marks: 0,
+            numbers: 0,
+            has_unsubscribed: false,
             has_parents: in_child,
             parked: None,
         };
@@ -198,7 +208,7 @@ impl Ranges {
     /// Enters a registration of `start..start + len`. A range that is already entered keeps its
     /// first watch. A stale range stays stale: another cache may have registered it before the
     /// change. `make` makes a watch unless the range's entry is parked, and is called without the
-    /// lock. If it fails, the range is stale at once. Returns whether the range is stale: then the
+    /// lock. If it fails, the range is stale at once. Returns whether a range is stale: then the
     /// thread that drops stale ranges must be woken.
     pub(crate) fn subscribe(
         &self,
@@ -209,11 +219,14 @@ impl Ranges {
         let mut table = self.lock();
         let class = class(len);
         let key = key(start, len);
+        table.numbers += 1;
+        let number = table.numbers;
         if table.parked == Some(key) {
             table.parked = None;
             let Table { classes, marks, .. } = &mut *table;
             if let Some(entry) = classes[class].get_mut(&key) {
                 entry.count = 1;
+                entry.number = number;
                 // The watch sees every change since the refusal, so also before this registration.
                 if entry.watch.is_some() && entry.is_met(true) {
                     self.add_dirty(entry.meet(counted(start, len), marks));
@@ -233,6 +246,7 @@ impl Ranges {
             stale: None,
             newer: 0,
             mark: 0,
+            number,
             watch: None,
         });
         // A change that the kernel has counted and not reported yet makes the older ones stale.
@@ -242,6 +256,7 @@ impl Ranges {
         }
         let is_first = entry.count == 0 || !entry.has_valid();
         entry.count += 1;
+        entry.number = number;
         entry.newer += usize::from(entry.stale.is_some());
         let watch = made.unwrap_or_else(|change| {
             self.add_dirty(entry.meet(change, marks));
@@ -256,7 +271,7 @@ impl Ranges {
         if entry.is_met(true) && entry.watch.is_some() {
             self.add_dirty(entry.meet(counted(start, len), marks));
         }
-        let is_stale = entry.stale.is_some();
+        let is_stale = entry.stale.is_some() | self.limit(&mut table);
         // A watch that is not needed is dropped without the lock held, because the drop takes a
         // lock of the kernel source.
         drop(table);
@@ -267,6 +282,7 @@ impl Ranges {
     /// Removes one registration of `start..start + len`, if there is one.
     pub(crate) fn unsubscribe(&self, start: u64, len: u64) {
         let mut table = self.lock();
+        table.has_unsubscribed = true;
         let entry = table.classes[class(len)].get_mut(&key(start, len));
         let Some(entry) = entry.filter(|entry| entry.count != 0) else {
             return;

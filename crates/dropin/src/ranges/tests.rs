@@ -415,3 +415,35 @@ fn a_refusal_waits_for_the_change_and_a_later_one_is_seen() {
         assert!(!ranges.is_clean() && is_stale(&ranges, 0x1000, 4096));
     }
 }
+
+/// Up to 2.0, libfabric evicts registrations and does not say so.
+#[test]
+fn the_table_stays_bounded_although_nothing_is_unsubscribed() {
+    let ranges = Ranges::new(false);
+    let start = |number: usize| (number as u64) << 13;
+    let mut wakes = Vec::new();
+    for number in 1..=4 * most::MOST {
+        if ranges.subscribe(start(number), 4096, || Ok(None)) {
+            wakes.push(number);
+            assert!(is_stale(&ranges, start(number - most::MOST), 4096));
+            assert!(!is_stale(&ranges, start(number), 4096));
+            let stale = ranges.stale();
+            assert_eq!(stale.len(), most::MOST / 2, "the older half");
+            stale.into_iter().for_each(|stale| ranges.dropped(stale));
+            assert!(ranges.is_clean());
+            assert_eq!(ranges.count(), Some(most::MOST / 2 + 1));
+        }
+    }
+    assert_eq!(wakes.len(), 1 + (3 * most::MOST - 1) / (most::MOST / 2));
+    assert_eq!(wakes.first(), Some(&(most::MOST + 1)), "not before");
+}
+
+#[test]
+fn a_version_that_unsubscribes_may_have_as_many_ranges_as_it_likes() {
+    let ranges = Ranges::new(false);
+    ranges.unsubscribe(0, 8);
+    for number in 1..=2 * most::MOST as u64 {
+        assert!(!ranges.subscribe(number << 13, 4096, || Ok(None)));
+    }
+    assert!(ranges.is_clean());
+}
