@@ -395,17 +395,6 @@ impl Kernel {
         self.inner.waits.wait(&self.inner.header, self.vault())
     }
 
-    /// Like `wait`, but returns false instead of waiting for another thread or making a machine.
-    fn wait_briefly(&self) -> bool {
-        self.inner.waits.wait_briefly(&self.inner.header, || {
-            let inner = Arc::clone(&self.inner);
-            self.vault().post(move |machines| {
-                machines.make_b(&inner);
-                inner.waits.has_posted.store(false, Ordering::Relaxed);
-            });
-        })
-    }
-
     /// Like `wait`, for a range that was armed before `settled` was returned.
     fn wait_for(&self, settled: Settled) -> Result<(), Error> {
         self.inner

@@ -104,11 +104,6 @@ impl<T: 'static> Vault<T> {
         result.unwrap_or_else(|panic| resume_unwind(panic))
     }
 
-    /// Queues `f` to run in the vault.
-    pub(crate) fn post(&self, f: impl FnOnce(&mut T) + Send + 'static) {
-        self.inbox.post(f);
-    }
-
     /// Forgets the vault in the child of a fork: its thread exists only in the parent.
     pub(crate) fn abandon(self) {
         std::mem::forget(self);

@@ -117,20 +117,6 @@ impl Watch {
         }
     }
 
-    /// Renews the watch if that takes at most some tens of microseconds, and returns whether it is
-    /// renewed. If it is not, the watch is invalid. For callers that hold a lock for which many
-    /// threads wait: unlike [`renew`](Self::renew), this waits for no other thread and makes no
-    /// virtual machine.
-    #[doc(hidden)]
-    #[must_use]
-    pub fn renew_at_once(&mut self) -> bool {
-        match &mut self.by {
-            #[cfg(feature = "kernel")]
-            By::Kernel(watching) => watching.renew_at_once(),
-            By::Brackets(bracketed) => bracketed.renew().is_ok(),
-        }
-    }
-
     /// Returns the watched pages.
     #[must_use]
     pub fn range(&self) -> VaRange {

@@ -224,35 +224,6 @@ fn a_wait_that_has_interrupted_one_of_its_own_thread_is_refused() {
     assert!(kernel.arm(at).is_ok());
 }
 
-#[test]
-fn a_brief_wait_makes_no_machine_and_waits_for_no_thread() {
-    if !require(Cap::Bpf) {
-        return;
-    }
-    const AT: u64 = 0x5500_0000_0000;
-    let kernel = Kernel::rehearse(1 << 18).expect("BPF works here");
-    let waits = &kernel.inner.waits;
-    let dirty = kernel.inner.header.u64(header::DIRTY);
-    let mut watch = kernel.watch(range(AT, 4096)).expect("it can be armed");
-    assert!(watch.renew_at_once(), "nothing has happened since the wait");
-    kernel.inject(AT, AT + 4096).expect("the program runs");
-    assert!(!watch.renew_at_once(), "there is no machine to ask");
-    assert!(!watch.is_valid());
-    // A question to a machine that does not exist is not answered.
-    crate::wait::until(|| !waits.has_posted.load(Ordering::Relaxed));
-    waits.set_has_b(true);
-    assert!(!watch.renew_at_once() && !watch.is_valid());
-    assert_eq!(dirty.load(Ordering::Relaxed), MANY as u64);
-    let (begun, machines) = kernel.waits();
-    assert_eq!((begun, machines), (2, 1), "one was for the first watch");
-    thread::scope(|scope| {
-        let held = waits.lock();
-        let other = scope.spawn(move || watch.renew_at_once());
-        assert!(!other.join().expect("no panic"), "another thread waits");
-        drop(held);
-    });
-}
-
 /// Another thread changes the range while its watch is made. The change is counted only if the
 /// filter lets it pass, so only if it begins after the range was armed.
 #[test]
@@ -297,37 +268,6 @@ fn a_change_that_begins_while_a_watch_is_made_marks_it() {
             }
         }
     });
-}
-
-#[test]
-fn brief_waits_succeed_beside_a_thread_that_changes_memory() {
-    if !(require(Cap::Bpf) && require(Cap::Kvm)) {
-        return;
-    }
-    let kernel = Kernel::start().expect("it starts");
-    kernel.wait_for_threads();
-    let page = sys::Scratch::map().expect("memory");
-    let at = range(page.address(), 4096);
-    let mut watch = kernel.watch_at_once(at).expect("it can be armed");
-    let mut has_had_b = false;
-    let end = Instant::now() + Duration::from_secs(60);
-    let is_renewed = loop {
-        // The change of another thread, which is over by then.
-        thread::scope(|scope| scope.spawn(|| sys::ask(&page)).join().expect("no panic"));
-        has_had_b |= kernel.inner.waits.has_b();
-        if watch.renew_at_once() {
-            break true;
-        }
-        assert!(!watch.is_valid());
-        if Instant::now() > end {
-            break false;
-        }
-    };
-    if !has_had_b {
-        return println!("SKIP: the count cannot be read");
-    }
-    assert!(is_renewed);
-    assert_eq!(kernel.waits().1, 0, "no thread waited for a machine");
 }
 
 /// Makes another change of armed memory in each callback, up to `left` times.

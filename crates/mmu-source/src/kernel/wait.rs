@@ -98,8 +98,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 /// a pause made a machine in one wait of 68; 300 polls with pauses, in one of 995.
 const POLLS: u32 = 300;
 const SPINS: u32 = 100;
-/// How often the count is polled by a thread that must not wait long.
-const FEW: u32 = 20;
 
 srcu::thread_word! {
     /// The mark of this thread, or 0 if it is not known.
@@ -126,8 +124,6 @@ pub(super) struct Waits {
     /// The number of machines that were made because the count was never zero or cannot be read.
     /// Only the holder of the lock writes it.
     machines: AtomicU64,
-    /// Whether a thread that must not wait has asked the vault to make B.
-    pub(super) has_posted: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -163,7 +159,6 @@ impl Waits {
             has_b: AtomicBool::new(false),
             over: AtomicU64::new(0),
             machines: AtomicU64::new(0),
-            has_posted: AtomicBool::new(false),
             state: Mutex::default(),
         })
     }
@@ -210,53 +205,6 @@ impl Waits {
         if state.ended > ticket {
             return Ok(());
         }
-        self.conduct(state, header, |state| {
-            if !self.is_over(state, header) {
-                vault.run(Machines::renew_b)?;
-                self.machines.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok(true)
-        })
-        .map(drop)
-    }
-
-    /// Waits like [`wait`](Self::wait), but no longer than some tens of microseconds: waits for no
-    /// other thread, and makes no machine. Returns whether every change that began before the call
-    /// is over. If it returns false because there is no machine B, `make_b` is called, which must
-    /// not wait.
-    pub(super) fn wait_briefly(&self, header: &Shared, make_b: impl FnOnce()) -> bool {
-        // ORDER(source-quiet): Acquire, as in `wait`.
-        let since = header.u64(header::DIRTY).load(Ordering::Acquire);
-        if since == QUIET as u64 || self.is_own(since) {
-            return true;
-        }
-        if !self.has_b() {
-            if !self.has_posted.swap(true, Ordering::Relaxed) {
-                make_b();
-            }
-            return false;
-        }
-        let Some(_waiting) = Flag::set(Flag::WAITING) else {
-            return false;
-        };
-        let mut state = match self.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(error)) => error.into_inner(),
-            Err(TryLockError::WouldBlock) => return false,
-        };
-        let is_over = |state: &mut State| Ok(self.is_over_within(FEW, state, header));
-        self.conduct(&mut state, header, is_over).unwrap_or(false)
-    }
-
-    /// Conducts a wait. The caller holds the lock. `is_over` returns whether every change is over
-    /// that began before its call.
-    fn conduct(
-        &self,
-        state: &mut State,
-        header: &Shared,
-        is_over: impl FnOnce(&mut State) -> Result<bool, Error>,
-    ) -> Result<bool, Error> {
-        let dirty = header.u64(header::DIRTY);
         let number = self.begun.load(Ordering::Relaxed) + 1;
         self.begun.store(number, Ordering::Relaxed);
         // Before the first range is armed, events do not set `dirty`. A wait in that time leaves it
@@ -276,11 +224,12 @@ impl Waits {
         // shows the change. Second, the fence of `arm` before the ticket: a thread that relies on
         // this wait has added its range before.
         fence(Ordering::SeqCst);
-        let result = is_over(state);
-        if !matches!(result, Ok(true)) {
-            // A change that is older than this wait may be under way.
-            dirty.store(MANY as u64, Ordering::Relaxed);
-            return result;
+        if !self.is_over(state, header) {
+            // After an error, a change that is older than this wait may be under way.
+            vault
+                .run(Machines::renew_b)
+                .inspect_err(|_| dirty.store(MANY as u64, Ordering::Relaxed))?;
+            self.machines.fetch_add(1, Ordering::Relaxed);
         }
         state.ended = number;
         // ORDER(source-quiet): Release, after the wait. Partner: the load in `wait_for`.
@@ -295,7 +244,7 @@ impl Waits {
                 Ordering::Relaxed,
             );
         }
-        Ok(true)
+        Ok(())
     }
 
     /// Tells whether only the calling thread has made events since the last wait.
@@ -309,15 +258,10 @@ impl Waits {
     /// Asks the program until it answers that nothing is under way. Returns false if there is no
     /// machine B, or if none of [`POLLS`] questions is answered.
     fn is_over(&self, state: &mut State, header: &Shared) -> bool {
-        self.is_over_within(POLLS, state, header)
-    }
-
-    /// The same with another number of questions.
-    fn is_over_within(&self, polls: u32, state: &mut State, header: &Shared) -> bool {
         if !self.has_b.load(Ordering::Relaxed) {
             return false;
         }
-        (0..polls).any(|poll| {
+        (0..POLLS).any(|poll| {
             if poll >= SPINS {
                 // A thread in the middle of a change may need the processor.
                 crate::wait::pause();

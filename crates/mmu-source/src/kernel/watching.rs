@@ -98,18 +98,6 @@ impl Watching {
         self.armed.kernel.wait().inspect_err(|_| self.word.touch())
     }
 
-    /// See [`Watch::renew_at_once`](crate::Watch::renew_at_once).
-    pub(crate) fn renew_at_once(&mut self) -> bool {
-        if self.clear().is_err() {
-            return false;
-        }
-        let is_renewed = self.armed.kernel.wait_briefly();
-        if !is_renewed {
-            self.word.touch();
-        }
-        is_renewed
-    }
-
     /// Clears the word: events so far no longer count.
     fn clear(&mut self) -> Result<(), Error> {
         let kernel = &self.armed.kernel;
