@@ -1,26 +1,26 @@
 //! Changes that wait for a look-up, for UCX 1.14 to 1.16.
 //!
 //! In these versions UCP's look-up reads the page table without the cache's lock, which
-//! `ucm_vm_munmap` takes to remove regions. UCX relies on its users here: memory changes in the
-//! thread that looks up. The `kernel` source learns of changes in a thread of its own, so its
-//! changes wait here until a thread of the program looks up. (From 1.17 on `ucm_vm_munmap` only
-//! queues the range, and may be called by any thread.)
+//! `ucm_vm_munmap` takes to remove regions. So UCX relies on the program: memory must change in the
+//! thread that looks up. The callbacks of the `kernel` source can run in any thread. So the changes
+//! that this source reports wait here until a thread of the program looks up. (From 1.17 on, for
+//! UCP's caches, `ucm_vm_munmap` only queues the range, and may be called by any thread.)
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// With more ranges than these, all memory counts as changed.
+/// The most ranges that wait. The next one replaces them all by a range of all memory.
 const MOST: usize = 1024;
 
-/// Starts and lengths of changed ranges. The list never grows: an allocator that changes memory
-/// under the lock would be reported here.
+/// Starts and lengths of changed ranges. The list has room for [`MOST`] from the beginning and
+/// never grows, because a callback must not allocate.
 #[derive(Debug)]
 pub(crate) struct Late(Mutex<Vec<(usize, usize)>>);
 
-/// Whether a change may be waiting.
+/// See [`is_waiting`].
 static IS_WAITING: AtomicBool = AtomicBool::new(false);
 
-/// Whether a change may be waiting. False only after all are reported.
+/// Whether a change may be waiting. False only after all changes were reported.
 #[inline]
 pub(crate) fn is_waiting() -> bool {
     // ORDER(dropin-late): Acquire, for the reports. Partner: `Late::report`.
@@ -43,15 +43,15 @@ impl Late {
         IS_WAITING.store(true, Ordering::Relaxed);
     }
 
-    /// Reports the waiting changes. Another thread that calls this meanwhile waits, because its
-    /// look-up must not continue before they are reported.
+    /// Reports the waiting changes. Holds the lock meanwhile, so another thread that calls this
+    /// waits: the look-up of that thread must not continue before the changes are reported.
     pub(crate) fn report(&self, mut report: impl FnMut(usize, usize)) {
         let mut ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for (start, len) in ranges.drain(..) {
             report(start, len);
         }
-        // ORDER(dropin-late): Release, after the reports: a thread that reads false does not wait
-        // for them. Partner: `is_waiting`.
+        // ORDER(dropin-late): Release, after the reports: a thread that reads false does not call
+        // this function, and must see the reports' effect. Partner: `is_waiting`.
         IS_WAITING.store(false, Ordering::Release);
     }
 }

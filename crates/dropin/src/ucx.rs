@@ -5,7 +5,8 @@
 //! announced with `ucm_set_external_event` that it reports unmapped memory, UCX patches no function
 //! for that event. The other library then calls `ucm_vm_munmap`. UCX's cache drops the
 //! registrations that overlap the range. If the cache's lock is held, the cache queues the range
-//! instead. The cache never waits, so our callback may run inside `free`.
+//! instead; from 1.17 on UCP's caches always do. The cache never waits for its lock there, so our
+//! callback may run inside `free`.
 //!
 //! A change that only the kernel source sees is reported when a thread settles that source. Up to
 //! UCX 1.13 each look-up calls `ucs_rcache_get`. From 1.14 on UCP's look-up is compiled into
@@ -97,7 +98,7 @@ impl Feed {
             .range()
             .end()
             .map_or(usize::MAX, |end| end.get() as usize);
-        // Relaxed: the flag was set before this subscription was made.
+        // Relaxed: the flag is set before the first cache of such a version exists.
         if LOOKS_UNLOCKED.load(Ordering::Relaxed) && Kernel::is_telling() {
             self.space.late.add(start, end - start);
             caches::reported();
@@ -108,8 +109,9 @@ impl Feed {
     }
 }
 
-/// The end of every address space. UCX's caches add up the lengths of the ranges that they have
-/// queued, and abort if the sum wraps around: as it would with `usize::MAX`.
+/// No address of user space is higher. UCX's caches add up the lengths of the ranges that they have
+/// queued, and can abort if the sum wraps around. The sum of `usize::MAX` and any other length
+/// would.
 const END: usize = 1 << 56;
 
 impl Served {
@@ -125,7 +127,8 @@ impl Served {
             // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
             let vm_munmap = unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) };
             // SAFETY: the function may be called anywhere, inside `free` as well: it takes a
-            // recursive read lock, and calls handlers that only try their locks.
+            // recursive read lock, and calls handlers that only try the lock of their cache. The
+            // handlers wait for a spin lock, under which UCX reports no change of memory.
             unsafe { vm_munmap(ptr::without_provenance_mut(start), len) };
         }
         caches::reported();
@@ -137,7 +140,7 @@ impl Served {
 /// ([`late`]).
 static LOOKS_UNLOCKED: AtomicBool = AtomicBool::new(false);
 
-/// Notes whether the caller is of a version that looks up without a lock.
+/// Notes how the caller's version of UCX looks up: without a lock, and in code inside `libucp`.
 fn note_version() {
     let version = version();
     if version.is_some_and(|version| ((1, 14)..(1, 17)).contains(&version)) {
@@ -177,7 +180,7 @@ fn serve() {
         unsafe { libc::pthread_atfork(Some(before_fork), None, Some(serve_child)) };
         try_serve()
     });
-    // Here, because the first look-up may hold a lock of UCX.
+    // Not in the first look-up, which may hold a lock of UCX.
     calls::prepare();
     let served = match served {
         Ok(served) => announce().map(|()| served),
@@ -232,7 +235,7 @@ fn announce() -> Result<(), String> {
         function(c"ucm_vm_munmap")?,
     );
     let vm_munmap = vm_munmap.as_ptr();
-    // The list first: UCX relies on the reports as soon as they are announced.
+    // Fill the list before the announcement: from then on UCX relies on the reports.
     let is_listed = |slot: &AtomicPtr<c_void>| {
         let (before, relaxed) = (ptr::null_mut(), Ordering::Relaxed);
         match slot.compare_exchange(before, vm_munmap, relaxed, relaxed) {
@@ -264,9 +267,10 @@ fn feed(space: &'static Space, served: Served) -> bool {
 
 /// Runs in the child of a fork, where UCX's caches still hold the parent's registrations.
 ///
-/// If look-ups call this library, the child's first look-up drops them, and starts the child's
-/// sources: most children use no cache, the start takes milliseconds, and UCX can hang, see
-/// `begin_child`. Otherwise both happen here, because the child's first look-up cannot be noticed.
+/// If look-ups call this library, the child's first look-up starts the child's sources and drops
+/// these registrations. Not here, because most children use no cache, the start takes milliseconds,
+/// and UCX can hang (see `begin_child`). If look-ups do not call this library, both happen here,
+/// because the child's first look-up cannot be noticed.
 extern "C" fn serve_child() {
     // Relaxed, all of these: the child has one thread. A thread that finds the child's space finds
     // these stores or later ones, because the space is published afterwards.
@@ -280,9 +284,9 @@ extern "C" fn serve_child() {
 /// Drops the parent's registrations, and starts the child's sources.
 ///
 /// If another thread of the parent held a lock of UCX's cache at the fork, no thread of the child
-/// will ever release it. So a thread of its own calls UCX. If that thread hangs, this one goes on
-/// after a second: the child may be about to execute another program. The sources stay off then,
-/// because their reports would hang in the same place.
+/// will ever release that lock. So a new thread calls UCX. If the new thread hangs, the calling
+/// thread continues after a second, because the child may be about to execute another program. The
+/// sources stay off then, because their reports would hang in the same place.
 fn begin_child() {
     let Some(Ok(served)) = SERVED.get() else {
         return;
@@ -294,7 +298,8 @@ fn begin_child() {
         IS_DONE.store(true, Ordering::Relaxed);
     };
     let made = Thread::spawn(c"mmun-fork", drop_parents).map(Thread::detach);
-    // Relaxed: this thread does not look up. The child's first look-up drops once more.
+    // Relaxed: this thread does not look up, so it need not see the drop's effect. The child's
+    // first look-up drops the parent's registrations once more.
     let is_done = || IS_DONE.load(Ordering::Relaxed);
     if made.is_ok() {
         wait_until(Duration::from_secs(1), is_done);
@@ -310,7 +315,7 @@ fn begin_child() {
     complain(reason);
 }
 
-/// Makes UCX drop every registration, because all are of the parent's memory.
+/// Makes UCX drop every registration, because all of them are of the parent's memory.
 ///
 /// # Blocking
 /// Takes locks of UCX's caches, see `begin_child`.
@@ -358,8 +363,9 @@ fn ask() {
             }
             settle(space);
         }
-        // Without a connection, only the first look-up has something to do: later ones must not
-        // store, because that would contend for the cache line.
+        // If UCX is connected, this is the child of a fork, whose first look-up makes the space. If
+        // UCX is not connected, the first look-up notes this process for the report. Later look-ups
+        // must not store, because the stores would contend for the cache line.
         None => match SERVED.get() {
             None => {}
             Some(Err(_)) if counts::LOOKED_UP.load(Ordering::Relaxed) => {}
@@ -375,11 +381,11 @@ fn settle(space: &Space) {
     }
 }
 
-/// A process that looks a region up appears in the report. The child of a fork that makes no
-/// look-up, perhaps because it is about to execute another program, does not.
+/// Notes this process for the report. The child of a fork that makes no look-up, perhaps because it
+/// is about to execute another program, does not appear in the report.
 ///
-/// In a child, this drops the parent's registrations and starts the sources. Two threads may do
-/// this at once: neither continues before the subscription is made.
+/// In a child, starts the sources and then drops the parent's registrations. Two threads may do so
+/// at once: neither continues before the subscription is made and the registrations are dropped.
 #[cold]
 fn first_look_up() {
     let Some(served) = SERVED.get() else {
@@ -389,7 +395,8 @@ fn first_look_up() {
     if let Ok(served) = served {
         start(*served);
         let space = space::current_or_made();
-        // ORDER(dropin-parents): Acquire, for the report's effect in UCX. Partner: the store below.
+        // ORDER(dropin-parents): Acquire, for the effect in UCX of another thread's report of all
+        // memory. Partner: the store below.
         if space.has_parents.load(Ordering::Acquire) {
             drop_parents(*served);
             // ORDER(dropin-parents): Release, after the report.
@@ -413,14 +420,15 @@ fn version() -> Option<(u32, u32)> {
     Some((major, minor))
 }
 
-/// Whether a look-up has called this library, in this process or before the fork that made it.
+/// Whether a look-up has called this library, in this process or in a parent before its fork.
 static CALLS_US: AtomicBool = AtomicBool::new(false);
 
-/// Whether UCP's look-up is compiled into it, and does not call `ucs_rcache_get`.
+/// Whether UCP's look-up is compiled into `libucp`, and calls `ucs_rcache_get` only on its slow
+/// path: in UCX 1.14 and later.
 static IS_INLINED: AtomicBool = AtomicBool::new(false);
 
-/// Why a look-up may find a registration that a change has made stale. `None` if each look-up
-/// consults the kernel source.
+/// Why a look-up may find a registration that a change has made stale. `None` if look-ups call
+/// this library, which settles the kernel source in each of them.
 pub(crate) fn late_changes() -> Option<&'static str> {
     if counts::LOOKED_UP.load(Ordering::Relaxed) {
         None

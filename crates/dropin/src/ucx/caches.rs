@@ -5,23 +5,33 @@
 //! 2. It calls `ucs_pgtable_lookup` with the cache's page table. A null result means the slow path.
 //! 3. It checks and returns the region.
 //!
-//! The slow path, `ucs_rcache_get`, handles the queue and searches again. A report that comes
-//! between the steps 1 and 2 may be in the queue, and its stale region in the page table. So this
-//! library, which defines `ucs_pgtable_lookup`, answers null if there was a report since the
-//! cache's last look-up. Null is a correct answer to a look-up of these caches: it costs the slow
-//! path. It would not be for a cache of imported memory, whose miss trusts what the slow path
-//! finds; such a cache is not noted.
+//! The slow path, `ucs_rcache_get`, handles the queue and searches again. If a report comes between
+//! the steps 1 and 2, it may be in the queue while its stale region is still in the page table. So
+//! this library, which defines `ucs_pgtable_lookup`, returns null if there was a report since the
+//! cache's last look-up. For the caches that are noted here, null is always a correct answer: it
+//! costs the slow path, no more.
+//!
+//! UCP's caches of imported memory are not noted, because null could be wrong there. After null,
+//! UCP attaches the region that the slow path returns, even if the slow path has found an old one.
 //!
 //! # Case analysis
-//! A change happens before a look-up. Step 2 waits until the change is reported, and then reads the
-//! number of reports, which includes this one. If the cache has not seen this number, the result is
-//! null. If the cache has seen it, an earlier look-up has read it. UCP's look-ups of one cache
-//! follow each other (its contexts have a lock, or are used by one thread; other caches settle in
-//! `ucs_rcache_get`, before it reads the queue). So the report ended
-//! before step 1, which found it in the queue, or after it was handled.
+//! A change happens before a look-up by UCP. Step 2 waits until the change is reported, and then
+//! reads the count of reports, which includes the report of this change.
+//! * If the cache has not seen this count, the result is null.
+//! * If the cache has seen this count, an earlier look-up of the cache has read it. UCP does not
+//!   look up in one cache from two threads at once: a context that threads share has a lock, and
+//!   the program must not use any other context from two threads at once. So the report ended
+//!   before step 1 of this look-up. Either step 1 found the report in the queue and took the slow
+//!   path, or the queue had been handled before, so the page table is up to date.
 //!
-//! The page tables of other objects, such as UCX's cache of memory types, are passed through: there
-//! null would mean something else.
+//! A change that was put off ([`late`](crate::late)) is counted before it is reported. The look-up
+//! that reads this count takes the slow path, in which `ucs_rcache_get` makes the report.
+//!
+//! The caches of transports can be searched by several threads at once. Their look-ups do not need
+//! the count: they call `ucs_rcache_get`, which waits for the reports before it reads the queue.
+//!
+//! Other objects have page tables as well, such as UCX's cache of memory types. Their look-ups are
+//! passed to the real function, because null has another meaning there.
 
 #![allow(
     unsafe_code,
@@ -32,8 +42,9 @@ use std::ffi::c_void;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
-/// A cache's page table begins within this many bytes of the cache, and ends within the cache: at
-/// byte 72 to 136 in UCX 1.12 to 1.22, of at least 264.
+/// A cache's page table begins less than this many bytes after the cache's address: at byte 72 to
+/// 136 in UCX 1.12 to 1.22. A cache has at least 264 bytes, so no other object's page table begins
+/// in these bytes.
 const TABLE_WITHIN: usize = 192;
 
 /// Functions of one `libucs`. Addresses of code that stays loaded.
@@ -48,8 +59,8 @@ pub(super) struct Functions {
 pub(super) struct Entry {
     /// The address of the cache; 0 if it was destroyed.
     cache: AtomicUsize,
-    /// The number of reports that the cache's look-ups have seen; [`NONE`] before the first
-    /// look-up, so that it is noticed.
+    /// The count of reports that the cache's look-ups have seen. [`NONE`] before the first look-up,
+    /// which therefore takes the slow path.
     seen: AtomicU64,
     /// The functions of the cache's `libucs`.
     real: Functions,
@@ -64,10 +75,11 @@ const NONE: u64 = u64::MAX;
 
 static FIRST: AtomicPtr<Entry> = AtomicPtr::new(ptr::null_mut());
 
-/// The number of reports to UCX that have ended.
+/// The count of reports to UCX that have ended, and of changes that were put off
+/// ([`late`](crate::late)).
 static REPORTS: AtomicU64 = AtomicU64::new(0);
 
-/// Called after each report to UCX.
+/// Called after each report to UCX, and after each change that was put off.
 pub(super) fn reported() {
     // ORDER(dropin-reports): Release, for the report's effect in UCX. Partner: `reports`.
     REPORTS.fetch_add(1, Ordering::Release);
@@ -76,17 +88,17 @@ pub(super) fn reported() {
 fn entries() -> impl Iterator<Item = &'static Entry> {
     // ORDER(dropin-caches): Acquire, for the entry's content. Partner: the exchange in `add`.
     let first = FIRST.load(Ordering::Acquire);
-    // SAFETY: the pointer is null or comes from `Box::leak` in `add`.
+    // SAFETY: the pointer is null or comes from `Box::leak` in `add`, and entries are never freed.
     std::iter::successors(unsafe { first.as_ref() }, |entry| {
-        // SAFETY: as for the first one.
+        // SAFETY: `next` is null or comes from `Box::leak` as well, and entries are never freed.
         unsafe { entry.next.as_ref() }
     })
 }
 
-/// Adds a new cache, with the functions of its library.
+/// Adds a new cache, with the functions of its `libucs`.
 pub(super) fn add(cache: usize, real: Functions) {
-    // Relaxed in all of this function but for the exchange: the creation of a cache happens before
-    // its look-ups.
+    // All accesses but the exchange of `FIRST` are relaxed, because the creation of a cache happens
+    // before its look-ups.
     let is_taken = |entry: &Entry| {
         entry
             .cache
@@ -146,14 +158,15 @@ impl Entry {
         &self.real
     }
 
-    /// Whether the cache's look-ups have seen all reports that have ended.
+    /// Whether the cache's look-ups have seen all that [`REPORTS`] counts.
     #[inline]
     pub(super) fn has_seen_all(&self) -> bool {
-        // Relaxed: look-ups of one cache follow each other.
+        // Relaxed: one cache's look-ups by UCP do not run at once, and other look-ups do not need
+        // the result (see the module).
         self.seen.load(Ordering::Relaxed) == reports()
     }
 
-    /// The same; from now on the cache's look-ups have seen them.
+    /// Returns the same as `has_seen_all`, and notes that the cache's look-ups have now seen all.
     pub(super) fn sees_all(&self) -> bool {
         let reports = reports();
         let has_seen = self.seen.load(Ordering::Relaxed) == reports;

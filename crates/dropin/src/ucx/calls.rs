@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 const OK: i8 = 0;
 
-/// Looks a function up that the first look-up of a cache needs: it may hold a lock of UCX.
+/// Looks up the real `ucs_pgtable_lookup`, before a cache's first look-up needs it. That look-up
+/// may hold a lock of UCX, and the loader must not be called with such a lock held.
 pub(super) fn prepare() {
     let _ = PGTABLE_LOOKUP.look_up();
 }
@@ -20,8 +21,9 @@ pub(super) fn prepare() {
 /// Waits until the kernel source has reported all changes, then calls the real `ucs_rcache_get`.
 ///
 /// The real function takes words as arguments, six up to UCX 1.13 and seven later. This function
-/// always passes seven. If the caller has passed six, the seventh is a word of the caller's stack
-/// frame, which is readable.
+/// always passes seven. If the caller has passed six, the real function ignores the seventh. On
+/// x86-64 the seventh is a word of the caller's stack frame, which is readable; on aarch64 it is a
+/// register.
 ///
 /// # Safety
 /// As for `ucs_rcache_get`.
@@ -35,8 +37,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
     f: usize,
     g: usize,
 ) -> i8 {
-    // Fast path: no change is left to be reported. The call of the real function is a jump, because
-    // it has the arguments of this function.
+    // Fast path: no change is left to be reported. On x86-64 the compiler makes the call of the
+    // real function a jump, because the arguments are the same.
     // ORDER(dropin-looked): Acquire, as in `ask`.
     if space::settled().is_some()
         && counts::LOOKED_UP.load(Ordering::Acquire)
@@ -46,11 +48,13 @@ pub(crate) unsafe extern "C" fn ucs_rcache_get(
         if let Some(real) = RCACHE_GET.known() {
             // SAFETY: as in `ask_first`.
             let real = unsafe { std::mem::transmute::<NonNull<c_void>, RcacheGet>(real) };
-            // SAFETY: the caller's duty.
+            // SAFETY: the arguments are valid for `ucs_rcache_get`, because the caller promises so
+            // (see # Safety).
             return found::returned(unsafe { real(a, b, c, d, e, f, g) });
         }
     }
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `ucs_rcache_get`, because the caller promises so (see #
+    // Safety).
     unsafe { ask_first(a, b, c, d, e, f, g) }
 }
 
@@ -59,8 +63,8 @@ type RcacheGet = unsafe extern "C" fn(usize, usize, usize, usize, usize, usize, 
 /// A real function of `libucs`, looked up at its first use.
 struct Real {
     name: &'static CStr,
-    /// Null before. Relaxed: it is the address of code that stays loaded; a thread that reads null
-    /// looks the function up.
+    /// Null before the first use. Relaxed: the address is of code that stays loaded, and a thread
+    /// that reads null looks the function up.
     address: AtomicPtr<c_void>,
 }
 
@@ -121,7 +125,9 @@ unsafe extern "C" fn ask_first(
     if RCACHE_GET.known().is_none() {
         RCACHE_GET.address.store(real.as_ptr(), Ordering::Relaxed);
     }
-    // A cache of 1.14 or later that was created past this library is looked up past it as well.
+    // In UCX 1.14 or later, a cache without an entry is one of imported memory, or its creation did
+    // not call this library. In the second case its other look-ups do not call this library either.
+    // So this call does not count as a look-up: the report would promise checked look-ups.
     if entry.is_some() || !IS_INLINED.load(Ordering::Relaxed) {
         ask();
     } else if let Some(space) = space::current() {
@@ -135,7 +141,7 @@ unsafe extern "C" fn ask_first(
     found::returned(unsafe { real(a, b, c, d, e, f, g) })
 }
 
-/// Creates a cache with the real function, and notes it.
+/// Creates a cache with the real function, and notes the cache unless its memory is imported.
 ///
 /// # Safety
 /// As for `ucs_rcache_create`.
@@ -155,7 +161,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
     note_version();
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Create>(real) };
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `ucs_rcache_create`, because the caller promises so (see
+    // # Safety).
     let status = unsafe { real(params, name, parent, cache) };
     if status == OK {
         // SAFETY: the caller has passed room for the cache, which the real function has written.
@@ -168,11 +175,13 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
             get: function(c"ucs_rcache_get"),
             destroy: function(c"ucs_rcache_destroy"),
         };
-        // Before the cache is added: its look-ups must not call another library's function.
+        // Set the flag before the cache is added, because the cache's look-ups must not call the
+        // function of another `libucs`.
         if found::has_copies(UCS) {
             HAS_COPIES.store(true, Ordering::Relaxed);
         }
-        // SAFETY: the caller passes a string, which is alive during this call.
+        // SAFETY: `name` is a string that is alive during this call: the real function, which has
+        // the same contract, needs such a string.
         let name = unsafe { CStr::from_ptr(name) };
         if !name.to_bytes().starts_with(IMPORTED) {
             caches::add(cache.addr(), real);
@@ -201,20 +210,22 @@ pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real =
         unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(*mut c_void)>(real) };
-    // SAFETY: the caller's duty.
+    // SAFETY: `cache` is valid for `ucs_rcache_destroy`, because the caller promises so (see #
+    // Safety).
     unsafe { real(cache) };
     found::returned(());
 }
 
-/// Whether several `libucs` are loaded: each cache has the functions of its own. A page table's
-/// look-up is the same in all versions.
+/// Whether several `libucs` are loaded. Then each look-up calls the `ucs_rcache_get` of the cache's
+/// own `libucs`. `ucs_pgtable_lookup` does the same in all versions, so any copy of it will do.
 static HAS_COPIES: AtomicBool = AtomicBool::new(false);
 
 type Lookup = unsafe extern "C" fn(*const c_void, usize) -> *mut c_void;
 
-/// The look-up of a cache in its page table: waits until the kernel source has reported all
-/// changes. Returns null, which makes the look-up take the slow path, if there was a report
-/// ([`caches`]). Otherwise, and for other page tables, calls the real function.
+/// Searches a page table. If the table is of a noted cache, first waits until the kernel source has
+/// reported all changes. Then, if the cache has not seen all reports, returns null, which makes the
+/// look-up take the slow path ([`caches`]). Otherwise, and for all other page tables, calls the
+/// real function.
 ///
 /// # Safety
 /// As for `ucs_pgtable_lookup`.
@@ -232,11 +243,13 @@ pub(crate) unsafe extern "C" fn ucs_pgtable_lookup(
         if let Some(real) = PGTABLE_LOOKUP.known() {
             // SAFETY: this is the function's type from UCX 1.12 to 1.22.
             let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
-            // SAFETY: the caller's duty.
+            // SAFETY: the arguments are valid for `ucs_pgtable_lookup`, because the caller promises
+            // so (see # Safety).
             return found::returned(unsafe { real(table, address) });
         }
     }
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `ucs_pgtable_lookup`, because the caller promises so (see
+    // # Safety).
     unsafe { look_up_slowly(table, address) }
 }
 
@@ -256,6 +269,7 @@ unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mu
     }
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Lookup>(real) };
-    // SAFETY: the caller's duty.
+    // SAFETY: the arguments are valid for `ucs_pgtable_lookup`, because the caller promises so (see
+    // # Safety).
     found::returned(unsafe { real(table, address) })
 }
