@@ -19,9 +19,10 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::ptr::{self, NonNull};
 
-/// Returns the result of a real function, and keeps its call from becoming a jump on aarch64. Code
-/// with branch target identification (`-mbranch-protection=standard`, as in Debian 13) refuses an
-/// indirect jump to a function by SIGILL, unless it goes through `x16` or `x17`; it accepts a call.
+/// Returns the result of a real function. On aarch64 this keeps the compiler from making the call
+/// of that function a jump. If the function is in code with branch target identification
+/// (`-mbranch-protection=standard`, as in Debian 13), an indirect jump to it raises SIGILL, unless
+/// the address is in `x16` or `x17`. An indirect call raises none.
 #[inline(always)]
 pub(crate) fn returned<T>(result: T) -> T {
     #[cfg(target_arch = "aarch64")]
@@ -51,8 +52,10 @@ pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>>
     Some(found)
 }
 
-/// The same if one file with the library's name is loaded. Otherwise the function that the caller
-/// of this library would call. (Python can load one UCX for mpi4py and another one from a wheel.)
+/// Returns the same as [`function`] if exactly one file with the library's name is loaded.
+/// Otherwise returns the function that the caller of this library would call, and if there is no
+/// such function, the same as [`function`]. (Python can load one UCX for mpi4py and another one
+/// from a wheel.)
 pub(crate) fn for_caller(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
     if loaded(library).len() != 1 {
         if let Some(found) = caller().and_then(|caller| from(&caller, symbol)) {
@@ -67,7 +70,8 @@ pub(crate) fn has_copies(library: &CStr) -> bool {
     loaded(library).len() > 1
 }
 
-/// The function that an object finds in itself and its dependencies.
+/// The function that an object finds in itself and its dependencies. `None` if that is a function
+/// of this library.
 fn from(name: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
     let handle = open(name, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
     // SAFETY: the handle is open, the name a live string.
@@ -100,9 +104,10 @@ fn caller() -> Option<CString> {
         caller: Option<CString>,
     }
     extern "C" fn each(context: *mut c_void, frames: *mut c_void) -> c_int {
-        // SAFETY: the unwinder passes its context.
+        // SAFETY: `context` is the one that the unwinder passes to this callback.
         let address = unsafe { _Unwind_GetIP(context) };
-        // SAFETY: the pointer of the call below; no other reference exists meanwhile.
+        // SAFETY: `frames` is the pointer that the call below passes; no other reference to the
+        // value exists meanwhile.
         let frames = unsafe { &mut *frames.cast::<Frames>() };
         let name = NonNull::new(ptr::without_provenance_mut(address)).and_then(object);
         if name == frames.own {
@@ -135,7 +140,7 @@ pub(crate) fn is_loaded(library: &CStr) -> bool {
     !loaded(library).is_empty()
 }
 
-/// The same for each of `libraries`, with one look at the mappings.
+/// Whether each of `libraries` is loaded, as [`is_loaded`] tells; reads the mappings once.
 pub(crate) fn are_loaded<const N: usize>(libraries: [&CStr; N]) -> [bool; N] {
     let maps = mappings();
     libraries.map(|library| !loaded_in(&maps, library).is_empty())
@@ -222,7 +227,8 @@ fn object(address: NonNull<c_void>) -> Option<CString> {
     if found == 0 || info.dli_fname.is_null() {
         return None;
     }
-    // SAFETY: the loader's own copy of the name, alive as long as the object.
+    // SAFETY: `dli_fname` points to the loader's own copy of the name, which lives as long as the
+    // object.
     Some(unsafe { CStr::from_ptr(info.dli_fname) }.to_owned())
 }
 

@@ -246,7 +246,7 @@ pub(crate) unsafe extern "C" fn fi_fabric(
     found::returned(unsafe { real(attr, fabric, context) })
 }
 
-/// Whether the program has opened the provider OPX of libfabric 1.20 to 2.5. That provider finds
+/// Whether the program has opened the provider OPX of a libfabric before 2.6. That provider finds
 /// its registrations without asking the monitor whether they are valid.
 static HAS_OPX: AtomicBool = AtomicBool::new(false);
 
@@ -259,14 +259,15 @@ pub(crate) fn late_changes() -> Option<&'static str> {
 
 /// Notes a provider that does not ask the monitor.
 fn note_provider(attr: *const FabricAttr) {
-    // SAFETY: a program passes null, or live attributes.
+    // SAFETY: `attr` is null or points to live attributes, as `fi_fabric` requires of its caller.
     let Some(attr) = (unsafe { attr.as_ref() }) else {
         return;
     };
     if attr.provider.is_null() {
         return;
     }
-    // SAFETY: the name of a provider is a string.
+    // SAFETY: the name of a provider is not null (see above), and is a string that lives as long as
+    // the attributes.
     let provider = unsafe { CStr::from_ptr(attr.provider) };
     if provider.to_bytes() != b"opx" {
         return;

@@ -10,9 +10,13 @@
 //!
 //! | | state of a range | leaves it by |
 //! | --- | --- | --- |
-//! | 1 | valid: `stale` is `None` | a change or a note that overlaps it (2), last unsubscription |
+//! | 1 | valid: `stale` is `None` | change, note or `limit` (2), `ask` (3), last unsubscription |
 //! | 2 | stale, counted in `dirty` | last unsubscription, `ask` (3), `dropped` |
 //! | 3 | parked: `count` is 0, `stale` is `None` | `subscribe` (1 or 2), parking of another range |
+//!
+//! `ask` refuses a range in state 1 only if its watch is invalid. A refused range that has no watch
+//! is removed, not parked. `dropped` leads to state 1 if the range has newer registrations, and
+//! otherwise removes the range.
 //!
 //! # Versions that never unsubscribe
 //! Up to 2.0, libfabric drops a registration without a call of `unsubscribe`. So the table has to
@@ -40,7 +44,7 @@
 //! # Invariants
 //! `dirty` is the count of stale ranges, plus one while the caches may hold registrations of a
 //! parent, and is changed under the lock only. `pending` is 0 or holds the bits of changes that
-//! have not been entered yet. So if both are 0, every range is valid.
+//! have not been entered yet. So if both are 0, no reported change has made a range stale.
 
 mod most;
 
@@ -51,8 +55,9 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// How often a callback tries to take the lock before it leaves a note. The lock is held for some
-/// hundred instructions, unless its holder is preempted or is the callback's own thread.
+/// How often a callback tries to take the lock before it leaves a note. The lock is usually held
+/// for some hundred instructions; for longer if its holder is preempted, is the callback's own
+/// thread, or walks the whole table.
 const TURNS: usize = 64;
 
 /// Start without its tag, length in bytes, and the tag: the upper bits of the start, which only
@@ -74,12 +79,13 @@ struct Entry {
     /// If the range is stale: how many registrations are newer than the change, and newer than the
     /// last call of [`Ranges::stale`].
     newer: usize,
-    /// The number of the change that made the range stale.
+    /// The number of the last change that met the range, counted in [`Table::marks`].
     mark: u64,
-    /// The number of the last subscription of this range.
+    /// The number of the last subscription of this range, counted in [`Table::numbers`].
     number: u64,
     /// Tells whether the kernel has changed the range since the first of the registrations that are
-    /// not stale. `None` if the kernel source is not in use.
+    /// not stale, or, if the range is parked, since the refusal. `None` if the kernel source is not
+    /// in use.
     watch: Option<Watch>,
 }
 
@@ -129,7 +135,7 @@ struct Table {
     marks: u64,
     /// Numbers the subscriptions.
     numbers: u64,
-    /// Whether this version of libfabric unsubscribes.
+    /// Whether `unsubscribe` was ever called, so whether this version of libfabric unsubscribes.
     has_unsubscribed: bool,
     /// Whether the caches may hold registrations that a parent made before a fork.
     has_parents: bool,
@@ -165,7 +171,7 @@ pub(crate) struct Ranges {
     table: Mutex<Table>,
     dirty: AtomicUsize,
     pending: AtomicU64,
-    /// Whether the kernel source counts every change: then a valid watch is the truth.
+    /// Whether the kernel source counts every change. Then a range with a valid watch is unchanged.
     sees_all: bool,
 }
 
@@ -205,11 +211,12 @@ impl Ranges {
         self
     }
 
-    /// Enters a registration of `start..start + len`. A range that is already entered keeps its
-    /// first watch. A stale range stays stale: another cache may have registered it before the
-    /// change. `make` makes a watch unless the range's entry is parked, and is called without the
-    /// lock. If it fails, the range is stale at once. Returns whether a range is stale: then the
-    /// thread that drops stale ranges must be woken.
+    /// Enters a registration of `start..start + len`. A range that has a valid registration keeps
+    /// its watch. A stale range stays stale, because another cache may have registered it before
+    /// the change. `make` makes a watch unless the range's entry is parked, and is called without
+    /// the lock. If `make` fails, the range is stale at once. Returns true if this range is stale,
+    /// or if the bound of the table has made other ranges stale. Then the caller must wake the
+    /// thread that drops stale ranges.
     pub(crate) fn subscribe(
         &self,
         start: u64,
@@ -227,7 +234,8 @@ impl Ranges {
             if let Some(entry) = classes[class].get_mut(&key) {
                 entry.count = 1;
                 entry.number = number;
-                // The watch sees every change since the refusal, so also before this registration.
+                // The watch sees every change since the refusal, so also a change between the
+                // refusal and this registration.
                 if entry.watch.is_some() && entry.is_met(true) {
                     self.add_dirty(entry.meet(counted(start, len), marks));
                 }
@@ -249,7 +257,8 @@ impl Ranges {
             number,
             watch: None,
         });
-        // A change that the kernel has counted and not reported yet makes the older ones stale.
+        // A change that the kernel has counted and not reported yet makes the older registrations
+        // stale.
         let is_changed = entry.watch.as_ref().is_some_and(|watch| !watch.is_valid());
         if entry.count != 0 && entry.has_valid() && is_changed {
             self.add_dirty(entry.meet(counted(start, len), marks));
@@ -267,7 +276,8 @@ impl Ranges {
             false => watch,
         };
         // The new watch may be invalid already: the change was reported before the range was
-        // entered, so no callback has met it. A change that is counted later finds the entry.
+        // entered, so no callback has met the range. A change that is counted later finds the
+        // entry.
         if entry.is_met(true) && entry.watch.is_some() {
             self.add_dirty(entry.meet(counted(start, len), marks));
         }
@@ -311,7 +321,8 @@ impl Ranges {
         let Some(entry) = table.classes[class(stale.len)].get_mut(&key) else {
             return;
         };
-        // Another change has met registrations that are newer.
+        // The range was entered anew, or another change has met newer registrations: they may
+        // still be cached.
         if entry.stale.is_none() || entry.mark != stale.mark {
             return;
         }
@@ -328,7 +339,8 @@ impl Ranges {
         drop(removed);
     }
 
-    /// Removes an entry. The caller must drop it without the lock.
+    /// Removes an entry. The caller must drop the entry without the lock if it has a watch, because
+    /// the drop of a watch takes a lock of the kernel source.
     fn remove(&self, table: &mut Table, key: Key) -> Option<Entry> {
         let class = class(key.1);
         table.parked.take_if(|parked| *parked == key);
@@ -378,7 +390,7 @@ impl Ranges {
     #[cold]
     pub(crate) fn ask(&self, start: u64, len: u64) -> Verdict {
         let mut table = self.lock();
-        // An entry can be of another cache, while the registration is the parent's.
+        // The entry can be of another cache's registration, while this one is the parent's.
         if table.has_parents {
             return Verdict::Unknown;
         }
@@ -404,9 +416,10 @@ impl Ranges {
         }
         drop(table);
         // libfabric registers the range anew, and then subscribes. The watch sees each change that
-        // begins from here on, also between the two. The renewal waits for older changes: if one
-        // were still under way, libfabric could register pages that it is about to remove. After an
-        // error the watch stays invalid, so the next registration is stale at once.
+        // begins from here on, also between these two steps. The renewal waits for older changes,
+        // because libfabric could otherwise register pages that a change under way is about to
+        // remove. After an error the watch stays invalid, so the next registration is stale at
+        // once.
         let _ = watch.renew();
         self.park(key, watch);
         verdict
@@ -464,7 +477,7 @@ impl Ranges {
         let stale =
             all.filter(|(_, entry)| entry.stale.is_some())
                 .map(|((start, len, tag), entry)| {
-                    // `notify` drops these, too.
+                    // `notify`, which the caller calls next, drops the newer registrations, too.
                     entry.newer = 0;
                     Stale {
                         start: start ^ tag,

@@ -70,7 +70,8 @@ impl Reaper {
         wait_until(Duration::from_secs(1), || {
             self.word.load(Ordering::Relaxed) != IDLE
         });
-        // The caller may hold the lock of all caches, so the thread drops them later.
+        // The caller may hold the lock of all caches, so the new thread drops the parent's
+        // registrations later.
         if ranges.has_parents() {
             self.wake();
         }
@@ -100,8 +101,9 @@ impl Reaper {
                 self.sleep();
                 continue;
             }
-            // A program that registers the memory anew drops the registration itself. Meanwhile
-            // further changes need no call to wake this thread.
+            // If the program registers the memory anew in this time, libfabric drops the stale
+            // registration itself. Further changes in this time need no futex call to wake this
+            // thread.
             std::thread::sleep(NAP);
             // ORDER(dropin-reaper): Acquire, as above.
             self.word.swap(IDLE, Ordering::AcqRel);

@@ -21,7 +21,8 @@ static AT_EXIT: extern "C" fn() = at_exit;
 
 extern "C" fn at_exit() {
     reaper::stop_all();
-    // A process that uses neither library reads a variable, and its mappings if a report is wanted.
+    // A process that has used neither library only reads a variable of the environment, and if a
+    // report is wanted, its mappings.
     if !has_begun() && (std::env::var_os("MMUN_REPORT").is_none() || unseen().is_empty()) {
         return;
     }

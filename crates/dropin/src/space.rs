@@ -105,8 +105,8 @@ pub(crate) fn current_or_made() -> &'static Space {
 fn make() -> &'static Space {
     // ORDER(dropin-space): Acquire, as for a failed exchange below. Partner: the exchange.
     let before = CURRENT.load(Ordering::Acquire);
-    // Another thread may have published a space since the caller looked. A second space would then
-    // be asked about ranges that are subscribed only in the first one.
+    // Another thread may have published a space since the caller looked. If this thread then used
+    // a second space, it would look up ranges that are subscribed only in the first one.
     if let Some(space) = own(before) {
         return space;
     }
@@ -142,9 +142,9 @@ impl Space {
             true => Kernel::start().map_err(|error| explain(&error)),
             false => Err(off()),
         };
-        // Open MPI overwrites the beginnings of `munmap` and others, perhaps as soon as the
-        // program's first call of UCX or libfabric returns. No thread of ours may be inside of such
-        // a function then.
+        // Open MPI overwrites the beginnings of `munmap` and other functions, perhaps as soon as
+        // the program's first call of UCX or libfabric returns. No thread of ours may be inside of
+        // such a function then.
         if let Some(kernel) = kernel.as_ref().ok().filter(|_| found::is_loaded(OPAL)) {
             kernel.wait_for_threads();
         }
@@ -205,7 +205,8 @@ impl Space {
     #[inline]
     pub(crate) fn settle(&self) {
         if let Ok(kernel) = &self.kernel {
-            // Fails in the child of a fork only; the parent's registrations were dropped there.
+            // Fails in the child of a fork, where the parent's registrations were dropped, and
+            // inside a callback, where this library does not settle.
             let _ = kernel.settle();
         }
     }
@@ -277,7 +278,8 @@ struct Marks(&'static Space);
 
 impl Notifier for Marks {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
-        // With the kernel source each range has a watch, and the kernel reports this change, too.
+        // With the kernel source each range has a watch, and that source reports this change, too.
+        // So the report of the hook is not needed.
         if self.0.kernel.is_ok() && !self.0.may_skip && !Kernel::is_telling() {
             return;
         }
@@ -285,8 +287,9 @@ impl Notifier for Marks {
     }
 
     fn invalidate_range_end(&self, range: &InvalidateRange<'_>) {
-        // A registration since the start can be of the old pages. Only the kernel source sees which
-        // is not.
+        // A registration since the start of the change can be of the old pages or of the new ones.
+        // Only a watch of the kernel source tells which. So without that source, or if the kernel
+        // may have skipped its program, every registration of the range becomes stale.
         if self.0.kernel.is_err() || (self.0.may_skip && !Kernel::is_telling()) {
             self.mark(range);
         }
@@ -307,8 +310,8 @@ impl Marks {
     }
 }
 
-/// Aborts the process when it is dropped by a panic: a callback that panics loses an invalidation,
-/// and the core would only count it.
+/// Aborts the process when a panic drops this value: a callback that panics loses an invalidation,
+/// and the core would only count the panic.
 #[derive(Debug)]
 pub(crate) struct Aborts;
 

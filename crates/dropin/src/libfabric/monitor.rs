@@ -59,8 +59,8 @@ pub(super) fn monitor() -> *mut MemMonitor {
 
 /// Whether libfabric has this monitor.
 pub(super) fn is_imported() -> bool {
-    // SAFETY: the monitor is a static. Only an import writes the field: of this thread, or of a
-    // thread that exists in the parent of this process only.
+    // SAFETY: the monitor is a static. Only an import writes the field, and none runs now: that of
+    // this thread is over, and `IMPORTING` keeps out other threads.
     unsafe { !(*monitor()).import_ops.is_null() }
 }
 
@@ -160,7 +160,8 @@ fn is_valid(start: u64, len: u64) -> bool {
         range: VaRange::ALL,
     };
     let verdict = match space::current() {
-        // Without the kernel source.
+        // Another thread may have settled the source, or removed the stale ranges, since the fast
+        // path looked.
         Some(space) if space.is_settled() && space.ranges.is_clean() => Verdict::Valid,
         Some(space) => space.ranges.ask(start, len),
         // A registration of the parent.

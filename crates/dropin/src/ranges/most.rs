@@ -2,21 +2,24 @@
 //!
 //! Up to 2.0, libfabric's caches evict registrations without a call of `unsubscribe`. The entries
 //! of evicted registrations would stay for ever, each with a watch. So if there are too many valid
-//! ranges, the older half becomes stale, and the thread that drops stale ranges removes them. If a
-//! registration of that half is still cached, its next look-up registers it anew.
+//! ranges, the half whose last subscription is older becomes stale, and the thread that drops stale
+//! ranges removes these entries. If a registration of that half is still cached, libfabric drops it
+//! and registers the range anew at its next use.
 
 use super::{Ranges, Table, covering};
 use crate::counts::Change;
 use mmu_notifier::VaRange;
 use std::sync::atomic::Ordering;
 
-/// The most valid ranges. A cache holds at most 1,024 registrations, unless the user sets
-/// `FI_MR_CACHE_MAX_COUNT`. Nothing is dropped before this many, so at most every fourth
-/// registration that is entered costs another one.
+/// The most valid ranges. Each time this limit drops 4,096 ranges, at least as many were entered
+/// since the time before. A cache holds at most 1,024 registrations, unless the user sets
+/// `FI_MR_CACHE_MAX_COUNT`. So with one cache at most 1,024 of the dropped ranges were still in
+/// use: at most every fourth registration is made a second time because of the limit.
 pub(super) const MOST: usize = 8192;
 
 impl Ranges {
-    /// Makes the older half of the ranges stale if there are too many. Returns whether it did.
+    /// Makes the older half of the valid ranges stale if there are too many and libfabric has never
+    /// unsubscribed. Returns whether it did.
     pub(super) fn limit(&self, table: &mut Table) -> bool {
         let (mut entries, mut used) = (0, table.used);
         while used != 0 {
