@@ -201,8 +201,8 @@ pub(super) fn build(maps: Maps<'_>, audience: Audience) -> Vec<u64> {
     a.load(R2, HEADER, word(header::SCRATCH));
     a.jump_reg(If::Equal, R2, START, Label::Question);
     // ORDER(source-wait): if this code runs at A's tracepoint, the change has already raised B's
-    // count, and a full barrier (on x86-64 a locked instruction of the kernel's) comes before the
-    // loads of `ON` and `dirty`. Partner: the fence in `Waits::wait`.
+    // count, and a full barrier (on x86-64 a locked instruction of the kernel, elsewhere this
+    // fence) comes before the loads of `ON` and `dirty`. Partner: the fence in `Waits::wait`.
     // ORDER(source-forgotten): if the kernel did not find B among the notifiers, `load_count` does
     // not find B's count. Partner: the store in the resolver.
     a.fence();
@@ -364,9 +364,10 @@ fn load_count(a: &mut Code, maps: Maps<'_>, unknown: Label) {
 /// Handles a question of `wait.rs`: answers it if the program can read B's count and nothing is
 /// under way.
 ///
-/// For a client of a broker, the first process that asks is the source's. `owner.rs` has found out
-/// that the question is of its address space. A question to a process's own program may come from
-/// any process that has a page of its own at the same address.
+/// For a client of a broker, the first process that asks is the source's: `owner.rs` has let only
+/// events of the client's address space pass. If a process has loaded the program itself, a
+/// question may come from any process that has a page at the same address, so the resolver has
+/// stored the source's process.
 fn question(a: &mut Code, maps: Maps<'_>, audience: Audience, label: Label) {
     a.label(label);
     if audience != (Audience::Own { peek: false }) {
@@ -391,8 +392,9 @@ fn question(a: &mut Code, maps: Maps<'_>, audience: Audience, label: Label) {
         a.op(Op::Mov, R0, 0);
         a.label(Label::Asker);
         a.store(HEADER, header::ASKER as isize, R0);
-        // ORDER(source-asker): the asker is stored before the answer: the answer may come from
-        // another process. Partner: the load of the answer in `Waits::is_over`.
+        // ORDER(source-asker): the fence orders the store of the asker before that of the answer,
+        // because the answer may come from another process, on another processor. Partner: the load
+        // of the answer in `Waits::is_over`.
         a.fence();
         a.store(HEADER, header::ANSWERED as isize, R7);
     }

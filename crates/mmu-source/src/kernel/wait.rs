@@ -62,10 +62,11 @@
 //! with one thread, which maps, registers and unmaps, never waits, and needs no B.
 //!
 //! The note is the thread's *mark*, its id in the kernel's initial pid namespace. A thread cannot
-//! ask for that id, but the program writes it when it answers the thread's question. In this
+//! ask for that id, but the program writes the id when it answers the thread's question. In this
 //! process no event but a question starts at the scratch page, because that page never has content,
-//! and only the holder of the lock asks. Another process may have a page at the same address: in
-//! its events the program writes 0, so the thread that has asked may learn no mark.
+//! and only the holder of the lock asks. Another process may have a page at the same address. If an
+//! event of that process answers the question, the program writes 0 as the mark. So the thread that
+//! has asked may learn no mark, but never another thread's.
 //!
 //! Threads of other processes have no mark. They can change this address space: the child of a
 //! `vfork`, a reclaiming task. So can kernel threads and the workers of an io_uring, which have ids
@@ -225,7 +226,7 @@ impl Waits {
         // this wait has added its range before.
         fence(Ordering::SeqCst);
         if !self.is_over(state, header) {
-            // After an error, a change that is older than this wait may be under way.
+            // If the vault fails, a change that is older than this wait may still be under way.
             vault
                 .run(Machines::renew_b)
                 .inspect_err(|_| dirty.store(MANY as u64, Ordering::Relaxed))?;
@@ -277,8 +278,9 @@ impl Waits {
             // thread too. Partner: the program's load of the count, before its store.
             let is_over = header.u64(header::ANSWERED).load(Ordering::Acquire) == state.asked;
             if is_over {
-                // ORDER(source-asker): Relaxed, after the Acquire load of the answer: this is the
-                // asker of that answer or of none. Partner: the program's fence between the two.
+                // ORDER(source-asker): Relaxed, after the Acquire load of the answer, so this is
+                // the mark of this thread, or 0 from another process. Partner: the program's fence
+                // between the stores of asker and answer.
                 MARK.set(header.u64(header::ASKER).load(Ordering::Relaxed));
                 MARKED_BY.set(self.id);
             }

@@ -39,7 +39,7 @@ impl Watching {
     pub(crate) fn new(kernel: &Arc<Kernel>, range: VaRange) -> Result<Self, Error> {
         let watching = Self::enter(kernel, range)?;
         // A change that begins from here on marks the watch. Changes that began before are over
-        // after this call.
+        // when this wait returns.
         kernel.wait()?;
         Ok(watching)
     }
@@ -94,7 +94,7 @@ impl Watching {
 
     pub(crate) fn renew(&mut self) -> Result<(), Error> {
         self.clear()?;
-        // A change that began before may still be under way.
+        // A change that began before may still be under way, so wait for it.
         self.armed.kernel.wait().inspect_err(|_| self.word.touch())
     }
 

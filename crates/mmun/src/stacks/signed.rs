@@ -1,9 +1,9 @@
 //! Unwind tables of code that signs return addresses (pointer authentication of aarch64).
 //!
-//! A function that signs its return address says so in its unwind table, by an instruction of the
-//! vendor ARM without operands. The unwinder does not know that instruction, and drops the whole
-//! row. It removes signatures from all return addresses in any case, so here the instruction is
-//! replaced by one that does nothing.
+//! The unwind table of a function that signs its return address has an instruction of the vendor
+//! ARM, without operands. The unwinder does not know that instruction, and drops the whole row. But
+//! the unwinder removes signatures from all return addresses in any case. So this module replaces
+//! the instruction by one that does nothing.
 
 const NOTHING: u8 = 0;
 /// `DW_CFA_AARCH64_negate_ra_state_with_pc` and `DW_CFA_AARCH64_negate_ra_state`.
@@ -12,8 +12,8 @@ const NEGATE: [u8; 2] = [0x2c, 0x2d];
 const ABSOLUTE: u8 = 0;
 const OMITTED: u8 = 0xff;
 
-/// Replaces the instructions in all entries of `.eh_frame`. An entry that is not understood stays
-/// as it is from there on.
+/// Replaces the instructions in all entries of `.eh_frame`. If an entry has an unknown encoding or
+/// instruction, the entry is not changed from there on.
 pub(super) fn replace(section: &mut [u8]) {
     let mut at = 0;
     while let Some((begin, end)) = entry(section, at) {
@@ -22,7 +22,7 @@ pub(super) fn replace(section: &mut [u8]) {
     }
 }
 
-/// Returns the bounds of the entry at `at`, without its length.
+/// Returns the bounds of the entry at `at`, without its field of the length.
 fn entry(section: &[u8], at: usize) -> Option<(usize, usize)> {
     let mut cursor = Cursor { bytes: section, at };
     let length = match cursor.number(4)? {
@@ -64,14 +64,14 @@ fn replace_in(section: &mut [u8], begin: usize, end: usize) -> Option<()> {
     Some(())
 }
 
-/// What a common entry says about the entries of functions.
+/// The parts of a common entry that decide how the entries of its functions are read.
 struct Common {
     is_augmented: bool,
     /// The encoding of the functions' addresses.
     pointers: u8,
 }
 
-/// Reads a common entry after its id. Returns the place of its instructions as well.
+/// Reads a common entry from `begin`, after its id. Also returns the offset of its instructions.
 fn common(section: &[u8], begin: usize, end: usize) -> Option<(Common, usize)> {
     let mut cursor = Cursor::new(section, begin, end);
     let version = cursor.byte()?;
@@ -104,7 +104,7 @@ fn common(section: &[u8], begin: usize, end: usize) -> Option<(Common, usize)> {
                 let encoding = data.byte()?;
                 data.pointer(encoding)?;
             }
-            // A signal's frame, keys for signatures, tagged memory: without data.
+            // `S` (a signal's frame), `B` (keys of signatures), `G` (tagged memory) have no data.
             _ => {}
         }
     }
@@ -175,7 +175,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Skips an instruction. The numbers are DWARF's and GNU's `DW_CFA_`.
+    /// Skips an instruction. The opcodes are the `DW_CFA_` constants of DWARF and GNU.
     fn instruction(&mut self, pointers: u8) -> Option<()> {
         let byte = self.byte()?;
         let numbers = match byte {
@@ -204,13 +204,13 @@ impl<'a> Cursor<'a> {
 mod tests {
     use super::*;
 
-    /// An entry with its length.
+    /// An entry, preceded by its length.
     fn with_length(bytes: &[u8]) -> Vec<u8> {
         let length = u32::try_from(bytes.len()).unwrap().to_le_bytes();
         [&length, bytes].concat()
     }
 
-    /// A common entry as GCC writes it, and a function's with these instructions.
+    /// A common entry as GCC writes it, and the entry of a function with these instructions.
     fn table(instructions: &[u8]) -> Vec<u8> {
         // Id 0, version 1, "zR", factors 4 and -8, register 30, pointers relative to themselves;
         // the frame is at register 31.

@@ -103,7 +103,8 @@ unsafe fn swap(
         }
     }
     let mut is_changed = false;
-    // A check that one of the pages does not have is not given to it.
+    // All these pages get the same protection. So they get the landing-pad check only if each of
+    // them has it now: other code in a page without the check may lack landing pads.
     let mut protection = !0;
     for edit in edits {
         protection &= edit.protection;

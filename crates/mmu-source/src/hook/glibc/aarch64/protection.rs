@@ -1,8 +1,8 @@
-//! The protection of pages of code: read and execute, and the landing-pad check where a page has
-//! it.
+//! The protection of pages of code: read and execute, and the landing-pad check for the pages that
+//! have it.
 //!
-//! Pages of one module can differ: a library that has patched a page (UCX does) has taken the check
-//! away, and its patch has no landing pad.
+//! The pages of one module can differ. If a library such as UCX has patched a page, it has removed
+//! the check from that page, and its patch has no landing pad.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -11,13 +11,13 @@ use std::ops::Range;
 /// The flag of a page in which every target of an indirect branch must be a landing pad.
 const PROT_BTI: i32 = 0x10;
 
-/// The mappings that have the landing-pad check. If `/proc` cannot be read, the list is empty: then
-/// the replaced pages lose their check, and still work.
+/// The mappings that have the landing-pad check. If `/proc` cannot be read, the list is empty. Then
+/// the replaced pages lose their check, and their code still works.
 #[derive(Debug)]
 pub(in crate::hook::glibc) struct Protections(Vec<Range<u64>>);
 
 impl Protections {
-    /// Reads the present state. Allocates.
+    /// Reads which mappings have the check now. Allocates.
     pub(in crate::hook::glibc) fn read() -> Self {
         let mut checked = Vec::new();
         let Ok(maps) = File::open("/proc/self/smaps") else {
