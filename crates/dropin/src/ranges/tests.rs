@@ -76,7 +76,8 @@ fn a_callback_that_finds_the_table_locked_leaves_a_note() {
     watched(&ranges, 0x1000, 8);
     watched(&ranges, far + (5 << 21), 8);
     let held = ranges.table.lock().unwrap();
-    // This thread itself holds the lock, as it does when entering a range frees memory.
+    // This thread itself holds the lock, as when entering a range frees memory and so runs the
+    // callback.
     assert!(ranges.changed(change(far + (5 << 21), 4096)));
     drop(held);
     assert!(!ranges.is_clean());
@@ -328,12 +329,13 @@ fn a_child_believes_nothing_until_the_caches_have_dropped_everything() {
     assert!(is_stale(&ranges, 0, 100));
 }
 
-/// Refuses the registration of a page, with a watch that can be renewed at once.
+/// Changes a page and refuses its registration.
 fn refused(ranges: &Ranges, kernel: &Arc<Kernel>, start: u64) {
     kernel
         .inject(start, start + 4096)
         .expect("the program runs");
-    // A wait of another thread may end just before the refusal. Then nothing is under way.
+    // As if the wait of another thread ended just before the refusal: the renewal finds no change
+    // under way.
     let _ = kernel.read_begin().expect("no fork");
     assert!(matches!(ranges.ask(start, 4096), Verdict::Stale(_)));
     assert!(ranges.is_clean());
@@ -353,7 +355,7 @@ fn a_refused_range_is_parked_and_a_change_before_its_next_registration_is_seen()
     let kept = || -> Result<Option<Watch>, Change> { panic!("the parked entry has a watch") };
     assert!(!ranges.subscribe(0x1000, 4096, || make(0x1000)));
     refused(&ranges, &kernel, 0x1000);
-    // Parked is as good as gone.
+    // A parked range counts as removed.
     assert_eq!(ranges.count(), Some(0));
     assert_eq!(ranges.ask(0x1000, 4096), Verdict::Unknown);
     ranges.unsubscribe(0x1000, 4096);
@@ -369,7 +371,7 @@ fn a_refused_range_is_parked_and_a_change_before_its_next_registration_is_seen()
     assert!(ranges.subscribe(0x1000, 4096, kept), "it is stale");
     assert!(!ranges.is_clean() && is_stale(&ranges, 0x1000, 4096));
 
-    // Another refusal takes the place.
+    // At most one range is parked: another refusal removes the first one.
     assert!(!ranges.subscribe(0x8000, 4096, || make(0x8000)));
     refused_both(&ranges, &kernel);
 }
@@ -390,7 +392,7 @@ fn refused_both(ranges: &Ranges, kernel: &Arc<Kernel>) {
 }
 
 /// The change that made the range stale may still be under way in another thread. libfabric must
-/// not register the pages before it is over.
+/// not register the pages before that change is over.
 #[test]
 fn a_refusal_waits_for_the_change_and_a_later_one_is_seen() {
     let kernel = match Kernel::rehearse(1 << 18) {
@@ -407,7 +409,7 @@ fn a_refusal_waits_for_the_change_and_a_later_one_is_seen() {
         kernel.inject(0x1000, 0x2000).expect("the program runs");
         let (_, machines) = kernel.waits();
         assert!(matches!(ranges.ask(0x1000, 4096), Verdict::Stale(_)));
-        // A rehearsal has no machine to ask.
+        // A rehearsal has no machine B, so each wait makes a machine.
         assert_eq!(kernel.waits().1, machines + 1, "it has waited");
         kernel.inject(0x1000, 0x2000).expect("the program runs");
         // libfabric has registered the range before that change, and subscribes after it.
@@ -416,7 +418,7 @@ fn a_refusal_waits_for_the_change_and_a_later_one_is_seen() {
     }
 }
 
-/// Up to 2.0, libfabric evicts registrations and does not say so.
+/// Up to 2.0, libfabric evicts registrations without a call of `unsubscribe`.
 #[test]
 fn the_table_stays_bounded_although_nothing_is_unsubscribed() {
     let ranges = Ranges::new(false);
