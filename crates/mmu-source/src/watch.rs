@@ -145,10 +145,10 @@ impl Kernel {
         })
     }
 
-    /// Like [`watch`](Self::watch), but does not wait for the changes under way. A change that
-    /// began before the call may end later and be missed. For a caller whose translation was made
-    /// before the call: to such a caller a wait is of no use, because a change that is over by the
-    /// end of the wait is missed as well.
+    /// Like [`watch`](Self::watch), but does not wait for the changes under way. So a change that
+    /// began before the call is missed, even if it ends after the call. For a caller that made its
+    /// translation before the call: a wait would not help such a caller, because the watch misses a
+    /// change that ends during the wait as well.
     ///
     /// # Errors
     /// The errors of [`watch`](Self::watch).

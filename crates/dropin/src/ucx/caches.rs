@@ -24,8 +24,9 @@
 //!   before step 1 of this look-up. Either step 1 found the report in the queue and took the slow
 //!   path, or the queue had been handled before, so the page table is up to date.
 //!
-//! A change that was put off ([`late`](crate::late)) is counted before it is reported. The look-up
-//! that reads this count takes the slow path, in which `ucs_rcache_get` makes the report.
+//! A change that was put off ([`late`](crate::late)) is counted before it is reported. If step 2 of
+//! a look-up by UCP reads this count first, the look-up takes the slow path, in which
+//! `ucs_rcache_get` makes the report.
 //!
 //! The caches of transports can be searched by several threads at once. Their look-ups do not need
 //! the count: they call `ucs_rcache_get`, which waits for the reports before it reads the queue.

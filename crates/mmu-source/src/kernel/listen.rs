@@ -2,14 +2,15 @@
 //! thread run the callbacks.
 //!
 //! A wake-up for each record would be expensive, and a client that checks at every use needs no
-//! wake-up. So only the first record after a pause wakes the listener. The program itself notes
-//! that, and sends no more wake-ups, even if the listener does not run for a while on a busy
-//! machine: a wake-up interrupts the processor, which takes microseconds in a virtual machine. The
-//! listener then checks for new records once a millisecond, or less often while a callback takes
-//! long. After a check that finds all records passed on, the listener sleeps again.
+//! wake-up. So only the first record after a pause wakes the listener. The program itself notes in
+//! `awake` that it has sent this wake-up. It sends no more, even if the listener does not run for a
+//! while on a busy machine: a wake-up interrupts the processor, which takes microseconds in a
+//! virtual machine. The listener then checks for new records once a millisecond, or less often
+//! while a callback takes long. After a check that finds all records passed on, the listener sleeps
+//! again.
 //!
-//! The listener sleeps in `poll`, which goes on sleeping if the ring is empty when it looks. So a
-//! thread that takes in the record must not empty the ring: see `Ring::pop`.
+//! The listener sleeps in `poll`. After a wake-up `poll` looks at the ring, and sleeps on if the
+//! ring is empty. So a thread that takes in the record must not empty the ring: see `Ring::pop`.
 //!
 //! The listener also closes machine B after a time without waits, because B costs each change of
 //! this address space some time. If a process fills its cache now and then, B would be made anew
