@@ -19,8 +19,8 @@ extern "C" fn register() {
     if !is_single_threaded() {
         return;
     }
-    // The result does not matter: the sources register again, which returns at once if it has been
-    // done, and they know what to do if it is refused.
+    // The result does not matter: the sources register again, which returns at once if the process
+    // is registered, and they also work if the kernel refuses.
     for kind in [
         libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED,
         libc::MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED_SYNC_CORE,
@@ -30,7 +30,7 @@ extern "C" fn register() {
     }
 }
 
-/// Tells whether glibc knows that this process has one thread. False before glibc 2.32.
+/// Tells whether glibc knows that this process has one thread. Always false before glibc 2.32.
 fn is_single_threaded() -> bool {
     // SAFETY: `dlsym` reads a live string, and searches the default scope.
     let flag = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr()) };

@@ -55,7 +55,7 @@ struct Served;
 /// code that stays loaded.
 static VM_MUNMAPS: [AtomicPtr<c_void>; 8] = [const { AtomicPtr::new(ptr::null_mut()) }; 8];
 
-/// Why a UCX in this process is not connected.
+/// Why a copy of UCX in this process is not connected.
 static PAST: First<String> = First::new();
 
 /// The result of the connection, for the report. `None` if the program did not use UCX.
@@ -157,9 +157,10 @@ static FEEDING: AtomicU32 = AtomicU32::new(0);
 /// Runs in the parent, before a fork: waits until no thread is inside of UCX's handlers, for a
 /// tenth of a second at most.
 ///
-/// The handlers take a spin lock of UCX's cache. If the program forks meanwhile, the child gets the
-/// lock taken, and waits for it for ever. A handler must not wait until the fork is over: it can
-/// run in `free`, with a lock of the allocator held for which `fork` waits.
+/// The handlers take a spin lock of UCX's cache. If the program forks while a thread holds the
+/// lock, the lock is never released in the child, and the child waits for ever. The handler's
+/// thread must not wait for the fork instead: that thread can be inside `free` and hold a lock of
+/// the allocator, for which `fork` waits.
 extern "C" fn before_fork() {
     space::wait_for_threads();
     let is_free = || FEEDING.load(Ordering::Relaxed) == 0;

@@ -69,8 +69,8 @@ pub(crate) fn holding(maps: &[Mapping], address: u64) -> Option<&Mapping> {
         .find(|mapping| mapping.start <= address && address < mapping.end)
 }
 
-/// Tells whether the mapping that contains `address` may be of a file. Each mapping of hugetlbfs
-/// is. If the mappings could not be read, it may be.
+/// Tells whether the mapping that contains `address` may be of a file, as every mapping of
+/// hugetlbfs is. Returns true if the mappings could not be read.
 pub(crate) fn has_file(maps: io::Result<Vec<Mapping>>, address: u64) -> bool {
     maps.map_or(true, |maps| {
         holding(&maps, address).is_some_and(|mapping| mapping.inode != 0)

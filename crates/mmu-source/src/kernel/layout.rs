@@ -64,7 +64,7 @@ pub(super) mod private {
     pub(in super::super) const FILE_OPS: usize = 8;
     /// The source's address space: the address of its `struct mm_struct`.
     pub(in super::super) const SPACE: usize = 16;
-    /// The source's process (`tgid`): for a client of a broker that which has asked the first
-    /// question, otherwise that which has loaded the programs. 0 if it is not known.
+    /// The source's process (`tgid`), or 0 while it is not known. For a client of a broker, the
+    /// process that asked the first question; otherwise the process that loaded the programs.
     pub(in super::super) const PROCESS: usize = 24;
 }

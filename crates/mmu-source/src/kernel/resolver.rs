@@ -46,7 +46,7 @@ pub(super) enum Role {
     /// The machine defines the source's address space. With [`NONE`], the program forgets the count
     /// and the address space.
     Space = 1,
-    /// The same, and the caller is the process that the machine belongs to.
+    /// Like `Space`, and the calling process, to which the machine belongs, is the source's.
     Own = 2,
 }
 

@@ -125,7 +125,8 @@ fn plan_rare(number: u64, args: &[u64; 6], ranges: &mut Ranges) -> Event {
     let [a0, a1, a2, a3, a4, a5] = *args;
     match number as libc::c_long {
         libc::SYS_mremap => {
-            // The mapping may have huge pages: looking it up would take longer than the call.
+            // The mapping may have huge pages. To look the mapping up would take longer than the
+            // system call.
             ranges::mremap(ranges, a0, a1, a2, a3, a4, || {
                 Some(ranges::largest_page_at(a0))
             });
