@@ -246,8 +246,9 @@ pub(crate) unsafe extern "C" fn fi_fabric(
     found::returned(unsafe { real(attr, fabric, context) })
 }
 
-/// Whether the program has opened the provider OPX of a libfabric before 2.6. That provider finds
-/// its registrations without asking the monitor whether they are valid.
+/// Whether the program has opened the provider OPX of a libfabric before 2.6. From 1.20 to 2.5 that
+/// provider finds its registrations without asking the monitor whether they are valid. Versions
+/// before 1.20 are treated like these.
 static HAS_OPX: AtomicBool = AtomicBool::new(false);
 
 /// Why a hit may find a registration that a change has made stale. `None` if each hit is checked.

@@ -29,7 +29,8 @@ pub(crate) fn begin() {
     // A placeholder, so that a process that ends without a report differs from a process that never
     // used a library.
     if let Some(folder) = folder() {
-        // This process may have executed this program in place of one that has used a library.
+        // This process may have run another program before, which has used a library and has a
+        // file.
         let is_taken = |number: &u32| Path::new(&path(&folder, *number)).exists();
         let number = (0..).find(|number| !is_taken(number)).unwrap_or_default();
         NUMBER.store(number, Ordering::Relaxed);
@@ -65,9 +66,9 @@ pub(crate) fn folder() -> Option<String> {
 }
 
 /// The file of this process. Processes in different containers can have the same pid, so the inode
-/// number of the pid namespace is part of the name. The kernel reuses the number of a namespace
-/// that has ended. So the time at which the process started is part of the name, too. None of the
-/// three changes if the process executes another program, so such a program adds a number.
+/// of the pid namespace is part of the name. The kernel reuses the inode of a namespace that has
+/// ended. So the time at which the process started is part of the name, too. None of the three
+/// changes if the process executes another program, so the name for such a program ends in a count.
 pub(crate) fn path_in(folder: &str) -> String {
     path(folder, NUMBER.load(Ordering::Relaxed))
 }

@@ -22,24 +22,25 @@
 //! Up to 2.0, libfabric drops a registration without a call of `unsubscribe`. So the table has to
 //! find out by itself that a stale registration is gone. Otherwise each later registration of the
 //! same range would be refused at every look-up.
-//! * `valid` has answered false and the range has one subscription: libfabric drops the
-//!   registration that it has asked for, and there is no other.
-//! * `notify` has returned: every cache has dropped the registrations that were there when `notify`
-//!   was called. Later ones are counted in `newer`. For evicted registrations, see [`most`].
+//! * If `valid` has returned false and the range has one subscription, libfabric drops the
+//!   registration for which it has called `valid`, and there is no other.
+//! * If `notify` has returned, every cache has dropped the registrations that it had when `notify`
+//!   was called. Later registrations are counted in `newer`. For evicted ones, see [`most`].
 //!
 //! After a refusal libfabric usually registers the range anew and subscribes. So the entry stays in
-//! the table, parked, and its watch is valid again from the refusal on, when every older change is
-//! over. At most one entry is parked.
+//! the table, parked. The refusal renews the entry's watch and waits until every older change is
+//! over; from then on the watch is valid again. At most one entry is parked.
 //!
 //! If a range has several subscriptions, some may be of registrations that are long gone, and
-//! `valid` does not say which one it asks for. Then all are refused until `notify` has returned.
+//! libfabric does not tell `valid` for which registration it asks. So all registrations of the
+//! range are refused until `notify` has returned.
 //!
 //! # The child of a fork
 //! The caches of a child begin with registrations of its parent, which this table does not know.
 //! The child can register one of these ranges anew in one cache, while another cache still holds
-//! the parent's registration of the same range. `valid` does not say which cache asks. So every
-//! registration is refused, the child's own as well, until every cache has dropped all that it
-//! had: [`Ranges::stale`] returns [`EVERYTHING`] first.
+//! the parent's registration of the same range. libfabric does not tell `valid` which cache asks.
+//! So every registration is refused, the child's own as well, until every cache has dropped all
+//! that it had: [`Ranges::stale`] returns [`EVERYTHING`] first.
 //!
 //! # Invariants
 //! `dirty` is the count of stale ranges, plus one while the caches may hold registrations of a
@@ -257,8 +258,7 @@ impl Ranges {
             number,
             watch: None,
         });
-        // A change that the kernel has counted and not reported yet makes the older registrations
-        // stale.
+        // A change that is counted and not reported yet makes the older registrations stale.
         let is_changed = entry.watch.as_ref().is_some_and(|watch| !watch.is_valid());
         if entry.count != 0 && entry.has_valid() && is_changed {
             self.add_dirty(entry.meet(counted(start, len), marks));
@@ -276,8 +276,7 @@ impl Ranges {
             false => watch,
         };
         // The new watch may be invalid already: the change was reported before the range was
-        // entered, so no callback has met the range. A change that is counted later finds the
-        // entry.
+        // entered, so no callback has met the range. Callbacks of later changes find the entry.
         if entry.is_met(true) && entry.watch.is_some() {
             self.add_dirty(entry.meet(counted(start, len), marks));
         }

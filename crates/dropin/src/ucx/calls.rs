@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 const OK: i8 = 0;
 
-/// Looks up the real `ucs_pgtable_lookup`, before a cache's first look-up needs it. That look-up
-/// may hold a lock of UCX, and the loader must not be called with such a lock held.
+/// Finds the real `ucs_pgtable_lookup` before a cache's first look-up needs it. That look-up may
+/// hold a lock of UCX, and the loader must not be called with such a lock held.
 pub(super) fn prepare() {
     let _ = PGTABLE_LOOKUP.look_up();
 }
@@ -127,7 +127,8 @@ unsafe extern "C" fn ask_first(
     }
     // In UCX 1.14 or later, a cache without an entry is one of imported memory, or its creation did
     // not call this library. In the second case its other look-ups do not call this library either.
-    // So this call does not count as a look-up: the report would promise checked look-ups.
+    // So this call must not count as a look-up: otherwise the report would claim that look-ups are
+    // checked.
     if entry.is_some() || !IS_INLINED.load(Ordering::Relaxed) {
         ask();
     } else if let Some(space) = space::current() {

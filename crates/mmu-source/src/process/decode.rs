@@ -208,7 +208,8 @@ impl Entry {
         huge_page::of(self.tid, fd as i32).unwrap_or(Some(largest_page_at(address)))
     }
 
-    /// Returns a bound of the page size of the mapping at `address`, if that may be on hugetlbfs.
+    /// Returns an upper bound of the page size of the mapping at `address`, if the mapping may be
+    /// on hugetlbfs.
     fn huge_mapping(&self, address: u64) -> Option<u64> {
         maps::has_file(self.maps(), page::untagged(address)).then(|| largest_page_at(address))
     }

@@ -273,8 +273,8 @@ impl Table<'_> {
         out.flush()
     }
 
-    /// The reasons in the cells, each with the first operation that it belongs to. A reason that
-    /// all operations share stands alone.
+    /// The reasons in the cells, each with the first operation that has the reason and the count of
+    /// the others. A reason of more than half of the operations stands without them.
     fn complaints(&self) -> Vec<String> {
         let mut reasons: Vec<(&str, &str, usize)> = Vec::new();
         for (row, operation) in self.reports.iter().zip(self.operations) {

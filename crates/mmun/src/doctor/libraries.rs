@@ -30,7 +30,8 @@ pub(super) fn lines() -> Vec<String> {
     lines
 }
 
-/// The line about a copy that the loader prefers to the one that `program` belongs to.
+/// The line about a copy in `LD_LIBRARY_PATH`, which programs load. `program`, whose version the
+/// other line has, may belong to another copy.
 fn other_copy(name: &str, program: &str, file: &str, folders: &OsStr) -> Option<String> {
     let mut files = std::env::split_paths(folders).map(|folder| folder.join(file));
     let found = files.find(|path| path.is_file())?;

@@ -187,8 +187,8 @@ pub(crate) fn end_relay() {
     }
 }
 
-/// Undoes [`keep_signals`]: this process will become the program. The signals that were kept take
-/// their effect on this process.
+/// Undoes [`keep_signals`], because this process is about to execute the program in its own place.
+/// The signals that were kept are raised, and take their effect on this process.
 pub(crate) fn release_signals() {
     // A signal that arrives before the mask is set is kept, and raised below. A later one is
     // pending until the mask is restored.

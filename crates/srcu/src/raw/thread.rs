@@ -119,7 +119,7 @@ impl Drop for Blocked {
 pub struct Uncancelled(libc::c_int, PhantomData<*mut ()>);
 
 impl Uncancelled {
-    /// Begins to defer it. The value cannot leave its thread.
+    /// Begins to defer cancellation of the calling thread. The value cannot leave this thread.
     pub fn enter() -> Self {
         /// `PTHREAD_CANCEL_DISABLE` of glibc and musl.
         const DISABLE: libc::c_int = 1;
