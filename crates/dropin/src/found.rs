@@ -42,27 +42,33 @@ pub(crate) const OPAL: &CStr = c"libopen-pal";
 pub(crate) fn function(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
     // Reading the mappings is a cancellation point.
     let _whole = srcu::Uncancelled::enter();
-    // SAFETY: the name is a live string. `RTLD_NEXT` searches the objects after this one, so it
-    // does not find our own function.
-    let next = unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) };
-    let found = NonNull::new(next)
+    let found = global(symbol)
         .or_else(|| in_loaded(library, symbol))
         .or_else(|| in_program(symbol))?;
     pin(found);
     Some(found)
 }
 
-/// Returns the same as [`function`] if exactly one file with the library's name is loaded.
-/// Otherwise returns the function that the caller of this library would call, and if there is no
-/// such function, the same as [`function`]. (Python can load one UCX for mpi4py and another one
-/// from a wheel.)
+/// Returns the same as [`function`] if the function is in the global scope, as the loader would
+/// bind it, or if exactly one file with the library's name is loaded. Otherwise returns the
+/// function that the caller of this library would call, and if there is no such function, the same
+/// as [`function`]. (Python can load one UCX for mpi4py and another one from a wheel.)
+///
+/// The global scope comes first because the functions that this library does not define are bound
+/// so: a cache must be made and destroyed by the same copy.
 pub(crate) fn for_caller(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
-    if loaded(library).len() != 1 {
+    if global(symbol).is_none() && loaded(library).len() != 1 {
         if let Some(found) = caller().and_then(|caller| from(&caller, symbol)) {
             return Some(found);
         }
     }
     function(library, symbol)
+}
+
+/// Looks in the objects after this one in the global scope, so not in this one.
+fn global(symbol: &CStr) -> Option<NonNull<c_void>> {
+    // SAFETY: the name is a live string.
+    NonNull::new(unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) })
 }
 
 /// Whether several files with the library's name are loaded.
@@ -186,8 +192,9 @@ fn loaded_in(maps: &[u8], library: &CStr) -> Vec<CString> {
         // libfabric.so.1, or a name from a Python wheel: libfabric-0a1b2c3d.so.1.
         let rest = file.strip_prefix(library.to_bytes());
         if rest.is_some_and(|rest| rest.starts_with(b".so") || rest.starts_with(b"-")) {
-            // `None` if the file is mapped, and not loaded.
-            found.extend(object(start));
+            // `None` if the file is mapped, and not loaded. A file can have mappings of others
+            // between its own.
+            found.extend(object(start).filter(|name| !found.contains(name)));
         }
     }
     found

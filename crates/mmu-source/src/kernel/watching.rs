@@ -93,7 +93,7 @@ impl Watching {
     }
 
     pub(crate) fn renew(&mut self) -> Result<(), Error> {
-        self.clear()?;
+        self.clear().inspect_err(|_| self.word.touch())?;
         // A change that began before may still be under way, so wait for it.
         self.armed.kernel.wait().inspect_err(|_| self.word.touch())
     }

@@ -24,7 +24,8 @@ pub(in crate::hook) fn install() -> Result<(), Error> {
     // Make the address space before the first bracket, because a bracket must not allocate.
     current_ref();
     let plan = plan::plan(prepare)?;
-    let now = Protections::read();
+    // Reading takes long, and must not happen with the lock held.
+    let now = Protections::read_if(COUNT.load(Ordering::Relaxed) == 0);
     let result = lock().with(|| {
         if COUNT.load(Ordering::Relaxed) == 0 {
             if let Err(error) =
@@ -50,7 +51,7 @@ pub(in crate::hook) fn install() -> Result<(), Error> {
 
 pub(in crate::hook) fn remove() {
     let Some(plan) = plan::made() else { return };
-    let now = Protections::read();
+    let now = Protections::read_if(COUNT.load(Ordering::Relaxed) == 1);
     lock().with(|| {
         if COUNT.fetch_sub(1, Ordering::Relaxed) == 1 {
             take_out(plan, &now);
@@ -101,7 +102,8 @@ extern "C" fn in_child() {
     if plan.sites.iter().all(|site| site.is_settled(is_installed)) {
         return;
     }
-    let now = Protections::read();
+    // A handler of a fork must not allocate: the pages lose their checks.
+    let now = Protections::read_if(false);
     if is_installed {
         // SAFETY: each trampoline does what the replaced instruction did, and libc stays loaded.
         let _ = unsafe {

@@ -17,9 +17,12 @@ const PROT_BTI: i32 = 0x10;
 pub(in crate::hook::glibc) struct Protections(Vec<Range<u64>>);
 
 impl Protections {
-    /// Reads which mappings have the check now. Allocates.
-    pub(in crate::hook::glibc) fn read() -> Self {
+    /// Reads the present state, which allocates, if `is_needed`. Otherwise the list is empty.
+    pub(in crate::hook::glibc) fn read_if(is_needed: bool) -> Self {
         let mut checked = Vec::new();
+        if !is_needed {
+            return Self(checked);
+        }
         let Ok(maps) = File::open("/proc/self/smaps") else {
             return Self(checked);
         };
