@@ -235,10 +235,12 @@ pub(crate) unsafe extern "C" fn ucs_pgtable_lookup(
     table: *const c_void,
     address: usize,
 ) -> *mut c_void {
-    // Fast path: no change is left to be reported, and the cache has seen the reports.
+    // Fast path: no change is left to be reported, and the cache has seen the reports. A change
+    // that was put off counts as a report before UCX learns of it.
     // ORDER(dropin-looked): Acquire, as in `ask`.
     if space::settled().is_some()
         && counts::LOOKED_UP.load(Ordering::Acquire)
+        && !late::is_waiting()
         && caches::with_table(table.addr()).is_some_and(caches::Entry::has_seen_all)
     {
         if let Some(real) = PGTABLE_LOOKUP.known() {
