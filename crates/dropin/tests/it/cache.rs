@@ -130,10 +130,15 @@ fn memory_that_is_registered_anew_is_found_again() {
             continue;
         };
         for source in [None, Some("hook"), Some("auto")] {
-            let out = run(&program, &["again", "200"], source);
-            let found: u32 = out.split(' ').next().unwrap().parse().unwrap();
-            // A thread of the drop-in drops stale registrations, and can meet a new one.
-            assert!(found > 100, "{cache:?} {source:?}: {out}");
+            let mut out = String::new();
+            // A thread of the drop-in drops stale registrations, and can meet new ones. On a busy
+            // machine it meets many of a run; without the mend none is found in any run.
+            let is_found = (0..5).any(|_| {
+                out = run(&program, &["again", "200"], source);
+                let found: u32 = out.split(' ').next().unwrap().parse().unwrap();
+                found > 50
+            });
+            assert!(is_found, "{cache:?} {source:?}: {out}");
         }
     }
 }
