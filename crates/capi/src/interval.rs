@@ -110,10 +110,10 @@ unsafe fn insert(
     let Some(invalidate) = unsafe { ops.as_ref() }.and_then(|ops| ops.invalidate) else {
         return -libc::EINVAL;
     };
+    let start = Va::untagged(start);
     // Rounding the interval to whole pages causes no additional callback, because the ranges of
     // brackets are whole pages as well.
-    let start = Va::untagged(start).get();
-    let Ok(range) = VaRange::covering(Va::new(start), length) else {
+    let Ok(range) = VaRange::covering(start, length) else {
         return -libc::EOVERFLOW;
     };
     // SAFETY: `mm` is not null here, so it is the bits of a handle, as the caller promises. Until
@@ -125,6 +125,7 @@ unsafe fn insert(
     // SAFETY: `interval` is not null here, so it points to memory for an interval, as the caller
     // promises. No other code uses that memory before the insert.
     let place = unsafe { &mut *interval };
+    let start = start.get();
     (place.start, place.last, place.ops, place.mm) = (start, start + (length - 1), ops, mm);
     // SAFETY: `me` points to memory for an interval, as the caller promises.
     let node = unsafe { node(me) };

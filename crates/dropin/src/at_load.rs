@@ -35,6 +35,6 @@ fn is_single_threaded() -> bool {
     // SAFETY: `dlsym` reads a live string, and searches the default scope.
     let flag = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"__libc_single_threaded".as_ptr()) };
     // SAFETY: the symbol is a `char` of glibc, which is never unloaded. No thread writes it
-    // meanwhile: glibc clears it in the thread that makes the second one, which would be this one.
+    // meanwhile: glibc clears it when the only thread starts another one. That thread is here.
     !flag.is_null() && unsafe { flag.cast::<c_char>().read() } != 0
 }

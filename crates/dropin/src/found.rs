@@ -65,7 +65,7 @@ pub(crate) fn for_caller(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void
     function(library, symbol)
 }
 
-/// Looks in the objects after this one in the global scope, so not in this one.
+/// Looks in the objects of the global scope that come after this library, so not in this library.
 fn global(symbol: &CStr) -> Option<NonNull<c_void>> {
     // SAFETY: the name is a live string.
     NonNull::new(unsafe { libc::dlsym(libc::RTLD_NEXT, symbol.as_ptr()) })
@@ -79,15 +79,20 @@ pub(crate) fn has_copies(library: &CStr) -> bool {
 /// The function that an object finds in itself and its dependencies. `None` if that is a function
 /// of this library.
 fn from(name: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
+    let found = seen_from(name, symbol).filter(|found| object(*found) != own())?;
+    pin(found);
+    Some(found)
+}
+
+/// Looks in a loaded object and its dependencies.
+fn seen_from(name: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
     let handle = open(name, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
     // SAFETY: the handle is open, the name a live string.
     let found = NonNull::new(unsafe { libc::dlsym(handle.as_ptr(), symbol.as_ptr()) });
     // SAFETY: the handle comes from `dlopen` and is closed once. The object stays loaded, because
-    // its code has called this library.
+    // it was loaded before.
     unsafe { libc::dlclose(handle.as_ptr()) };
-    let found = found.filter(|found| object(*found) != own())?;
-    pin(found);
-    Some(found)
+    found
 }
 
 /// The loader's name of this library.
@@ -154,12 +159,7 @@ pub(crate) fn are_loaded<const N: usize>(libraries: [&CStr; N]) -> [bool; N] {
 
 fn in_loaded(library: &CStr, symbol: &CStr) -> Option<NonNull<c_void>> {
     loaded(library).iter().find_map(|name| {
-        let handle = open(name, libc::RTLD_LAZY | libc::RTLD_NOLOAD)?;
-        // SAFETY: the handle is open, the name a live string.
-        let found = NonNull::new(unsafe { libc::dlsym(handle.as_ptr(), symbol.as_ptr()) });
-        // SAFETY: the handle comes from `dlopen` and is closed once. The object stays loaded,
-        // because it was loaded before.
-        unsafe { libc::dlclose(handle.as_ptr()) };
+        let found = seen_from(name, symbol);
         // A look-up in a handle also searches the library's dependencies, which may include this
         // library.
         found.filter(|found| object(*found).as_ref() == Some(name))

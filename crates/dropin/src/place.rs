@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// The id of the `Mm` that has used one of the libraries; 0 if none has.
 static BEGUN: AtomicU64 = AtomicU64::new(0);
-/// How many programs that used a library this process has executed before this one.
+/// How many programs that used a library this process has executed before the present program.
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// Called at each use of UCX or libfabric. Only the first call in an address space has an

@@ -389,7 +389,7 @@ impl Ranges {
     #[cold]
     pub(crate) fn ask(&self, start: u64, len: u64) -> Verdict {
         let mut table = self.lock();
-        // The entry can be of another cache's registration, while this one is the parent's.
+        // The entry can be of another cache, while libfabric asks for a registration of the parent.
         if table.has_parents {
             return Verdict::Unknown;
         }

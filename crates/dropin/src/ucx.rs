@@ -45,14 +45,10 @@ const UNSUPPORTED: i8 = -22;
 type VmMunmap = unsafe extern "C" fn(*mut c_void, usize);
 
 /// The connection to UCX, or the reason why there is none. Set when the first cache subscribes.
-static SERVED: First<Result<Served, String>> = First::new();
+static SERVED: First<Result<(), String>> = First::new();
 
-/// UCX is connected: changes are reported to the functions in [`VM_MUNMAPS`].
-#[derive(Clone, Copy, Debug)]
-struct Served;
-
-/// `ucm_vm_munmap` of each UCX in the process; the first null ends the list. Relaxed: addresses of
-/// code that stays loaded.
+/// `ucm_vm_munmap` of each UCX in the process, to which changes are reported; the first null ends
+/// the list. Relaxed: addresses of code that stays loaded.
 static VM_MUNMAPS: [AtomicPtr<c_void>; 8] = [const { AtomicPtr::new(ptr::null_mut()) }; 8];
 
 /// Why a copy of UCX in this process is not connected.
@@ -63,16 +59,13 @@ pub(crate) fn served() -> Option<Result<(), &'static str>> {
     let served = SERVED.get()?;
     Some(match (PAST.get(), served) {
         (Some(reason), _) | (None, Err(reason)) => Err(reason),
-        (None, Ok(_)) => Ok(()),
+        (None, Ok(())) => Ok(()),
     })
 }
 
 /// Reports to UCX which memory is about to change.
 #[derive(Debug)]
-struct Feed {
-    served: Served,
-    space: &'static Space,
-}
+struct Feed(&'static Space);
 
 impl Notifier for Feed {
     fn invalidate_range_start(&self, range: &InvalidateRange<'_>) {
@@ -100,10 +93,10 @@ impl Feed {
             .map_or(usize::MAX, |end| end.get() as usize);
         // Relaxed: the flag is set before the first cache of such a version exists.
         if LOOKS_UNLOCKED.load(Ordering::Relaxed) && Kernel::is_telling() {
-            self.space.late.add(start, end - start);
+            self.0.late.add(start, end - start);
             caches::reported();
         } else {
-            self.served.report(start, end - start);
+            report(start, end - start);
         }
         std::mem::forget(no_unwinding);
     }
@@ -114,26 +107,24 @@ impl Feed {
 /// would.
 const END: usize = 1 << 56;
 
-impl Served {
-    /// Reports that a range is about to change, or has changed.
-    fn report(self, start: usize, len: usize) {
-        let len = len.min(END - start.min(END));
-        // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
-        FEEDING.fetch_add(1, Ordering::Relaxed);
-        for vm_munmap in &VM_MUNMAPS {
-            let Some(vm_munmap) = NonNull::new(vm_munmap.load(Ordering::Relaxed)) else {
-                break;
-            };
-            // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
-            let vm_munmap = unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) };
-            // SAFETY: the function may be called anywhere, inside `free` as well: it takes a
-            // recursive read lock, and calls handlers that only try the lock of their cache. The
-            // handlers wait for a spin lock, under which UCX reports no change of memory.
-            unsafe { vm_munmap(ptr::without_provenance_mut(start), len) };
-        }
-        caches::reported();
-        FEEDING.fetch_sub(1, Ordering::Relaxed);
+/// Reports that a range is about to change, or has changed.
+fn report(start: usize, len: usize) {
+    let len = len.min(END - start.min(END));
+    // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
+    FEEDING.fetch_add(1, Ordering::Relaxed);
+    for vm_munmap in &VM_MUNMAPS {
+        let Some(vm_munmap) = NonNull::new(vm_munmap.load(Ordering::Relaxed)) else {
+            break;
+        };
+        // SAFETY: this is the type of `ucm_vm_munmap` in `ucm/api/ucm.h`.
+        let vm_munmap = unsafe { std::mem::transmute::<NonNull<c_void>, VmMunmap>(vm_munmap) };
+        // SAFETY: the function may be called anywhere, inside `free` as well: it takes a recursive
+        // read lock, and calls handlers that only try the lock of their cache. The handlers wait
+        // for a spin lock, under which UCX reports no change of memory.
+        unsafe { vm_munmap(ptr::without_provenance_mut(start), len) };
     }
+    caches::reported();
+    FEEDING.fetch_sub(1, Ordering::Relaxed);
 }
 
 /// Whether UCP's look-ups hold no lock that `ucm_vm_munmap` respects: in UCX 1.14 to 1.16
@@ -183,23 +174,19 @@ fn serve() {
     });
     // Not in the first look-up, which may hold a lock of UCX.
     calls::prepare();
-    let served = match served {
-        Ok(served) => announce().map(|()| served),
-        Err(reason) => Err(reason.clone()),
-    };
-    strict::require(served.as_ref().map(|_| ()).map_err(String::as_str));
-    if let Err(reason) = &served {
-        PAST.get_or_make(|| reason.clone());
-    }
-    if let Ok(served) = served {
-        start(*served);
+    match served.clone().and_then(|()| announce()) {
+        Ok(()) => start(),
+        Err(reason) => {
+            strict::require(Err(&reason));
+            PAST.get_or_make(|| reason);
+        }
     }
 }
 
 /// Starts the sources of this address space and subscribes, if that was not done before.
-fn start(served: Served) {
+fn start() {
     let space = space::current_or_made();
-    if feed(space, served) && space.is_watched() {
+    if feed(space) && space.is_watched() {
         return;
     }
     let reason =
@@ -208,7 +195,7 @@ fn start(served: Served) {
     complain(reason);
 }
 
-fn try_serve() -> Result<Served, String> {
+fn try_serve() -> Result<(), String> {
     note_version();
     let space = space::current_or_made();
     if !space.is_watched() {
@@ -218,10 +205,10 @@ fn try_serve() -> Result<Served, String> {
         };
         return Err(format!("{why}: UCX watches memory by itself"));
     }
-    if !feed(space, Served) {
+    if !feed(space) {
         return Err("the address space cannot be subscribed to: UCX watches by itself".to_owned());
     }
-    Ok(Served)
+    Ok(())
 }
 
 /// Announces this library to the UCX that has called it. Further calls for the same UCX have no
@@ -256,10 +243,10 @@ fn announce() -> Result<(), String> {
 }
 
 /// Subscribes on behalf of UCX, once for each address space. Returns false if that fails.
-fn feed(space: &'static Space, served: Served) -> bool {
+fn feed(space: &'static Space) -> bool {
     let mut fed = space.fed.lock().unwrap_or_else(PoisonError::into_inner);
     if fed.is_none() && space.arm_everything() {
-        let made = Registration::new(mmu_source::current_ref(), Feed { served, space }).ok();
+        let made = Registration::new(mmu_source::current_ref(), Feed(space)).ok();
         *fed = made.map(|made| Box::new(made) as Feeding);
         space::wait_for_threads();
     }
@@ -289,13 +276,13 @@ extern "C" fn serve_child() {
 /// thread continues after a second, because the child may be about to execute another program. The
 /// sources stay off then, because their reports would hang in the same place.
 fn begin_child() {
-    let Some(Ok(served)) = SERVED.get() else {
+    let Some(Ok(())) = SERVED.get() else {
         return;
     };
     static IS_DONE: AtomicBool = AtomicBool::new(false);
     IS_DONE.store(false, Ordering::Relaxed);
     let drop_parents = || {
-        drop_parents(*served);
+        drop_parents();
         IS_DONE.store(true, Ordering::Relaxed);
     };
     let made = Thread::spawn(c"mmun-fork", drop_parents).map(Thread::detach);
@@ -306,7 +293,7 @@ fn begin_child() {
         wait_until(Duration::from_secs(1), is_done);
     }
     if is_done() {
-        return start(*served);
+        return start();
     }
     let reason = match made {
         Ok(()) => "a thread held a lock of UCX at the fork: the child cannot use UCX",
@@ -320,8 +307,8 @@ fn begin_child() {
 ///
 /// # Blocking
 /// Takes locks of UCX's caches, see `begin_child`.
-fn drop_parents(served: Served) {
-    served.report(0, usize::MAX);
+fn drop_parents() {
+    report(0, usize::MAX);
 }
 
 /// Connects UCX to the sources, then calls the real `ucm_set_event_handler`.
@@ -377,8 +364,9 @@ fn ask() {
 
 fn settle(space: &Space) {
     space.settle();
-    if let (true, Some(Ok(served))) = (late::is_waiting(), SERVED.get()) {
-        space.late.report(|start, len| served.report(start, len));
+    // Before UCX is connected there is no cache that needs the report.
+    if late::is_waiting() {
+        space.late.report(report);
     }
 }
 
@@ -393,13 +381,13 @@ fn first_look_up() {
         return;
     };
     place::begin();
-    if let Ok(served) = served {
-        start(*served);
+    if served.is_ok() {
+        start();
         let space = space::current_or_made();
         // ORDER(dropin-parents): Acquire, for the effect in UCX of another thread's report of all
         // memory. Partner: the store below.
         if space.has_parents.load(Ordering::Acquire) {
-            drop_parents(*served);
+            drop_parents();
             // ORDER(dropin-parents): Release, after the report.
             space.has_parents.store(false, Ordering::Release);
         }

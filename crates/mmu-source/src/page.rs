@@ -7,7 +7,10 @@ mod machine;
 #[path = "page/x86_64.rs"]
 mod machine;
 
-pub(crate) use machine::{HUGE_SHIFTS, SMALLEST_HUGE, size};
+pub(crate) use machine::{HUGE_SHIFTS, size};
+
+/// The smallest page of hugetlbfs.
+pub(crate) const SMALLEST_HUGE: u64 = 1 << HUGE_SHIFTS[HUGE_SHIFTS.len() - 1];
 
 /// On aarch64, removes the tag: the top byte of an address, which the processor ignores (top-byte
 /// ignore, memory tagging). System calls accept an address with or without a tag. On other

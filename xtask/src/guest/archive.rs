@@ -130,17 +130,18 @@ fn modules(kernel: &Kernel) -> Result<Vec<PathBuf>, String> {
     Ok(files)
 }
 
-fn unpacked(path: &Path) -> Result<Vec<u8>, String> {
-    let program = match path.extension().and_then(|extension| extension.to_str()) {
-        Some("xz") => "xz",
-        Some("zst") => "zstd",
+/// Returns the content of a file, unpacked if its name says that it is compressed.
+pub(crate) fn unpacked(path: &Path) -> Result<Vec<u8>, String> {
+    let (program, package) = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => ("xz", "xz-utils"),
+        Some("zst") => ("zstd", "zstd"),
         _ => return fs::read(path).map_err(|error| format!("{}: {error}", path.display())),
     };
     let output = Command::new(program)
         .arg("-dc")
         .arg(path)
         .output()
-        .map_err(|error| format!("{program}: {error}"))?;
+        .map_err(|error| format!("{program}: {error}; it needs the package {package}"))?;
     if output.status.success() {
         Ok(output.stdout)
     } else {

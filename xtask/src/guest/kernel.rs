@@ -4,6 +4,7 @@
 //! newer kernel of the same series, delete its folder there.
 
 use super::arch::Arch;
+use super::archive;
 use super::packages::{Apt, Distribution, output, unpack_all};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -168,9 +169,10 @@ fn unpack_image(path: &Path) -> Result<(), String> {
     };
     let packed = path.with_file_name("payload.zst");
     fs::write(&packed, payload).map_err(failed)?;
+    let content = archive::unpacked(&packed)?;
+    fs::remove_file(&packed).map_err(failed)?;
     fs::remove_file(path).map_err(failed)?;
-    unzstd(&packed, path)?;
-    fs::remove_file(&packed).map_err(failed)
+    fs::write(path, content).map_err(failed)
 }
 
 /// Returns the part of a `zboot` image that is compressed with Zstandard. The image's header has
@@ -185,15 +187,6 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
     image
         .get(offset..offset.checked_add(length)?)
         .filter(|_| is_zstd)
-}
-
-/// Unpacks a file that is compressed with Zstandard.
-pub(crate) fn unzstd(from: &Path, to: &Path) -> Result<(), String> {
-    let mut command = Command::new("zstd");
-    command.args(["-qdf", "-o"]).arg(to).arg(from);
-    output(&mut command)
-        .map(drop)
-        .map_err(|error| format!("{error}; it needs the package zstd"))
 }
 
 /// Returns the numbers in the version of a kernel package, for comparing versions.

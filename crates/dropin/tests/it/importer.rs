@@ -69,7 +69,7 @@ fn the_users_choice_of_a_monitor_is_not_made_weaker() {
     );
     let line = "  libfabric caches nothing, because of FI_MR_CACHE_MONITOR=disabled\n";
     assert!(report.contains(line), "{report}");
-    // Without the kernel source, this one sees more than the hook does.
+    // Without the kernel source, this monitor sees more than the hook does.
     let userfaultfd = [(NAME, "userfaultfd")];
     let (out, report) = import_with("second", "hook", &userfaultfd).expect("it was built");
     assert_eq!(out, "imported\na domain\n", "{report}");

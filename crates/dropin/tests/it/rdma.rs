@@ -12,13 +12,14 @@ use testkit::{Cap, require};
 /// Rounds of an exchange: the sizes repeat after 13 rounds, the ways after 4.
 const ROUNDS: &str = "26";
 
-/// Runs the exchange; returns the count of wrong bytes, and the reports of the ranks.
-fn wrong_bytes(options: &[&str], source: Option<&str>) -> Option<(u64, String)> {
+/// Runs the exchange; returns the count of wrong bytes, and the reports of the ranks. `options` are
+/// words for `mpirun`.
+fn wrong_bytes(options: &str, source: Option<&str>) -> Option<(u64, String)> {
     let program = build("mpicc.openmpi", "exchange.c", "mpi", &[])?;
     let mut command = Command::new("mpirun.openmpi");
     command
         .args(["--oversubscribe", "--allow-run-as-root", "-n", "2"])
-        .args(options);
+        .args(options.split(' '));
     if let Some(source) = source {
         let (preload, source) = (
             format!("LD_PRELOAD={}", library().display()),
@@ -42,7 +43,7 @@ fn wrong_bytes(options: &[&str], source: Option<&str>) -> Option<(u64, String)> 
 }
 
 /// Exchanges as shipped and with both sources; `used` is a line of each rank's report.
-fn compare(options: &[&str], used: &str) {
+fn compare(options: &str, used: &str) {
     let Some((shipped, _)) = wrong_bytes(options, None) else {
         return;
     };
@@ -67,11 +68,7 @@ fn open_mpi_over_libfabric_and_verbs() {
     let pml = "--mca pml cm --mca mtl ofi --mca mtl_ofi_provider_include verbs;ofi_rxm";
     // libfabric requests room for 256 peers in a queue, which is more than soft-RoCE has.
     let room = "-x FI_UNIVERSE_SIZE=2";
-    let options = [pml, room].join(" ");
-    compare(
-        &options.split(' ').collect::<Vec<_>>(),
-        "libfabric protected",
-    );
+    compare(&[pml, room].join(" "), "libfabric protected");
 }
 
 #[test]
@@ -86,8 +83,5 @@ fn open_mpi_over_ucx_and_verbs() {
     // soft-RoCE delivers datagrams with such a header.
     let lenient = "-x UCX_UD_VERBS_ETH_DGID_CHECK=n";
     let options = [pml, transports, lenient].join(" ");
-    compare(
-        &options.split(' ').collect::<Vec<_>>(),
-        "UCX       protected",
-    );
+    compare(&options, "UCX       protected");
 }

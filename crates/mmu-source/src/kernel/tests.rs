@@ -246,7 +246,7 @@ fn a_change_that_begins_while_a_watch_is_made_marks_it() {
                 }
             });
         });
-        // The other thread must not wait for ever if this one panics.
+        // The other thread must not wait for ever if this thread panics.
         let _released = Released(&begun, ROUNDS);
         let mut delay = 100_u32;
         for round in 1..=ROUNDS {

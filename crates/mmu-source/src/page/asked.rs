@@ -2,9 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The smallest page of hugetlbfs (on aarch64, 16 contiguous pages of 4 KiB), and the binary
-/// logarithms of all sizes with any size of ordinary pages, the largest first.
-pub(crate) const SMALLEST_HUGE: u64 = 64 << 10;
+/// The binary logarithms of the page sizes of hugetlbfs with any size of ordinary pages, the
+/// largest first. The smallest on aarch64 is 16 contiguous pages of 4 KiB.
 pub(crate) const HUGE_SHIFTS: &[u32] = &[34, 30, 29, 25, 21, 16];
 
 /// The page size. The first call asks the kernel.
