@@ -144,6 +144,13 @@ const MUTANTS: &[Mutant] = &[
         to: "if verdict == Verdict::Valid || entry.count > 0 {",
         test: "-p mmun-dropin --test it memory_that_is_registered_anew",
     },
+    Mutant {
+        name: "a-miss-of-ucx-does-not-wait",
+        file: "crates/dropin/src/space.rs",
+        from: ".map_or(true, |kernel| kernel.wait_for_changes().is_ok())",
+        to: ".map_or(true, |_| true)",
+        test: "-p mmun-dropin --test it a_registration_during_a_change_that_only",
+    },
     // Each of the following mutants removes one premise of the kernel source's wait
     // (`kernel/wait.rs`).
     Mutant {

@@ -219,6 +219,14 @@ impl Space {
             .map_or(true, |kernel| kernel.is_settled())
     }
 
+    /// Waits until every change is over that the kernel source has counted before the call. Runs no
+    /// callback. Returns false if a change may still be under way.
+    pub(crate) fn wait_for_changes(&self) -> bool {
+        self.kernel
+            .as_ref()
+            .map_or(true, |kernel| kernel.wait_for_changes().is_ok())
+    }
+
     /// Starts a watch of a registration by the kernel source. `None` if that source is not in use.
     ///
     /// Does not wait for changes under way: the registration was made before this call, so a change

@@ -395,7 +395,7 @@ impl Kernel {
         self.inner.waits.wait(&self.inner.header, self.vault())
     }
 
-    /// Like `wait`, for a range that was armed before `settled` was returned.
+    /// Like `wait`, for a range that was armed before the generation of `settled` was loaded.
     fn wait_for(&self, settled: Settled) -> Result<(), Error> {
         self.inner
             .waits

@@ -31,6 +31,24 @@
 //! The caches of transports can be searched by several threads at once. Their look-ups do not need
 //! the count: they call `ucs_rcache_get`, which waits for the reports before it reads the queue.
 //!
+//! # A miss
+//! The slow path holds the cache's lock while it handles the queue, inserts a new region into the
+//! page table, and registers the region's memory. A change that only the `kernel` source sees is
+//! reported once, when it begins. If it is still under way, the registration could be of the old
+//! pages. So this library, which defines `ucs_pgtable_insert`, waits there until every change is
+//! over that was counted so far. The cases of a change:
+//! * It was counted before the wait began. Then it is over when the memory is registered.
+//! * It was counted later. Then its report finds the lock held, and the range is queued behind the
+//!   handled ones; or it finds the region in the page table. The next look-up does not find the
+//!   region.
+//!
+//! A report that came before the slow path took the lock is of a change in the first case: the
+//! thread that made the report had read the record of the change.
+//!
+//! The wait runs no callback, and callbacks only try the cache's lock. So no thread for which the
+//! wait waits needs that lock.
+//!
+//! # Other page tables
 //! Other objects have page tables as well, such as UCX's cache of memory types. Their look-ups are
 //! passed to the real function, because null has another meaning there.
 

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
 
-use super::{IS_INLINED, UNSUPPORTED, ask, caches, note_version, settle};
+use super::{IS_INLINED, UNSUPPORTED, ask, caches, note_version, report, settle};
 use crate::found::{self, UCS};
 use crate::say::complain;
 use crate::{counts, late, space};
@@ -12,10 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 
 const OK: i8 = 0;
 
-/// Finds the real `ucs_pgtable_lookup` before a cache's first look-up needs it. That look-up may
-/// hold a lock of UCX, and the loader must not be called with such a lock held.
+/// Finds the real functions for page tables before a cache's first look-up needs them. That look-up
+/// may hold a lock of UCX, and the loader must not be called with such a lock held.
 pub(super) fn prepare() {
     let _ = PGTABLE_LOOKUP.look_up();
+    let _ = PGTABLE_INSERT.look_up();
 }
 
 /// Waits until the kernel source has reported all changes, then calls the real `ucs_rcache_get`.
@@ -103,6 +104,7 @@ impl Real {
 
 static RCACHE_GET: Real = Real::new(c"ucs_rcache_get");
 static PGTABLE_LOOKUP: Real = Real::new(c"ucs_pgtable_lookup");
+static PGTABLE_INSERT: Real = Real::new(c"ucs_pgtable_insert");
 
 /// # Safety
 /// As for `ucs_rcache_get`.
@@ -218,7 +220,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
 }
 
 /// Whether several `libucs` are loaded. Then each look-up calls the `ucs_rcache_get` of the cache's
-/// own `libucs`. `ucs_pgtable_lookup` does the same in all versions, so any copy of it will do.
+/// own `libucs`. `ucs_pgtable_lookup` and `ucs_pgtable_insert` do the same in all versions, so any
+/// copy of them will do.
 static HAS_COPIES: AtomicBool = AtomicBool::new(false);
 
 type Lookup = unsafe extern "C" fn(*const c_void, usize) -> *mut c_void;
@@ -275,4 +278,45 @@ unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mu
     // SAFETY: the arguments are valid for `ucs_pgtable_lookup`, because the caller promises so (see
     // # Safety).
     found::returned(unsafe { real(table, address) })
+}
+
+/// What a page table holds: the first words of a registration.
+#[repr(C)]
+pub(crate) struct Region {
+    start: usize,
+    end: usize,
+}
+
+/// Inserts a region into a page table with the real function. A noted cache does so at each miss,
+/// and then registers the region's memory. So this function waits until the changes under way are
+/// over ([`caches`]).
+///
+/// # Safety
+/// As for `ucs_pgtable_insert`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn ucs_pgtable_insert(
+    table: *mut c_void,
+    region: *const Region,
+) -> i8 {
+    type Insert = unsafe extern "C" fn(*mut c_void, *const Region) -> i8;
+    let Some(real) = PGTABLE_INSERT.known().or_else(|| PGTABLE_INSERT.found()) else {
+        return UNSUPPORTED;
+    };
+    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
+    let real = unsafe { std::mem::transmute::<NonNull<c_void>, Insert>(real) };
+    // SAFETY: the arguments are valid for `ucs_pgtable_insert`, because the caller promises so (see
+    // # Safety).
+    let status = unsafe { real(table, region) };
+    if status == OK && caches::with_table(table.addr()).is_some() {
+        let _whole = srcu::Uncancelled::enter();
+        if space::current().is_some_and(|space| !space.wait_for_changes()) {
+            // SAFETY: the region is alive during this call, because the real function, which has
+            // the same contract, needs that.
+            let Region { start, end } = unsafe { region.read() };
+            // The cache's lock is held, so UCX queues the range, and drops the region at the next
+            // look-up.
+            report(start, end - start);
+        }
+    }
+    status
 }

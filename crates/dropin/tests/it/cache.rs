@@ -161,6 +161,22 @@ fn a_registration_during_a_change_is_dropped() {
     }
 }
 
+/// The kernel is removing pages, which only the `kernel` source sees, when UCX registers one.
+#[test]
+fn a_registration_during_a_change_that_only_the_kernel_sees_is_of_the_new_pages() {
+    let Some(program) = program(Cache::Ucx) else {
+        return;
+    };
+    for source in [None, Some("hook")] {
+        // The control: registrations are made while the pages are being removed.
+        let out = run(&program, &["under", "90"], source);
+        assert_eq!(out, "stale\n", "{source:?}");
+    }
+    if has_kernel() {
+        assert_eq!(run(&program, &["under", "3"], Some("both")), "right\n");
+    }
+}
+
 #[test]
 fn a_program_that_closes_all_descriptors_is_served_on() {
     for cache in ALL {

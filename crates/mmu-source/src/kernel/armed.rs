@@ -47,6 +47,22 @@ impl Kernel {
         self.wait_for(settled)?;
         Ok(ReadSeq(settled))
     }
+
+    /// Waits until every change of an armed range is over that was counted before the call. Runs no
+    /// callback, so subscribers may not know of these changes yet. For a caller that holds a lock
+    /// for which callbacks do not wait, and that finds the later changes by its callbacks.
+    ///
+    /// # Blocking
+    /// Blocks as [`Armed::read_begin`] does, except that it never settles.
+    /// # Errors
+    /// The errors of [`Armed::read_begin`]. Changes may be under way then.
+    #[doc(hidden)]
+    pub fn wait_for_changes(&self) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Err(Error::AfterFork { source: "kernel" });
+        }
+        self.wait_for(Settled(self.generation()))
+    }
 }
 
 impl Armed {

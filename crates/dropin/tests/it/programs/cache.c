@@ -21,6 +21,8 @@
  *                        registrations of several buffers, or in two caches, then a fork: the child
  *                        must find none of them
  * cache during           a registration while another thread is inside of madvise: "right|stale"
+ * cache under N          N registrations while the kernel removes the pages for another thread, which
+ *                        has made the call by an instruction: "right|stale"
  * cache fork             a registration, then a fork: the child has to register anew; both continue
  */
 #define _GNU_SOURCE
@@ -524,6 +526,58 @@ static int during(void)
     return 0;
 }
 
+enum { LARGE = 1 << 29 };
+
+static int is_there(char *page)
+{
+    unsigned char there;
+    if (mincore(page, PAGE, &there))
+        device_die("mincore");
+    return there & 1;
+}
+
+static void *discard_all(void *at)
+{
+    raw(SYS_madvise, (long)at, LARGE, MADV_DONTNEED);
+    return NULL;
+}
+
+/* The kernel removes the pages of a range in the order of their addresses. */
+static int under(int count)
+{
+    device_open();
+    cache_open();
+    for (int tries = 0, hits = 0; hits < count; tries++) {
+        pthread_t thread;
+        char *at = mmap(NULL, LARGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (at == MAP_FAILED || madvise(at, LARGE, MADV_NOHUGEPAGE))
+            device_die("mmap");
+        for (char *page = at; page < at + LARGE; page += PAGE)
+            *page = 1;
+        char *last = at + LARGE - PAGE;
+        if (pthread_create(&thread, NULL, discard_all, at))
+            device_die("pthread_create");
+        while (is_there(at))
+            ;
+        hits += is_there(last);
+        if (cache_get(last, PAGE) < 0)
+            device_die("the registration");
+        pthread_join(thread, NULL);
+        int is_stale = misses(last);
+        munmap(at, LARGE);
+        if (is_stale) {
+            puts("stale");
+            return 0;
+        }
+        if (tries == 100) {
+            fprintf(stderr, "only %d registrations came during a change\n", hits);
+            return 2;
+        }
+    }
+    puts("right");
+    return 0;
+}
+
 static int forked(void)
 {
     device_open();
@@ -687,12 +741,14 @@ int main(int count, char **words)
         return after_close();
     if (!strcmp(what, "during"))
         return during();
+    if (!strcmp(what, "under"))
+        return under(atoi(number));
     if (!strcmp(what, "fork"))
         return forked();
     if (!strcmp(what, "inherited"))
         return inherited();
     if (!strcmp(what, "domains"))
         return domains();
-    fprintf(stderr, "cache stale|patcher first|last|speed|middle|forks N|threads SECONDS|cycles N|again N|close|during|fork|inherited|domains\n");
+    fprintf(stderr, "cache stale|patcher first|last|speed|middle|forks N|threads SECONDS|cycles N|again N|close|during|under N|fork|inherited|domains\n");
     return 2;
 }
