@@ -106,6 +106,10 @@ pub(crate) enum Command {
 /// signal, which a shell shows as 130 or 143. A signal that was ignored when mmun started stays
 /// ignored: a script that starts mmun with "&" ignores SIGINT.
 ///
+/// If the records cannot be written (a full disk, a quota), the trace ends and the program runs on
+/// untraced. mmun says so, waits for the program's end, and exits with 125. If the reader of a pipe
+/// has gone, mmun waits as well, says nothing, and dies of SIGPIPE.
+///
 /// A fork is recorded with the ranges that it write-protects, which mmun reads from /proc; without
 /// /proc, it is recorded as one range of the whole address space.
 ///

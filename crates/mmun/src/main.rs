@@ -25,6 +25,7 @@ mod names;
 mod observer;
 mod outcome;
 mod output;
+mod program;
 mod record;
 mod recorder;
 mod recording;

@@ -20,6 +20,7 @@ use crate::front;
 use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
 use crate::output::{Output, STDOUT, is_same, is_standard};
+use crate::program::Program;
 use crate::recorder::{Form, Recorder, Settings};
 use crate::report::{Pending, Product};
 use crate::status::Status;
@@ -214,7 +215,9 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
             return (fail(&error), None);
         }
     };
-    let mut outcome = start(&mut tracer, plan.target, front).err();
+    let started = start(&mut tracer, plan.target, front);
+    let mut outcome = started.as_ref().err().copied();
+    let program = started.ok().flatten();
     if outcome.is_none() {
         let (end, ended) = channel::<Never>();
         let flusher = std::thread::spawn({
@@ -257,6 +260,10 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         (written, report.is_none_or(Pending::finish))
     });
     sys::stop_seen();
+    let runs_on = match &program {
+        Some(program) => !program.has_ended() || keeper.is_needed(),
+        None => sys::STOP.load(Relaxed),
+    };
     let outcome = match written {
         Err((_, error)) if error.kind() == io::ErrorKind::BrokenPipe => {
             Outcome::Signal(libc::SIGPIPE)
@@ -268,15 +275,47 @@ fn trace(mut plan: Plan, front: Option<rustix::process::Pid>) -> (Outcome, Optio
         }
         Err((name, error)) => {
             complain(&format!(
-                "write on {name}: {}; the trace is incomplete",
-                reason(&error)
+                "write on {name}: {}; {}",
+                reason(&error),
+                if runs_on {
+                    "the trace ends here, and the program runs on untraced"
+                } else {
+                    "the trace is incomplete"
+                }
             ));
             FAILED
         }
         Ok(()) if !is_reported => FAILED,
         Ok(()) => outcome.unwrap_or(FAILED),
     };
+    // The user did not ask for this end. If the shell got its prompt back now, it would share the
+    // terminal with the program, and a script would go on before the program has ended.
+    let waits = program.filter(|_| sys::asked_by().is_none());
+    let asked = waits.and_then(|program| outlast(&program, &mut keeper, front));
+    let outcome = asked.map_or(outcome, Outcome::Signal);
     (outcome, Some(keeper).filter(Keeper::is_needed))
+}
+
+/// Waits until the program has ended, although it is not traced any more. Returns early if a signal
+/// asks this process to end, which is returned, or if the front has ended.
+fn outlast(
+    program: &Program,
+    keeper: &mut Keeper,
+    front: Option<rustix::process::Pid>,
+) -> Option<i32> {
+    if program.has_ended() {
+        return None;
+    }
+    // The signal that arrives just before a wait does not interrupt it, but its handler starts the
+    // timer, which does.
+    let is_over =
+        || sys::asked_by().is_some() || rustix::process::getppid() != front || program.has_ended();
+    keeper.serve_until(is_over);
+    while !is_over() {
+        program.wait();
+    }
+    sys::stop_seen();
+    sys::asked_by()
 }
 
 /// Runs `finish`, which can take a while. Meanwhile the keeper serves the tracees that need a
@@ -293,13 +332,15 @@ fn while_kept<T: Send>(keeper: &mut Keeper, finish: impl FnOnce() -> T + Send) -
     })
 }
 
+/// Starts the trace. Returns the program, if one was started.
+///
 /// # Errors
 /// The outcome if there is nothing to trace; the reason was printed.
 fn start(
     tracer: &mut Tracer<TraceObserver>,
     target: Target,
     front: Option<rustix::process::Pid>,
-) -> Result<(), Outcome> {
+) -> Result<Option<Program>, Outcome> {
     match target {
         Target::Spawn(words) => {
             let (program, args) = words
@@ -314,6 +355,7 @@ fn start(
             // The program is stopped before its first instruction. A signal to the whole group did
             // not end it if it still had the handlers of this process.
             not_asked_to_stop().inspect_err(|_| sys::kill(pid))?;
+            Ok(Program::of(pid))
         }
         Target::Attach(pids) => {
             for pid in pids {
@@ -322,9 +364,9 @@ fn start(
                     complain(&format!("attached to process {pid}"));
                 }
             }
+            Ok(None)
         }
     }
-    Ok(())
 }
 
 /// A user who ends the trace before the program runs does not want the program.

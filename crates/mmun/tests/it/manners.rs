@@ -192,9 +192,9 @@ fn a_closed_pipe_ends_quietly_and_the_program_lives_on() {
         .read_line(&mut first)
         .unwrap();
     assert!(first.contains("\"kind\":\"mm_new\""), "{first}");
+    assert_eq!(done.read(), "fine\n");
     let status = within("mmun trace", move || mmun.wait().unwrap());
     assert_eq!(status.signal(), Some(libc::SIGPIPE));
-    assert_eq!(done.read(), "fine\n");
 }
 
 #[test]
