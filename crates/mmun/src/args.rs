@@ -126,7 +126,8 @@ pub(crate) enum Command {
     after_long_help = format!("{TRACE_EXAMPLES}\n\n{}", record::HELP)
 )]
 pub(crate) struct TraceArgs {
-    /// Writes to FILE instead of standard error; - is standard output
+    /// Writes to FILE instead of standard error; - is standard output. A file that PROG uses is
+    /// refused: a standard stream, or one that its arguments name
     #[arg(
         short,
         long,
@@ -253,7 +254,8 @@ pub(crate) struct RunArgs {
     pub(crate) check: bool,
 
     /// Writes the report to FILE instead of standard error; - is standard output. FILE must be
-    /// writable before the program starts; a FIFO must have a reader when the program has ended
+    /// writable before the program starts, and no file that the program uses; a FIFO must have a
+    /// reader when the program has ended
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
 

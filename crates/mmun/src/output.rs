@@ -1,6 +1,7 @@
 //! The destination of records: buffered; after a write has failed, the rest is discarded.
 
-use std::fs::File;
+use std::ffi::OsString;
+use std::fs::{File, Metadata};
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt as _;
@@ -174,6 +175,68 @@ pub(crate) fn replace(file: &mut File, text: &[u8]) -> io::Result<()> {
         file.set_len(text.len() as u64)?;
     }
     file.write_all(text)
+}
+
+/// A regular file, whatever its name is: to tell whether a write would destroy what is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileId {
+    device: u64,
+    inode: u64,
+}
+
+impl FileId {
+    /// `None` if `path` names no regular file: to write to a device or a pipe destroys nothing.
+    pub(crate) fn of_path(path: &Path) -> Option<FileId> {
+        FileId::of(&std::fs::metadata(path).ok()?)
+    }
+
+    /// `None` if the stream is closed, or no regular file.
+    pub(crate) fn of_stream(stream: impl AsFd) -> Option<FileId> {
+        let file = File::from(stream.as_fd().try_clone_to_owned().ok()?);
+        FileId::of(&file.metadata().ok()?)
+    }
+
+    fn of(about: &Metadata) -> Option<FileId> {
+        about.is_file().then(|| FileId {
+            device: about.dev(),
+            inode: about.ino(),
+        })
+    }
+}
+
+/// Refuses an output that would destroy a file of the program: one of its standard streams, or a
+/// file that its command line, `words`, names.
+///
+/// # Errors
+/// One line: why `option` of the command `name` must not name `path`.
+pub(crate) fn must_not_be_used(
+    name: &str,
+    (option, path): (&str, &Path),
+    words: &[OsString],
+) -> Result<(), String> {
+    let Some(file) = FileId::of_path(path).filter(|_| !is_standard(path)) else {
+        return Ok(());
+    };
+    let streams = [
+        ("standard input", FileId::of_stream(io::stdin())),
+        (STDOUT, FileId::of_stream(io::stdout())),
+        (Output::STDERR, FileId::of_stream(io::stderr())),
+    ];
+    let stream = streams.iter().find(|(_, stream)| *stream == Some(file));
+    // An empty file has nothing to lose.
+    let is_empty = std::fs::metadata(path).is_ok_and(|about| about.len() == 0);
+    let is_named = |word: &OsString| FileId::of_path(Path::new(word)) == Some(file);
+    let why = match stream {
+        Some((stream, _)) => format!("it is the program's {stream}"),
+        None if !is_empty && words.iter().any(is_named) => {
+            "the program's command line names it as well".into()
+        }
+        None => return Ok(()),
+    };
+    let path = path.display();
+    Err(format!(
+        "{name} on {path}: {why}; {option} must name another file"
+    ))
 }
 
 /// `true` if both paths name the same existing file.

@@ -13,7 +13,7 @@ use std::path::Path;
 pub(crate) use self::pending::{Pending, Product};
 use crate::args::{ReportArgs, ReportFormat};
 use crate::outcome::{self, Outcome};
-use crate::output::{is_same, is_standard, open_or_make, replace};
+use crate::output::{FileId, STDOUT, is_standard, open_or_make, replace};
 use crate::recording::{Recording, input_name};
 use crate::summary::{Sources, Summary, Wanted};
 use crate::{complain, formats, reason, written};
@@ -22,18 +22,23 @@ use crate::{complain, formats, reason, written};
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: &ReportArgs) -> Outcome {
-    if let Some(path) = args
-        .output
-        .as_deref()
-        .filter(|path| !is_standard(path) && is_same(path, &args.trace))
-    {
+    let output = args.output.as_deref().filter(|path| !is_standard(path));
+    let read = match is_standard(&args.trace) {
+        true => FileId::of_stream(io::stdin()),
+        false => FileId::of_path(&args.trace),
+    };
+    let written_to = match output {
+        Some(path) => FileId::of_path(path),
+        None => FileId::of_stream(io::stdout()),
+    };
+    if read.is_some() && read == written_to {
         complain(&format!(
-            "report on {}: it is the trace; -o must name another file",
-            path.display()
+            "report on {}: it is the trace; {} must be another file",
+            output.map_or(STDOUT.into(), |path| path.display().to_string()),
+            output.map_or(STDOUT, |_| "-o"),
         ));
         return FAILED;
     }
-    let output = args.output.as_deref().filter(|path| !is_standard(path));
     let recording = match Recording::open(&args.trace) {
         Ok(recording) => recording,
         Err(error) => {

@@ -17,6 +17,7 @@ use self::destination::Destination;
 use crate::args::{CoverageArgs, RunArgs, Watch};
 use crate::dropin::library;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
+use crate::output::must_not_be_used;
 use crate::source::Source;
 use crate::sys::{self, Relay};
 use crate::who::shown;
@@ -41,6 +42,12 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
         );
         return FAILED;
     };
+    if let Some(path) = &args.output {
+        if let Err(line) = must_not_be_used("run", ("-o", path), &args.program) {
+            complain(&line);
+            return FAILED;
+        }
+    }
     let library = match library() {
         Ok(library) => library,
         Err(reason) => {

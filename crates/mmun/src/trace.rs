@@ -19,7 +19,7 @@ use crate::events::EventSet;
 use crate::front;
 use crate::observer::TraceObserver;
 use crate::outcome::{FAILED, NOT_EXECUTABLE, NOT_FOUND, Outcome};
-use crate::output::{Output, STDOUT, is_same, is_standard};
+use crate::output::{Output, STDOUT, is_same, is_standard, must_not_be_used};
 use crate::program::Program;
 use crate::recorder::{Form, Recorder, Settings};
 use crate::report::{Pending, Product};
@@ -56,6 +56,19 @@ pub(crate) fn main(args: TraceArgs) -> Outcome {
         Some(TraceFormat::Chrome) => Some(Product::Chrome),
         _ => None,
     };
+    // A process that is attached to has streams of its own.
+    if args.pids.is_empty() {
+        let outputs = [("-o", &args.output), ("--report", &args.report)];
+        let mut outputs = outputs
+            .into_iter()
+            .filter_map(|(option, path)| Some((option, path.as_deref()?)));
+        if let Err(line) =
+            outputs.try_for_each(|output| must_not_be_used("trace", output, &args.program))
+        {
+            complain(&line);
+            return FAILED;
+        }
+    }
     // With a viewer's format, -o names the viewer's file, so a summary goes to standard error.
     let output = match Output::open(args.output.as_deref().filter(|_| viewer.is_none())) {
         Ok(output) => output,

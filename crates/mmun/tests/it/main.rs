@@ -14,6 +14,7 @@ mod leaks;
 mod lent;
 mod manners;
 mod odd;
+mod own_files;
 mod page;
 mod records;
 mod report;
