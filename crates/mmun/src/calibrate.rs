@@ -79,7 +79,7 @@ fn quartile(options: Options, there: Option<usize>) -> Option<u64> {
     let mut tracer = Tracer::new(options, TraceObserver::new(Arc::clone(&recorder))).ok()?;
     let null = File::options().read(true).write(true).open("/dev/null");
     let null = OwnedFd::from(null.ok()?);
-    let mut command = Command::new("/proc/self/exe").arg("idle-calls");
+    let mut command = Command::new(sys::own_program()).arg("idle-calls");
     if let Some(there) = there {
         command = command.arg(there.to_string());
     }

@@ -38,6 +38,13 @@ const FOUND: Outcome = Outcome::Exit(1);
 const FAILED: Outcome = Outcome::Exit(2);
 
 pub(crate) fn main(args: CoverageArgs) -> Outcome {
+    if let Err(error) = std::fs::metadata("/proc/self/pagemap") {
+        complain(&format!(
+            "open on /proc/self/pagemap: {}; mount /proc, which shows the state of each page",
+            crate::reason(&error)
+        ));
+        return FAILED;
+    }
     if let Some(library) = args.library {
         return library::main(library, args.wait, args.json);
     }

@@ -60,6 +60,7 @@ pub(crate) fn main(args: &RunArgs) -> Outcome {
     }
     let mut command = Command::new(program);
     command.args(words);
+    sys::inherit_sigpipe(&mut command);
     command.env("LD_PRELOAD", preload(&library));
     // The environment variables keep their values unless an option overrides them.
     if let Some(source) = args.source {

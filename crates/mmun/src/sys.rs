@@ -15,11 +15,14 @@ pub(crate) use relay::{
     Relay, end_relay, has_terminal, is_foreground_job, keep_signals, release_signals,
     start_under_relay, stop,
 };
-pub(crate) use streams::keep_closed_in_programs;
+pub(crate) use streams::{ignores_sigpipe, inherit_sigpipe, keep_closed_in_programs};
 
+use std::ffi::{CStr, OsStr, c_char};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -366,6 +369,23 @@ extern "C" fn on_ending(signal: i32) {
 
 extern "C" fn on_orphaned(_: i32) {
     request_stop();
+}
+
+/// A path of this program, for a process that runs it again. Without `/proc`, the path with which
+/// this process was started, as it was by the working directory of then.
+pub(crate) fn own_program() -> PathBuf {
+    let shown = PathBuf::from("/proc/self/exe");
+    if shown.exists() {
+        return shown;
+    }
+    // SAFETY: `getauxval` takes any integer.
+    let name = unsafe { libc::getauxval(libc::AT_EXECFN) } as *const c_char;
+    if name.is_null() {
+        return shown;
+    }
+    // SAFETY: the kernel has put this string at the end of the stack, where it stays.
+    let name = unsafe { CStr::from_ptr(name) };
+    PathBuf::from(OsStr::from_bytes(name.to_bytes()))
 }
 
 /// Makes a memory call that does nothing: its address is not aligned.

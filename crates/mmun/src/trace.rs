@@ -360,9 +360,11 @@ fn start(
                 .split_first()
                 .expect("the table of options requires a program");
             not_asked_to_stop()?;
-            let pid = tracer
-                .spawn(Command::new(program).args(args))
-                .map_err(|error| fail(&error))?;
+            let mut command = Command::new(program).args(args);
+            if sys::ignores_sigpipe() {
+                command = command.ignore_sigpipe();
+            }
+            let pid = tracer.spawn(command).map_err(|error| fail(&error))?;
             sys::shield();
             sys::stop_with(front);
             // The program is stopped before its first instruction. A signal to the whole group did

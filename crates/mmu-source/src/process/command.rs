@@ -12,7 +12,8 @@ use std::path::PathBuf;
 /// A `Command` offers less than [`std::process::Command`]. Everything is prepared before the fork,
 /// so the child makes only system calls until its program runs. The child inherits the standard
 /// streams that the caller does not set, the signal mask, and the ignored signals. One exception is
-/// `SIGPIPE`: Rust programs ignore it, so it is reset to the default.
+/// `SIGPIPE`: Rust programs ignore it, so it is reset to the default, unless
+/// [`Command::ignore_sigpipe`] is called.
 #[derive(Debug)]
 pub struct Command {
     program: OsString,
@@ -20,6 +21,7 @@ pub struct Command {
     env: Option<Vec<(OsString, OsString)>>,
     dir: Option<PathBuf>,
     pub(super) stdio: [Option<OwnedFd>; 3],
+    pub(super) ignores_sigpipe: bool,
 }
 
 impl Command {
@@ -31,6 +33,7 @@ impl Command {
             env: None,
             dir: None,
             stdio: [None, None, None],
+            ignores_sigpipe: false,
         }
     }
 
@@ -75,6 +78,12 @@ impl Command {
     /// Sets the child's standard error.
     pub fn stderr(mut self, fd: impl Into<OwnedFd>) -> Command {
         self.stdio[2] = Some(fd.into());
+        self
+    }
+
+    /// Starts the program with `SIGPIPE` ignored.
+    pub fn ignore_sigpipe(mut self) -> Command {
+        self.ignores_sigpipe = true;
         self
     }
 

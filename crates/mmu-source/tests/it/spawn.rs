@@ -145,6 +145,8 @@ fn streams_directory_and_environment_are_the_programs() {
         ExitStatus::Signal(libc::SIGPIPE),
         "SIGPIPE is not ignored in the child"
     );
+    let command = Command::new("sh").args(["-c", "kill -PIPE $$; exit 7"]);
+    assert_eq!(run(command.ignore_sigpipe()), ExitStatus::Code(7));
     let mut text = String::new();
     from.read_to_string(&mut text).expect("text");
     assert_eq!(text, "in / word\ngone\n");

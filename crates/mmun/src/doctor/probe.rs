@@ -5,10 +5,11 @@ use std::sync::atomic::AtomicBool;
 
 use mmu_notifier::MmWithUser;
 use mmu_source::Error;
-use mmu_source::process::{Command, Observer, Options, Task, Tracer};
+use mmu_source::process::{Command, Observer, Options, Task, Tracer, proc_is_foreign};
 
 use super::{Lack, remedy};
 use crate::source::Source;
+use crate::sys;
 
 /// Returns what a source lacks here, if anything, and the features that it found.
 pub(super) fn probe(source: Source) -> (Vec<Lack>, Vec<String>) {
@@ -112,7 +113,7 @@ fn process() -> (Vec<Lack>, Vec<String>) {
     // Discard the version that the program prints. If `/dev/null` cannot be opened, the
     // version is printed.
     let null = fs::File::options().write(true).open("/dev/null");
-    let mut program = Command::new("/proc/self/exe").arg("--version");
+    let mut program = Command::new(sys::own_program()).arg("--version");
     if let Ok(null) = null {
         program = program.stdout(null);
     }
@@ -125,6 +126,9 @@ fn process() -> (Vec<Lack>, Vec<String>) {
     let mut features = Vec::new();
     if lacks.is_empty() {
         features.push("ptrace".to_owned());
+    }
+    if !fs::exists("/proc/self").unwrap_or(false) || proc_is_foreign() {
+        features.push("no-proc (no -p; no names, details and stacks)".to_owned());
     }
     match fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope") {
         Ok(scope) => features.push(format!("ptrace_scope={}", scope.trim())),

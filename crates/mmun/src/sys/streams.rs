@@ -1,12 +1,20 @@
-//! Standard streams that the caller has closed stay closed in the programs that `mmun` starts.
+//! Standard streams that the caller has closed stay closed in the programs that `mmun` starts, and
+//! `SIGPIPE` stays ignored if the caller ignored it.
 //!
 //! Before `main`, Rust's runtime opens `/dev/null` for each closed stream, so that no other file
-//! gets its number. A program that `mmun` starts must find the streams as the caller left them.
+//! gets its number, and ignores `SIGPIPE`. A program that `mmun` starts must find both as the
+//! caller left them.
 
-use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering::Relaxed};
+
+use super::{is_ignored, set_handler};
 
 /// A bit for each stream that was closed.
 static CLOSED: AtomicU8 = AtomicU8::new(0);
+/// Whether SIGPIPE was ignored when this process was started.
+static IGNORES_PIPE: AtomicBool = AtomicBool::new(false);
 
 /// Runs before the runtime does: the loader calls each function that this section points to.
 #[used]
@@ -21,6 +29,8 @@ extern "C" fn look() {
             CLOSED.fetch_or(1 << stream, Relaxed);
         }
     }
+    // Relaxed: see above.
+    IGNORES_PIPE.store(is_ignored(libc::SIGPIPE), Relaxed);
 }
 
 /// Makes `execve` close each `/dev/null` that the runtime opened, so that no program inherits
@@ -32,4 +42,23 @@ pub(crate) fn keep_closed_in_programs() {
             unsafe { libc::fcntl(stream, libc::F_SETFD, libc::FD_CLOEXEC) };
         }
     }
+}
+
+/// Whether `SIGPIPE` was ignored when this process was started.
+pub(crate) fn ignores_sigpipe() -> bool {
+    IGNORES_PIPE.load(Relaxed)
+}
+
+/// Makes `command` start with `SIGPIPE` ignored, if this process was started so. The standard
+/// library sets the default before.
+pub(crate) fn inherit_sigpipe(command: &mut Command) {
+    if !ignores_sigpipe() {
+        return;
+    }
+    let ignore = || {
+        set_handler(libc::SIGPIPE, libc::SIG_IGN);
+        Ok(())
+    };
+    // SAFETY: the closure runs between fork and exec, or before exec, and makes one system call.
+    unsafe { command.pre_exec(ignore) };
 }

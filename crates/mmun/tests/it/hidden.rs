@@ -139,7 +139,48 @@ fn without_proc_unknown_numbers_are_not_shown_as_zero() {
         .any(|line| line.trim_end().ends_with("?  (not known)"));
     assert!(place && said.contains("  where\n"), "{said}");
     assert!(said.contains("mmun: /proc did not show "), "{said}");
-    assert!(said.contains("could not be measured"), "{said}");
+    // The tracer runs `mmun` itself to measure how long a stop takes.
+    assert!(!said.contains("could not be measured"), "{said}");
+}
+
+#[test]
+fn without_proc_doctor_says_what_works_and_coverage_what_it_needs() {
+    if !require(Cap::Root)
+        || !require(Cap::MountNamespace)
+        || !require(Cap::Ptrace)
+        || !require(Cap::Program("unshare"))
+    {
+        return;
+    }
+    let copy = Public::new();
+    for hide in ["umount -l /proc", "mount -t tmpfs none /proc"] {
+        // The second name of the program is relative, and is found in PATH.
+        for program in [copy.mmun().to_str().unwrap(), "mmun"] {
+            let script =
+                format!("{hide}; PATH=.:$PATH; \"$0\" doctor --json; \"$0\" coverage; echo $?");
+            let mut command = Command::new("unshare");
+            command
+                .args(["-m", "sh", "-c", &script, program])
+                .current_dir(copy.folder())
+                .stderr(std::process::Stdio::piped());
+            let output = stopping_all("mmun doctor", command);
+            let said = text(&output.stdout);
+            let (rows, status) = said.trim_end().rsplit_once('\n').unwrap();
+            let row = &parse(rows)[3];
+            assert_eq!(
+                (&row["source"], &row["usable"]),
+                (&"process".into(), &true.into()),
+                "{row}"
+            );
+            assert!(row["features"].to_string().contains("no-proc"), "{row}");
+            assert_eq!(status, "2");
+            let error = text(&output.stderr);
+            assert!(
+                error.contains("mount /proc") && error.lines().count() == 1,
+                "{error}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -8,8 +8,8 @@ use std::process::{Command, Stdio};
 use testkit::{Cap, require};
 
 use crate::support::{
-    Fifo, by_default, check, kill, kind, of_kind, scratch, take_records, text, trace, traced,
-    within,
+    Fifo, by_default, check, dropin, kill, kind, of_kind, scratch, take_records, text, trace,
+    traced, within,
 };
 
 #[test]
@@ -140,6 +140,29 @@ fn the_program_sees_no_descriptor_mask_or_disposition_of_ours() {
             .join("\n")
     };
     assert_eq!(without(ours(&output.stdout)), without(ours(&bare.stdout)));
+}
+
+#[test]
+fn an_ignored_sigpipe_stays_ignored() {
+    let folder = scratch("no-folder");
+    for (words, folder) in [
+        (&["trace", "-o", "/dev/null"][..], std::env::temp_dir()),
+        (&["run", "-o", "/dev/null"], std::env::temp_dir()),
+        (&["run"], folder),
+        (&["run", "--no-report"], std::env::temp_dir()),
+    ] {
+        for (ignore, expected) in [("trap '' PIPE; ", Some(7)), ("", None)] {
+            let script = format!("{ignore}exec \"$0\" \"$@\"");
+            let mut command = by_default("sh");
+            command.args(["-c", &script, env!("CARGO_BIN_EXE_mmun")]);
+            command
+                .args(words)
+                .args(["--", "sh", "-c", "kill -PIPE $$; exit 7"]);
+            command.env("TMPDIR", &folder).env("MMUN_DROPIN", dropin());
+            let output = within("mmun", move || command.output().unwrap());
+            assert_eq!(output.status.code(), expected, "{words:?}: {output:?}");
+        }
+    }
 }
 
 /// The lines of signals without 32 and 33: glibc reserves them, and its functions for starting a

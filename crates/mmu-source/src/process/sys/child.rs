@@ -14,6 +14,7 @@ pub(in super::super) struct Child<'a> {
     /// The write end of a pipe for the [`Report`] of a failure. `execve` closes it.
     pub(in super::super) report: RawFd,
     pub(in super::super) stdio: [Option<RawFd>; 3],
+    pub(in super::super) ignores_sigpipe: bool,
     pub(in super::super) dir: Option<&'a CString>,
     pub(in super::super) filter: Option<&'a [libc::sock_filter]>,
     pub(in super::super) candidates: &'a [CString],
@@ -78,8 +79,12 @@ impl Child<'_> {
                 self.fail(Step::Dir);
             }
         }
-        // SAFETY: `SIG_DFL` is a valid disposition.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        let disposition = match self.ignores_sigpipe {
+            true => libc::SIG_IGN,
+            false => libc::SIG_DFL,
+        };
+        // SAFETY: both are valid dispositions.
+        unsafe { libc::signal(libc::SIGPIPE, disposition) };
         if self.filter.is_some_and(|filter| !install(filter)) {
             self.report(Step::Filter, errno());
         }

@@ -51,6 +51,7 @@ impl<O: Observer> Tracer<O> {
             go: (go_in_child.as_raw_fd(), go_write.as_raw_fd()),
             report: report_in_child.as_raw_fd(),
             stdio,
+            ignores_sigpipe: command.ignores_sigpipe,
             dir: layout.dir.as_ref(),
             filter: program.as_deref(),
             candidates: &layout.candidates,
