@@ -36,6 +36,8 @@ struct Part {
     has_module: bool,
 }
 
+/// How many bytes of code are read to find out how a function without unwind tables returns.
+const LONGEST_RETURN: usize = 32;
 /// The maximum number of frames; a deeper stack is cut, and marked as partial.
 pub(super) const DEEPEST: usize = 256;
 
@@ -87,25 +89,33 @@ impl Space {
                 .word(address, |at, buffer| current.read_memory(at, buffer))
                 .ok_or(())
         };
-        let start = machine::start(&registers);
-        let mut iter = unwinder.iter_frames(registers.ip, start, cache, &mut read);
-        while let Ok(Some(frame)) = iter.next() {
-            // A call instruction lies before the address to which the callee returns.
-            let address = match frame {
-                // The address after the system call instruction, which belongs to the same
-                // function.
-                FrameAddress::InstructionPointer(address) => address.saturating_sub(1),
-                FrameAddress::ReturnAddress(address) => u64::from(address) - 1,
-            };
-            if part_of(parts, address).is_none() {
+        let mut now = machine::start(&registers);
+        let mut frame = FrameAddress::from_instruction_pointer(registers.ip);
+        loop {
+            // The instruction of the call: a system call's, or that of a call of a function. The
+            // instruction after it may belong to another function.
+            let address = frame.address().saturating_sub(1);
+            let Some(part) = part_of(parts, address) else {
                 return Some(address);
-            }
+            };
             frames.push(address);
             if frames.len() == DEEPEST {
-                break;
+                return None;
             }
+            let mut left = None;
+            if !part.has_module {
+                let mut code = [0; LONGEST_RETURN];
+                let count = current.read_memory(frame.address(), &mut code);
+                left = machine::leave(&code[..count], &mut now, &mut read);
+            }
+            let next = match left {
+                Some(next) => Some(next),
+                None => unwinder
+                    .unwind_frame(frame, &mut now, cache, &mut read)
+                    .ok()?,
+            };
+            frame = FrameAddress::from_return_address(next?)?;
         }
-        None
     }
 
     /// Looks up the mapping at `address` and adds it as a part, even if its code is unknown.

@@ -114,9 +114,9 @@ static __attribute__((noinline)) int give_back(char *at) {
     return result;
 }
 ";
-const SIZE: u64 = 123 << 16;
+pub(crate) const SIZE: u64 = 123 << 16;
 
-fn give(rest: &str) -> String {
+pub(crate) fn give(rest: &str) -> String {
     format!("{GIVE}{rest}")
 }
 
@@ -258,6 +258,7 @@ fn code_made_at_run_time_is_named_by_a_file_and_by_nothing_else() {
         let found = functions(&records, start);
         remove_perf_map(&records);
         assert_eq!(found[0], name, "{kind}: {found:?}");
+        assert!(found.contains(&"main"), "{found:?}");
     }
     // If the pipe were opened, the trace would wait for a writer.
     let records = program.traced(&["pipe"]);

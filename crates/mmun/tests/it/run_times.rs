@@ -5,9 +5,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use testkit::has_optional_program;
+use testkit::{Cap, has_optional_program, require};
 
-use crate::odd::{functions, traced, unmaps};
+use crate::odd::{Program, SIZE, functions, give, traced, unmaps};
 use crate::support::{of_kind, scratch};
 
 #[test]
@@ -149,8 +149,55 @@ fn a_python_function_has_the_name_in_its_perf_map() {
     let found = functions(&records, start);
     // Python leaves the file.
     let _ = fs::remove_file(format!("/tmp/perf-{}.map", start["pid"]));
+    // The innermost Python function, its caller, and the program around both.
+    let mut outwards = found.iter();
+    for begin in ["py::give_back:", "py::<module>:", "Py_RunMain"] {
+        assert!(
+            outwards.any(|name| name.starts_with(begin)),
+            "{begin}: {found:?}"
+        );
+    }
+}
+
+/// Calls itself through code that is made at run time and has no frame pointer, as with Python's
+/// `-X perf`. The register of the frame pointer has another value.
+const TRAMPOLINE: &str = "\
+static char *jit;
+static __attribute__((noinline)) int evaluate(long depth) {
+    int result;
+    if (depth == 0) return give_back(make(PROT_READ));
+    __asm__ volatile(\"\" ::: \"rbp\");
+    result = ((int (*)(long, long, long, int (*)(long)))(jit + 64 * depth))(depth - 1, 0, 0, evaluate);
+    return result + 1;
+}
+int main(void) {
+    /* sub $8,%rsp; mov $1,%ebp; call *%rcx; add $8,%rsp; pop %rbp; ret, after push %rbp */
+    static const unsigned char code[] = {
+        0x55, 0x48, 0x83, 0xec, 8, 0xbd, 1, 0, 0, 0, 0xff, 0xd1, 0x48, 0x83, 0xc4, 8, 0x5d, 0xc3 };
+    jit = make(PROT_READ | PROT_WRITE | PROT_EXEC);
+    for (int i = 0; i < 64; i++) memcpy(jit + 64 * i, code, sizeof code);
+    return evaluate(5) != 5;
+}
+";
+
+#[test]
+fn a_stack_leads_through_code_that_has_no_frame_pointer() {
+    if cfg!(target_arch = "aarch64") || !require(Cap::Program("gcc")) {
+        return;
+    }
+    let flags = ["-O2", "-fomit-frame-pointer"];
+    let records = Program::new(&give(TRAMPOLINE), &flags).traced(&[]);
+    let [start] = unmaps(&records, SIZE)[..] else {
+        panic!("one call")
+    };
+    let found = functions(&records, start);
+    assert_eq!(found[..2], ["munmap", "give_back"], "{found:?}");
+    for pair in found[2..12].chunks(2) {
+        assert!(pair[0].starts_with("[anon]+"), "{found:?}");
+        assert_eq!(pair[1], "evaluate", "{found:?}");
+    }
     assert!(
-        found.iter().any(|name| name.starts_with("py::give_back:")),
+        found[12] == "main" && found.ends_with(&["_start"]),
         "{found:?}"
     );
 }

@@ -13,3 +13,13 @@ pub(crate) fn start(registers: &Registers) -> UnwindRegsAarch64 {
     let link = registers.link.unwrap_or_default();
     UnwindRegsAarch64::new_with_ptr_auth_mask(mask, link, registers.sp, registers.bp)
 }
+
+/// On x86-64, unwinds a function by the code that runs next. Here such functions have a
+/// frame pointer.
+pub(crate) fn leave(
+    _: &[u8],
+    _: &mut UnwindRegsAarch64,
+    _: &mut impl FnMut(u64) -> Result<u64, ()>,
+) -> Option<u64> {
+    None
+}
