@@ -4,15 +4,15 @@
 #![allow(unsafe_code, reason = "asks the dynamic loader, and reads code")]
 
 use super::machine::{BREAKPOINT, Code64};
-use super::raw;
 use super::starts::Starts;
+use super::{own_process, raw};
 use crate::page;
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io;
 use std::ops::{Deref, Range};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::{ptr, slice};
 
@@ -45,7 +45,8 @@ impl Segment {
         (self.start..self.start + self.length).contains(&address)
     }
 
-    /// Tells whether the code in memory is not that of the file. False if the file cannot be read.
+    /// Tells whether the code in memory is not that of the file. False if the file cannot be read,
+    /// or was replaced, as by an upgrade.
     pub(super) fn is_changed(&self) -> bool {
         const STEP: usize = 1 << 16;
         // On the heap: the caller may be a thread with a small stack.
@@ -53,12 +54,30 @@ impl Segment {
         let Ok(file) = File::open(&self.path) else {
             return false;
         };
+        if self.is_replaced(&file) {
+            return false;
+        }
         let code = self.code().bytes;
         code.chunks(STEP).enumerate().any(|(index, code)| {
             let bytes = &mut bytes[..code.len()];
             let at = self.offset + (index * STEP) as u64;
             file.read_exact_at(bytes, at).is_ok() && bytes != code
         })
+    }
+
+    /// Tells whether `file`, at the module's path, is another file than the one that is mapped. The
+    /// device is not compared, because `/proc` and `stat` give different ones on some file systems.
+    fn is_replaced(&self, file: &File) -> bool {
+        let Ok(about) = file.metadata() else {
+            return true;
+        };
+        let mut is_mapped = false;
+        let listed = own_process::mappings(|mapping| {
+            let is_here = mapping.start < self.start + self.length && self.start < mapping.end;
+            is_mapped |= is_here && mapping.inode == about.ino();
+            !is_mapped
+        });
+        listed.is_ok() && !is_mapped
     }
 
     /// Returns the code without breakpoints, and the breakpoints.
@@ -421,6 +440,23 @@ mod tests {
         let (same, changed) = copy.bytes().split_at(5000 - SIZE);
         assert!(same.iter().all(|byte| *byte == 0x90));
         assert_eq!(changed, [0xc3; SIZE]);
+    }
+
+    #[test]
+    fn another_file_at_the_path_does_not_mean_that_the_code_was_patched() {
+        let path = std::env::temp_dir().join(format!("mmu-replaced-{}", std::process::id()));
+        for segment in segments() {
+            let mut file = std::fs::read(&segment.path).expect("the module's file");
+            file[segment.offset as usize + 64] ^= 1;
+            std::fs::write(&path, file).expect("a new file");
+            let replaced = Segment {
+                path: path.clone(),
+                ..segment
+            };
+            let is_changed = replaced.is_changed();
+            std::fs::remove_file(&path).expect("it is there");
+            assert!(!is_changed, "{}", replaced.module);
+        }
     }
 
     #[test]
