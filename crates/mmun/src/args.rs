@@ -116,6 +116,9 @@ pub(crate) enum Command {
 /// A program can have only one tracer: the kernel refuses debuggers and strace meanwhile. Run a
 /// program under AddressSanitizer with LSAN_OPTIONS=detect_leaks=0, or it exits with status 1, or
 /// waits for ever (GCC 14).
+///
+/// A set-user-ID program, such as sudo, that an ordinary user traces runs without the rights of its
+/// owner. Root can attach to it with -p, and traces it with its rights.
 #[derive(Args, Debug)]
 #[command(
     verbatim_doc_comment,
