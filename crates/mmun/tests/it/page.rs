@@ -477,7 +477,7 @@ fn a_spool_that_gets_full_ends_the_trace_and_not_the_program() {
     assert_eq!(output.status.code(), Some(125), "{line}");
     assert_eq!(line.lines().count(), 1, "{line}");
     assert!(
-        line.contains("cut-spool") && line.ends_with(": File too large; the trace is incomplete\n"),
+        line.contains("cut-spool") && line.contains(": File too large; the trace "),
         "{line}"
     );
     // The page has the records up to the limit, so the file of the records was removed.
