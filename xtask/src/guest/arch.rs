@@ -44,6 +44,9 @@ pub(crate) struct Arch {
 pub(crate) struct Foreign {
     pub(crate) tools: &'static [&'static str],
     pub(crate) root: &'static [&'static str],
+    /// Links in the root folder, each with its target. The packages are unpacked and not installed,
+    /// so links that their scripts would make are missing.
+    pub(crate) links: &'static [(&'static str, &'static str)],
 }
 
 pub(crate) const ALL: &[&Arch] = &[&x86_64::ARCH, &aarch64::ARCH];

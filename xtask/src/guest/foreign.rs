@@ -24,14 +24,21 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
     fs::create_dir_all(&folder).map_err(failed)?;
     let lock = File::create(folder.join("lock")).map_err(failed)?;
     lock.lock().map_err(failed)?;
-    let made = |name: &str, suites: &[&str], architectures: &[&str], packages: &[&str]| {
+    let made = |name: &str,
+                suites: &[&str],
+                architectures: &[&str],
+                packages: &[&str],
+                links: &[(&str, &str)]| {
         let (path, unfinished) = (folder.join(name), folder.join(format!("{name}.part")));
-        if !path.exists() {
+        // A folder of an earlier list is made again.
+        let (list, packed) = (folder.join(format!("{name}.packages")), packages.join(" "));
+        if !path.exists() || fs::read_to_string(&list).ok().as_ref() != Some(&packed) {
             println!(
                 "guest: unpacking {} packages of Debian's and what they need ({name})",
                 packages.len()
             );
             let _ = fs::remove_dir_all(&unfinished);
+            let _ = fs::remove_dir_all(&path);
             fs::create_dir_all(&unfinished).map_err(failed)?;
             let newest: &[&str] = if suites.len() > 1 {
                 &["-t", suites[1]]
@@ -40,7 +47,11 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
             };
             Apt::new(store, Distribution::Debian, suites, architectures)?
                 .unpack(&[newest, packages].concat(), &unfinished)?;
+            for (link, target) in links {
+                std::os::unix::fs::symlink(target, unfinished.join(link)).map_err(failed)?;
+            }
             fs::rename(&unfinished, &path).map_err(failed)?;
+            fs::write(&list, packed).map_err(failed)?;
         }
         Ok::<PathBuf, String>(path)
     };
@@ -51,8 +62,15 @@ pub(crate) fn get(store: &Path, arch: &Arch, foreign: &Foreign) -> Result<Folder
         &["trixie", "trixie-backports"],
         &[own.trim(), arch.debian],
         foreign.tools,
+        &[],
     )?;
-    let root = made("root", &["trixie"], &[arch.debian], foreign.root)?;
+    let root = made(
+        "root",
+        &["trixie"],
+        &[arch.debian],
+        foreign.root,
+        foreign.links,
+    )?;
     Ok(Folders { tools, root })
 }
 

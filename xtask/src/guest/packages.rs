@@ -151,13 +151,13 @@ fn mirror() -> String {
     let arguments = [
         "indextargets",
         "--format",
-        "$(LABEL) $(REPO_URI)",
+        "$(REPO_URI) $(LABEL)",
         "Created-By: Packages",
     ];
     let targets = output(Command::new("apt-get").args(arguments)).unwrap_or_default();
     let own = targets
         .lines()
-        .find_map(|line| line.strip_prefix("Debian "));
+        .find_map(|line| line.strip_suffix(" Debian"));
     own.unwrap_or("http://deb.debian.org/debian/").to_owned()
 }
 
