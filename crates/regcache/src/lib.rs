@@ -4,7 +4,9 @@
 //! fixed buffers, VFIO). Registering is slow, so programs cache registrations. A registration must
 //! not outlive its memory: if a buffer is unmapped and another one is mapped at the same address,
 //! the old registration still leads to the old pages. This cache is a subscriber of
-//! [`mmu_notifier`]: a look-up finds no region whose memory had begun to change before the look-up.
+//! [`mmu_notifier`]: a look-up finds no region whose memory had begun to change before the look-up,
+//! if a [source](#sources) has seen the change. Only [`Options::kernel`] misses none, and a cache
+//! without any source never learns of a change.
 //!
 //! ```
 //! use mmu_notifier::{Event, MmWithUser, Va, VaRange};
@@ -63,7 +65,7 @@
 //! # Sources
 //! | source | how | what it misses |
 //! | --- | --- | --- |
-//! | `mmu_source::hook` | install the hook | truncation, other processes, raw system calls |
+//! | `mmu_source::hook` | install the hook | truncated and punched files, copy on write (`fork`), other processes, raw system calls |
 //! | `mmu_source::kernel` | [`Options::kernel`] | nothing |
 //! | own brackets | [`Mm::invalidate`](mmu_notifier::Mm::invalidate) | changes without a bracket |
 //!

@@ -104,8 +104,8 @@ struct mmun;
 /*
  * MMUN_SOURCE_HOOK    Patches libc. It sees munmap, mmap over live memory, mremap, madvise, brk,
  *                     shmdt, mprotect and syscall(2) of this process, before they happen. It misses
- *                     every change that is not a call through libc: truncation of a file, io_uring,
- *                     other processes, copy on write, reclaim. It needs glibc on x86-64 or aarch64.
+ *                     ftruncate and fallocate of a mapped file, copy on write, and every change
+ *                     that is not a call through libc: io_uring, other processes, reclaim. It needs glibc on x86-64 or aarch64.
  * MMUN_SOURCE_KERNEL  Reads the kernel's own MMU notifiers. It misses no change. It needs /dev/kvm,
  *                     CAP_BPF, CAP_PERFMON and Linux 5.12, or a broker ("mmun broker").
  * MMUN_SOURCE_OWN     Sees the invalidations that the program itself opens on mmun_current_mm() of
