@@ -26,27 +26,31 @@ pub(in crate::hook::glibc) fn branch(from: u64, to: u64) -> Option<[u8; 4]> {
 /// number of the call in `table`, which has 512 bytes, and calls `stub` if the number is hooked.
 /// The trampoline makes any other call itself, with the registers and the stack of the site,
 /// because such a call may return twice or on another stack.
+///
+/// Around the stub, the trampoline keeps a frame record. The functions of libc that make a system
+/// call keep none of their own, so without the record an unwinder that follows frame pointers would
+/// miss their caller in the stack of a callback.
 pub(super) fn of_call(at: u64, stub: u64, table: u64, resume: u64) -> Option<Vec<u8>> {
     const WORDS: [u32; 16] = [
         0xa9bf_47f0, //  0: stp  x16, x17, [sp, #-16]!
         0xd349_fd10, //  4: lsr  x16, x8, #9
-        0xb500_0150, //  8: cbnz x16, 48
+        0xb500_0170, //  8: cbnz x16, 52
         0x5800_01b0, // 12: ldr  x16, 64
         0x3868_6a10, // 16: ldrb w16, [x16, x8]
-        0x3400_00f0, // 20: cbz  w16, 48
-        0xf81f_0ffe, // 24: str  x30, [sp, #-16]!
-        0x5800_0170, // 28: ldr  x16, 72
-        0xd63f_0200, // 32: blr  x16
-        0xf841_07fe, // 36: ldr  x30, [sp], #16
-        0xa8c1_47f0, // 40: ldp  x16, x17, [sp], #16
-        0,           // 44: b    resume
-        0xa8c1_47f0, // 48: ldp  x16, x17, [sp], #16
-        SVC,         // 52: svc  #0
-        0,           // 56: b    resume
-        0,           // 60: udf  #0
+        0x3400_0110, // 20: cbz  w16, 52
+        0xa9bf_7bfd, // 24: stp  x29, x30, [sp, #-16]!
+        0x9100_03fd, // 28: mov  x29, sp
+        0x5800_0150, // 32: ldr  x16, 72
+        0xd63f_0200, // 36: blr  x16
+        0xa8c1_7bfd, // 40: ldp  x29, x30, [sp], #16
+        0xa8c1_47f0, // 44: ldp  x16, x17, [sp], #16
+        0,           // 48: b    resume
+        0xa8c1_47f0, // 52: ldp  x16, x17, [sp], #16
+        SVC,         // 56: svc  #0
+        0,           // 60: b    resume
     ];
     let mut code: Vec<u8> = WORDS.iter().flat_map(|word| word.to_le_bytes()).collect();
-    for place in [44, 56] {
+    for place in [48, 60] {
         code[place..place + 4].copy_from_slice(&branch(at + place as u64, resume)?);
     }
     code.extend(table.to_le_bytes());
@@ -171,7 +175,7 @@ mod tests {
         let code = of_call(AT, 0x1111, 0x2222, AT + 0x5000).expect("it is in reach");
         assert_eq!(code.len() as u64, SLOT);
         let word = |at: usize| u32::from_le_bytes(code[at..at + 4].try_into().expect("four"));
-        for place in [44, 56] {
+        for place in [48, 60] {
             assert_eq!(
                 branch_target(AT + place as u64, word(place)),
                 Some(AT + 0x5000)
@@ -179,7 +183,7 @@ mod tests {
         }
         assert_eq!(code[64..72], 0x2222_u64.to_le_bytes());
         assert_eq!(code[72..80], 0x1111_u64.to_le_bytes());
-        assert_eq!(of_call(AT, 0, 0, AT + (128 << 20) + 44), None);
+        assert_eq!(of_call(AT, 0, 0, AT + (128 << 20) + 48), None);
         let foreign = Foreign { at: AT, target: 7 };
         let code = of_function(215, 0x1111, foreign);
         let value = |at: usize| u64::from_le_bytes(code[at..at + 8].try_into().expect("eight"));
