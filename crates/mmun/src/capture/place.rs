@@ -24,13 +24,6 @@ pub(crate) struct Place {
     old_pagemap: bool,
 }
 
-/// The end of user addresses with four levels of page tables. On most machines no mapping lies
-/// above this address.
-const TOP: u64 = if cfg!(target_arch = "aarch64") {
-    1 << 48
-} else {
-    0x7fff_ffff_f000
-};
 /// Without `PAGEMAP_SCAN` a range of more bytes is not read: the file has 8 bytes for each page.
 const MOST_READ: u64 = 16 << 30;
 
@@ -51,7 +44,7 @@ impl Place {
         if !self.old_maps {
             match ioctl::query(&self.maps, address, which) {
                 Ok(vma) => return vma,
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.old_maps = true,
+                Err(error) if is(libc::ENOTTY)(&error) => self.old_maps = true,
                 Err(_) => return None,
             }
         }
@@ -77,22 +70,31 @@ impl Place {
     /// How much of a range is in memory; `None` if the kernel does not say, or if it has no
     /// `PAGEMAP_SCAN` and the range is longer than [`MOST_READ`].
     pub(crate) fn pages(&mut self, start: u64, end: u64) -> Option<Pages> {
-        let (start, end) = (start.min(TOP), end.min(TOP));
-        let mut pages = Pages::default();
         if !self.old_pagemap {
-            let mut tell = |region: &ioctl::Region| {
-                add(&mut pages, region.end - region.start, region.categories)
-            };
-            match ioctl::scan(&self.pagemap, start, end, &mut tell) {
-                Ok(()) => return Some(pages),
-                Err(error) if error.raw_os_error() == Some(libc::ENOTTY) => self.old_pagemap = true,
-                Err(_) => return None,
+            let mut scanned = self.scan(start, end);
+            if scanned.as_ref().is_err_and(is(libc::EFAULT)) {
+                // The range ends above the user's addresses, whose end differs between machines.
+                let top = self.all().iter().rev().map(|vma| vma.end).find(is_user);
+                let top = top.unwrap_or(0);
+                scanned = self.scan(start.min(top), end.min(top));
+            }
+            match scanned {
+                Err(error) if is(libc::ENOTTY)(&error) => self.old_pagemap = true,
+                scanned => return scanned.ok(),
             }
         }
         if end - start > MOST_READ {
             return None;
         }
         self.read_pagemap(start, end).ok()
+    }
+
+    fn scan(&self, start: u64, end: u64) -> io::Result<Pages> {
+        let mut pages = Pages::default();
+        let mut tell =
+            |region: &ioctl::Region| add(&mut pages, region.end - region.start, region.categories);
+        ioctl::scan(&self.pagemap, start, end, &mut tell)?;
+        Ok(pages)
     }
 
     /// Reads `pagemap`, which has one 8-byte word a page. Bit 63: present; bit 62: swapped; bit 61:
@@ -121,6 +123,15 @@ impl Place {
         }
         Ok(pages)
     }
+}
+
+fn is(number: i32) -> impl Fn(&io::Error) -> bool {
+    move |error| error.raw_os_error() == Some(number)
+}
+
+/// Whether a mapping that ends here is the program's: x86-64 lists a page of the kernel as well.
+fn is_user(end: &u64) -> bool {
+    end >> 63 == 0
 }
 
 fn add(pages: &mut Pages, bytes: u64, categories: u64) {
@@ -196,6 +207,15 @@ mod tests {
         assert!(before < SIZE as u64 / 2, "{before}");
         memory.iter_mut().step_by(page).for_each(|byte| *byte = 1);
         assert_eq!(resident(memory), memory.len() as u64);
+    }
+
+    #[test]
+    fn a_range_that_ends_above_the_users_addresses_is_read_up_to_them() {
+        let mut place = Place::of(std::process::id() as Pid).unwrap();
+        let vma = place.all().remove(0);
+        let pages = place.pages(vma.start, 1 << 63);
+        // An older kernel has no `PAGEMAP_SCAN`, and its file is too long.
+        assert!(place.old_pagemap || pages.is_some_and(|pages| pages.resident > 0));
     }
 
     #[test]
