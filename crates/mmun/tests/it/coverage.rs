@@ -334,7 +334,10 @@ fn is_later(version: &str) -> bool {
 }
 
 /// How many transfers of a column were stale, and how many could be made.
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
 fn stale(rows: &[Value], column: &str) -> (usize, usize) {
     let rows = rows.iter().filter(|row| row["column"] == column);
     let count = |word: &str| rows.clone().filter(|row| row["transfer"] == word).count();
@@ -342,7 +345,10 @@ fn stale(rows: &[Value], column: &str) -> (usize, usize) {
 }
 
 #[test]
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
 fn ucx_sends_stale_data_as_shipped_and_none_with_the_drop_in() {
     if require(Cap::Program("ucx_info")) {
         sends_stale_data_as_shipped_and_none_with_the_drop_in("ucx", Cap::Ucx);
@@ -350,14 +356,20 @@ fn ucx_sends_stale_data_as_shipped_and_none_with_the_drop_in() {
 }
 
 #[test]
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
 fn libfabric_sends_stale_data_as_shipped_and_none_with_the_drop_in() {
     if require(Cap::Program("fi_info")) {
         sends_stale_data_as_shipped_and_none_with_the_drop_in("libfabric", Cap::Libfabric);
     }
 }
 
-#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[cfg(all(
+    any(target_arch = "x86_64", target_arch = "aarch64"),
+    target_env = "gnu"
+))]
 fn sends_stale_data_as_shipped_and_none_with_the_drop_in(library: &str, version: Cap) {
     if !require(Cap::IoUring) {
         return;
