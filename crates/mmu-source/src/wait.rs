@@ -46,6 +46,22 @@ pub(crate) fn readable(ring: BorrowedFd<'_>, stop: BorrowedFd<'_>, time: Option<
     entries[1].revents == 0
 }
 
+/// Sleeps until the other end of `socket` is closed.
+pub(crate) fn until_closed(socket: BorrowedFd<'_>) {
+    let mut entry = libc::pollfd {
+        fd: socket.as_raw_fd(),
+        events: 0,
+        revents: 0,
+    };
+    while entry.revents & libc::POLLHUP == 0 {
+        // SAFETY: `poll` accesses one entry, a local.
+        if unsafe { libc::poll(&raw mut entry, 1, -1) } < 0 {
+            // A signal arrived, or the kernel lacks memory.
+            pause();
+        }
+    }
+}
+
 /// Resets an event to not signalled.
 pub(crate) fn clear(event: BorrowedFd<'_>) {
     let mut count = 0_u64;

@@ -9,8 +9,9 @@
 //!   broker   done, a number
 //! ```
 //!
-//! The broker can replace any of its answers by a refusal. After a refusal it closes the
-//! connection.
+//! The broker can replace any of its answers by a refusal, and answers no more after it. If the
+//! client has not joined, the broker then closes the connection. If the client has joined, the
+//! broker keeps the connection and what the client's program needs until the client closes it.
 
 /// The first bytes of every message.
 const MAGIC: [u8; 4] = *b"mmun";
@@ -20,7 +21,8 @@ const MAGIC: [u8; 4] = *b"mmun";
 pub(crate) enum Request {
     /// Report the changes of the address space of the machine that comes with this request.
     Join,
-    /// Let the program read the count of the machine that comes with this request.
+    /// Let the program read the count of the machine that comes with this request. If the broker
+    /// has no free descriptor for the machine, the count is not found.
     Count,
     /// Let the program read no machine's count any more.
     Forget,
@@ -33,7 +35,7 @@ pub(crate) enum Request {
 pub(crate) enum Reply {
     /// The request was carried out. The meaning of the number depends on the request.
     Done(u64),
-    /// The request was refused, and the broker closes the connection.
+    /// The request was refused, and the broker answers no more requests.
     Refused(Refusal),
 }
 

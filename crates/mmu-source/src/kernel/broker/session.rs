@@ -5,8 +5,9 @@
 //!
 //! The session holds the client's machines open as long as the programs know an address in them.
 //! Otherwise a program could read memory that was freed and reused, or take a new address space for
-//! one that has ended. When the connection ends, the session makes the programs forget these
-//! addresses.
+//! one that has ended. Once the client has closed the connection, the session makes the programs
+//! forget these addresses. Not earlier, whatever fails: the program of a client that lives would
+//! then take each change for another address space's, and the client would not be told.
 
 use super::super::layout::RING;
 use super::super::missing;
@@ -41,13 +42,18 @@ pub(super) type Outfit = (SharedMaps, Programs);
 
 /// Serves a client until it disconnects.
 pub(super) fn serve(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) {
-    let refused = match join(socket, means, ticket) {
-        Ok(Some(mut session)) => session.run(socket).err(),
-        Ok(None) => None,
-        Err(refusal) => Some(refusal),
-    };
-    if let Some(refusal) = refused {
+    let refuse = |refusal| {
         let _ = socket::send(socket, &Reply::Refused(refusal).bytes(), &[]);
+    };
+    match join(socket, means, ticket) {
+        Ok(Some(mut session)) => {
+            if let Err(refusal) = session.run(socket) {
+                refuse(refusal);
+            }
+            crate::wait::until_closed(socket.as_fd());
+        }
+        Ok(None) => {}
+        Err(refusal) => refuse(refusal),
     }
 }
 
@@ -83,9 +89,7 @@ fn failed(error: &io::Error) -> Refusal {
 /// Waits for the client's first request, and sends the client its maps and its link. Returns `None`
 /// if the client has gone.
 fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<Session>, Refusal> {
-    let be_patient =
-        |patience| socket::be_patient(socket, patience).map_err(|error| failed(&error));
-    be_patient(Some(PATIENCE))?;
+    socket::be_patient(socket, Some(PATIENCE)).map_err(|error| failed(&error))?;
     let Some((request, packet)) = receive(socket)? else {
         return Ok(None);
     };
@@ -109,13 +113,13 @@ fn join(socket: &OwnedFd, means: &Means, ticket: &mut Ticket) -> Result<Option<S
     };
     ticket.given = session.objects(&maps).map_err(|error| failed(&error))?;
     let link = session.programs.attach().map_err(|error| failed(&error))?;
+    // From here on the broker waits for the client's requests without a time limit.
+    socket::wait_for_requests(socket).map_err(|error| failed(&error))?;
     let given = [&maps.header, &maps.sum, &maps.own, &maps.ring, &link]
         .map(|descriptor| descriptor.as_fd());
     if socket::send(socket, &Reply::Done(0).bytes(), &given).is_err() {
         return Ok(None);
     }
-    // From here on the broker waits for the client's requests without a time limit.
-    socket::be_patient(socket, None).map_err(|error| failed(&error))?;
     Ok(Some(session))
 }
 
@@ -132,7 +136,8 @@ fn receive(socket: &OwnedFd) -> Result<Option<(Request, Packet)>, Refusal> {
         return Ok(None);
     };
     match Request::parse(packet.bytes()) {
-        Some(request) if request.descriptors() == packet.descriptors.len() => {
+        // Without a free descriptor, the kernel delivers fewer than the client has sent.
+        Some(request) if packet.descriptors.len() <= request.descriptors() => {
             Ok(Some((request, packet)))
         }
         _ => Err(Refusal::Nonsense),
@@ -149,10 +154,11 @@ impl Session {
         Ok(objects)
     }
 
+    /// Serves requests until the connection ends or a request fails.
     fn run(&mut self, socket: &OwnedFd) -> Result<(), Refusal> {
         while let Some((request, packet)) = receive(socket)? {
             let value = match (request, packet.take()) {
-                (Request::Count, Some([b])) => u64::from(self.count(b)),
+                (Request::Count, b) => u64::from(b.is_some_and(|[b]| self.count(b))),
                 (Request::Forget, _) => {
                     let is_forgotten = self.programs.forget_b();
                     if is_forgotten {
@@ -166,11 +172,9 @@ impl Session {
                     .map_err(|error| failed(&error))?,
                 _ => return Err(Refusal::Nonsense),
             };
-            socket::be_patient(socket, Some(PATIENCE)).map_err(|error| failed(&error))?;
             if socket::send(socket, &Reply::Done(value).bytes(), &[]).is_err() {
                 return Ok(());
             }
-            socket::be_patient(socket, None).map_err(|error| failed(&error))?;
         }
         Ok(())
     }

@@ -84,6 +84,11 @@ pub(super) fn be_patient(socket: &OwnedFd, patience: Option<Duration>) -> io::Re
     Ok(())
 }
 
+/// Removes the limit of each later receive.
+pub(super) fn wait_for_requests(socket: &OwnedFd) -> io::Result<()> {
+    Ok(set_socket_timeout(socket, Timeout::Recv, None)?)
+}
+
 /// The user and the process at the other end, at the time of its `connect` or `listen`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer {

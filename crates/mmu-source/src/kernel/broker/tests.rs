@@ -282,6 +282,28 @@ fn a_client_that_sends_nonsense_or_nothing_harms_only_itself() {
 }
 
 #[test]
+fn a_client_whose_session_fails_still_learns_of_changes() {
+    if !can_run() {
+        return;
+    }
+    let at = start(1);
+    let client = join(&at).expect("a place");
+    // If the broker has no free descriptor, the kernel delivers `Count` without its machine.
+    assert_eq!(
+        ask(&client.socket, &Request::Count.bytes(), &[]),
+        Some(Reply::Done(0))
+    );
+    assert!(client.is_told());
+    assert_eq!(
+        ask(&client.socket, b"x", &[]),
+        Some(Reply::Refused(Refusal::Nonsense))
+    );
+    assert!(client.is_told(), "the client lives, and is blind");
+    drop(client);
+    assert!(join_soon(&at).is_told());
+}
+
+#[test]
 fn a_machine_of_another_address_space_is_not_used() {
     if !can_run() {
         return;
