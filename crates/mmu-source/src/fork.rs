@@ -21,9 +21,10 @@
 use crate::Error;
 use crate::wait::until;
 use std::any::Any;
+use std::mem;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// The content of the page.
 #[derive(Debug)]
@@ -179,20 +180,52 @@ fn own(slot: &'static AtomicPtr<Running>) -> &'static Running {
 ///
 /// # Panics
 /// If a source of another type has the slot.
+#[cfg(any(feature = "kernel", feature = "uffd"))]
 pub(crate) fn running<T: Any + Send + Sync>(
     slot: &'static AtomicPtr<Running>,
     make: impl FnOnce(u64) -> Result<T, Error>,
 ) -> Result<Arc<T>, Error> {
     let mark = mark();
-    let mut running = own(slot).lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(source) = running.upgrade() {
-        return Ok(source
-            .downcast()
-            .unwrap_or_else(|_| unreachable!("each slot has one source")));
+    let mut running = lock(slot);
+    if let Some(source) = found(&running) {
+        return Ok(source);
     }
     let source = Arc::new(make(mark)?);
     *running = Arc::downgrade(&(source.clone() as Arc<dyn Any + Send + Sync>));
     Ok(source)
+}
+
+/// Like [`running`], but `make` may wait for brackets: it runs without the lock, because a thread
+/// inside a bracket may come here. If two threads make one at the same time, the second is dropped.
+pub(crate) fn running_unlocked<T: Any + Send + Sync>(
+    slot: &'static AtomicPtr<Running>,
+    make: impl FnOnce(u64) -> Result<T, Error>,
+) -> Result<Arc<T>, Error> {
+    let mark = mark();
+    let first = found(&lock(slot));
+    if let Some(source) = first {
+        return Ok(source);
+    }
+    let source = Arc::new(make(mark)?);
+    let weak = Arc::downgrade(&(source.clone() as Arc<dyn Any + Send + Sync>));
+    let mut running = lock(slot);
+    if let Some(first) = found(&running) {
+        return Ok(first);
+    }
+    let before = mem::replace(&mut *running, weak);
+    // Free outside of the lock: the allocator may unmap memory, which begins a bracket.
+    drop(running);
+    drop(before);
+    Ok(source)
+}
+
+fn lock(slot: &'static AtomicPtr<Running>) -> MutexGuard<'static, Weak<dyn Any + Send + Sync>> {
+    own(slot).lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn found<T: Any + Send + Sync>(running: &Weak<dyn Any + Send + Sync>) -> Option<Arc<T>> {
+    let source = running.upgrade()?.downcast();
+    Some(source.unwrap_or_else(|_| unreachable!("each slot has one source")))
 }
 
 /// A spin lock in [`Marks`]. The lock is free in the child of a fork, even if a thread of the
@@ -231,4 +264,22 @@ pub(crate) fn space(
     // SAFETY: the pointer is null or comes from `keep` in `current_mm`. `make` there published the
     // pointer with Release, and its target is never freed.
     unsafe { pointer.as_ref() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_made_without_the_lock_may_be_made_twice_and_the_first_stays() {
+        static SLOT: AtomicPtr<Running> = AtomicPtr::new(ptr::null_mut());
+        let mut first = None;
+        let second = running_unlocked(&SLOT, |_| {
+            // A callback that runs while this thread allocates, or another thread.
+            first = Some(running_unlocked(&SLOT, |_| Ok(1))?);
+            Ok(2)
+        });
+        let (first, second) = (first.expect("made"), second.expect("found"));
+        assert!(*first == 1 && Arc::ptr_eq(&first, &second));
+    }
 }

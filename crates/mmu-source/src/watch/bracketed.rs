@@ -7,7 +7,7 @@
 
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::{marks, running};
+use crate::fork::{marks, running_unlocked};
 use crate::watch_table::{Id, Table, Word, enter};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -54,7 +54,7 @@ impl Notifier for Marks {
 
 impl Brackets {
     fn running() -> Result<Arc<Self>, Error> {
-        running(&marks().brackets, |id| {
+        running_unlocked(&marks().brackets, |id| {
             let marks = Marks(Mutex::new(Table::with_room(64)));
             let registration = Registration::new(current_ref(), marks)
                 .map_err(|_| Error::InCallback { source: "watch" })?;
@@ -115,5 +115,43 @@ impl Drop for Bracketed {
             let word = self.brackets.registration.table().remove(&self.id);
             drop(word);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testkit::in_child;
+    use crate::wait::until;
+    use mmu_notifier::{Event, Va};
+    use std::sync::mpsc;
+    use std::thread;
+
+    fn range() -> VaRange {
+        VaRange::covering(Va::new(0x7000_0000), 4096).expect("a range")
+    }
+
+    #[test]
+    fn the_first_watch_of_a_bracket_does_not_wait_for_another_threads_first_watch() {
+        let sleeps = |task: &str| {
+            std::fs::read_to_string(format!("/proc/{task}/stat"))
+                .is_ok_and(|stat| stat.contains(") S "))
+        };
+        // In a child, because other tests have made the first watch of this process. If the child
+        // hangs, it is killed.
+        assert!(in_child(|| {
+            let bracket = current_ref().invalidate(range(), Event::Unmap);
+            let (send, task) = mpsc::channel();
+            let other = thread::spawn(move || {
+                let task = std::fs::read_link("/proc/thread-self").expect("proc is there");
+                let _ = send.send(task.display().to_string());
+                Bracketed::new(range()).is_ok()
+            });
+            let task = task.recv().expect("the thread tells");
+            until(|| sleeps(&task));
+            let refused = Bracketed::new(range()).err();
+            drop(bracket);
+            matches!(refused, Some(Error::InCallback { .. })) && other.join().expect("no panic")
+        }));
     }
 }
