@@ -98,7 +98,8 @@
 //!
 //! # In the child of a fork
 //! The parent's address spaces have no subscribers in the child ([`Mm::is_inherited`]); the child
-//! makes address spaces of its own. A [`Subsystem`] works in parent and child. The child neither
+//! makes address spaces of its own. So it is in a child made by `_Fork` or a raw `clone`, which run
+//! no fork handlers. A [`Subsystem`] works in parent and child. The child neither
 //! waits for the parent's queued frees nor runs them. The lock around an interval's state or a
 //! shadow is a plain lock: if a thread of the parent held it at the fork, it stays locked in the
 //! child.

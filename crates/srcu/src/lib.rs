@@ -135,10 +135,10 @@ pub use loom;
 pub use raw::callback::Head;
 pub use raw::current::is_reclaimer;
 #[cfg(not(mmun_loom))]
-pub use raw::fork::forks;
-#[cfg(not(mmun_loom))]
 #[doc(hidden)]
 pub use raw::ids::{thread_number, thread_numbers};
+#[cfg(not(mmun_loom))]
+pub use raw::process::forks;
 #[doc(hidden)]
 pub use raw::reclaimer::reclaim_here;
 #[cfg(not(mmun_loom))]

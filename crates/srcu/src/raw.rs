@@ -30,6 +30,8 @@ pub(crate) mod lock;
 mod pages;
 #[cfg(not(mmun_loom))]
 mod place;
+#[cfg(not(mmun_loom))]
+pub(crate) mod process;
 pub(crate) mod reclaimer;
 pub(crate) mod run;
 pub(crate) mod slot;

@@ -33,8 +33,13 @@ use std::fmt;
 /// the child too, once the child calls [`prepare`](Self::prepare), [`call`](Self::call),
 /// [`synchronize`](Self::synchronize), [`barrier`](Self::barrier) or
 /// [`drain_until_idle`](Self::drain_until_idle), or drops the domain. The callback that was running
-/// at the fork does not run again. A child made by `_Fork` or by a raw `clone` system call gets
-/// none of this handling, because these calls run no fork handlers.
+/// at the fork does not run again.
+///
+/// `_Fork` and a raw `clone` system call run no fork handlers. In their child, the first of these
+/// calls, the first section of a thread or [`forks`](crate::forks) does what the handler does. The
+/// thread that forked must make that call before any other thread of the child uses this crate.
+/// Otherwise sections of the parent's threads stay open in the child, and its queued callbacks may
+/// not run. Before Linux 4.14 such a child is not noticed.
 ///
 /// # Signals
 /// Must not be used in signal handlers: a section of a handler that interrupts `read_lock` could

@@ -11,7 +11,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-use testkit::in_child;
+use testkit::{in_child, in_raw_child};
 
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
@@ -221,4 +221,46 @@ impl Drop for Stop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// The domain has a queued callback, an open section of another thread, and a reclaimer that exists
+/// only in the parent.
+#[test]
+fn a_child_without_fork_handlers_is_repaired_by_its_first_call() {
+    let _alone = alone();
+    let (srcu, count) = (Srcu::new(), Count::default());
+    let (inside, entered) = channel();
+    let (open, gate) = channel::<()>();
+    thread::scope(|scope| {
+        let srcu = &srcu;
+        scope.spawn(move || {
+            let _section = srcu.read_lock();
+            inside.send(()).unwrap();
+            gate.recv().unwrap();
+        });
+        entered.recv().unwrap();
+        let own = count.clone();
+        srcu.call(move || own.add());
+        let mut section = Some(srcu.read_lock());
+        let forks = srcu::forks();
+        let firsts: [&dyn Fn() -> bool; 3] = [
+            &|| srcu.synchronize().is_ok(),
+            &|| srcu.barrier().is_ok() && count.get() == 1,
+            &|| thread::scope(|scope| scope.spawn(srcu::forks).join().unwrap() != forks),
+        ];
+        let good = |first: &dyn Fn() -> bool, section: &mut Option<_>| {
+            in_raw_child(|| {
+                let inside = srcu.read_lock_held() && srcu.barrier().is_err();
+                section.take();
+                inside && first() && srcu::forks() != forks
+            })
+        };
+        for (number, first) in firsts.iter().enumerate() {
+            assert!(good(first, &mut section), "{number}");
+        }
+        assert_eq!(srcu::forks(), forks);
+        drop(section);
+        open.send(()).unwrap();
+    });
+    srcu.barrier().unwrap();
 }

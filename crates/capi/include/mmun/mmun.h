@@ -49,7 +49,11 @@
  *            that leaves a callback ends the process with a message.
  * fork       In the child, every handle that was made before the fork belongs to the parent: a
  *            watch is not valid, functions with a result return -ESRCH, and closing a handle only
- *            frees its memory. Call mmun_open() again in the child. No function hangs there.
+ *            frees its memory. Call mmun_open() again in the child. No function hangs there. The
+ *            same holds for a child made by _Fork() or by the clone system call without CLONE_VM,
+ *            if its first thread calls a function of this library, such as mmun_close(), before
+ *            any other thread of the child does, and if no other thread of the parent was in
+ *            mmun_open() or in the allocator.
  * Handles    Each handle keeps the objects that it needs: a program may close a struct mmun before
  *            the watches, subscriptions and caches that were made from it.
  * Signals    A signal handler may call mmun_watch_valid() and no other function.

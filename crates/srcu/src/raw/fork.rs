@@ -12,25 +12,13 @@
 //! callbacks stay queued.
 
 use super::state::pool;
-use super::{ids, pages, reclaimer};
+use super::{ids, pages, process, reclaimer};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
-
-/// The number of forks between this process and the ancestor in which `register` ran first.
-static FORKS: AtomicUsize = AtomicUsize::new(0);
 
 /// How many registrations have begun. More than one only if several threads registered at the same
 /// time.
 static REGISTERED: AtomicUsize = AtomicUsize::new(0);
-
-/// Returns the number of forks between this process and the ancestor that loaded this crate. So the
-/// result of a process differs from that of each of its ancestors since then. A `_Fork` and a raw
-/// `clone` system call run no fork handlers and are not counted.
-#[inline]
-pub fn forks() -> usize {
-    // ORDER: Relaxed: the count changes only in the child of a fork, while it has one thread.
-    FORKS.load(Ordering::Relaxed)
-}
 
 /// Registers the handler before `main`. A fork runs only the handlers that were registered when it
 /// began. Suppose the handler were registered with the first domain, while a fork is already in
@@ -39,14 +27,15 @@ pub fn forks() -> usize {
 /// another thread is in the middle of `fork`.
 ///
 /// The loader calls the functions of the section `.init_array` at start, with arguments that
-/// `register` ignores. `register` may run before `main`, because it needs only atomics and
-/// `pthread_atfork`.
+/// `register` ignores. `register` may run before `main`, because it needs only atomics, system
+/// calls and `pthread_atfork`.
 #[cfg(not(miri))]
 #[used]
 #[unsafe(link_section = ".init_array")]
 static BEFORE_MAIN: extern "C" fn() = register;
 
-/// Registers the handler that repairs the domains in a child of this process.
+/// Registers the handler that repairs the domains in a child of this process, and prepares for
+/// children without handlers.
 pub(super) extern "C" fn register() {
     static DONE: AtomicBool = AtomicBool::new(false);
     // Several threads may come here at the same time at first. None of them may continue before at
@@ -56,6 +45,7 @@ pub(super) extern "C" fn register() {
     // ORDER(srcu-fork): Acquire; partner below.
     if !DONE.load(Ordering::Acquire) {
         REGISTERED.fetch_add(1, Ordering::Relaxed);
+        process::mark_children(repair);
         // SAFETY: `pthread_atfork` needs a function that stays loaded as long as it is registered.
         // When glibc unloads a library, it removes the handlers of that library. (glibc registers
         // the first 48 handlers without allocating.)
@@ -66,18 +56,37 @@ pub(super) extern "C" fn register() {
     }
 }
 
+/// The fork handler.
 unsafe extern "C" fn child() {
     static REPAIRED: AtomicI32 = AtomicI32::new(0);
-    // SAFETY: the call has no preconditions.
-    let this_process = unsafe { libc::getpid() };
-    // If several threads registered this handler, it runs several times in a child, and must repair
-    // the domains only the first time. The pid alone does not tell a repeated run: in a pid
-    // namespace of its own, a child can have the same pid as its parent.
-    let is_again = REPAIRED.swap(this_process, Ordering::Relaxed) == this_process;
-    if is_again && REGISTERED.load(Ordering::Relaxed) > 1 {
-        return;
+    if !process::marks_children() {
+        // SAFETY: the call has no preconditions.
+        let this_process = unsafe { libc::getpid() };
+        // If several threads registered this handler, it runs several times in a child, and must
+        // repair the domains only the first time. The pid alone does not tell a repeated run: in a
+        // pid namespace of its own, a child can have the same pid as its parent.
+        let is_again = REPAIRED.swap(this_process, Ordering::Relaxed) == this_process;
+        if is_again && REGISTERED.load(Ordering::Relaxed) > 1 {
+            return;
+        }
+        process::mark_this_child();
     }
-    FORKS.fetch_add(1, Ordering::Relaxed);
+    process::check();
+}
+
+/// Repairs the domains in a child.
+///
+/// The thread that forked is the first thread of the child. Only that thread may do it, because the
+/// repair ends the sections of all others. If another thread comes first, the domains of the parent
+/// stay as they are. Until then, no thread but the first one can be in a section, because each
+/// checks for a fork before its first section ([`ids`]).
+fn repair() {
+    // SAFETY: the call has no preconditions.
+    let process = unsafe { libc::getpid() };
+    // SAFETY: as above.
+    if unsafe { libc::syscall(libc::SYS_gettid) } != process.into() {
+        return reclaimer::lose();
+    }
     ids::after_fork();
     pages::after_fork();
     // A thread that exists only in the parent may have set `scheduled` without adding the domain to

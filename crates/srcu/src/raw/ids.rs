@@ -21,6 +21,7 @@ use super::die;
 use super::lock::Lock;
 use super::pages;
 use super::place::{self, BUCKETS, Place};
+use super::process;
 use super::thread::Blocked;
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -81,6 +82,9 @@ pub fn thread_numbers() -> usize {
 
 #[cold]
 fn claim() -> Place {
+    // The repair of a child ends the sections of all threads but one, so it must come before the
+    // first section of any other thread.
+    process::check();
     let _signals_wait = Blocked::new();
     // A signal handler may have claimed a number since the caller's check.
     let place = place();

@@ -12,6 +12,7 @@ pub(crate) use real::Lock;
 mod real {
     use super::{Deref, DerefMut};
     use crate::raw::event::{futex_wait, futex_wake};
+    use crate::raw::process;
     use crate::sync::{AtomicU32, Ordering};
     use std::cell::UnsafeCell;
 
@@ -52,6 +53,8 @@ mod real {
 
         #[cold]
         fn lock_contended(&self) {
+            // In a child, the holder may not exist.
+            process::check();
             // ORDER(srcu-lock): Acquire, as in `lock`.
             while self.word.swap(CONTENDED, Ordering::Acquire) != FREE {
                 futex_wait(&self.word, CONTENDED);

@@ -120,7 +120,7 @@ pub(crate) fn is_idle(state: &State) -> bool {
 use thread::pause;
 #[cfg(not(mmun_loom))]
 pub(crate) use thread::{
-    adopt, after_fork, barrier, drive_polled, start, start_if_inherited, start_unless_forked,
+    adopt, after_fork, barrier, drive_polled, lose, start, start_if_inherited, start_unless_forked,
 };
 #[cfg(not(mmun_loom))]
 pub use thread::{reclaim_here, reclaimer_sleeps};
@@ -132,12 +132,19 @@ mod thread {
     use crate::raw::callback::push_boxed;
     use crate::raw::current;
     use crate::raw::event::Event;
+    use crate::raw::process;
     use crate::raw::state::inbox::INBOX;
     use crate::raw::thread::Thread;
     use std::sync::Arc;
     use std::sync::atomic::AtomicBool;
 
     static STATUS: Status = Status::new();
+
+    /// Returns the status. First repairs the domains in a child that has run no fork handler.
+    fn status() -> u8 {
+        process::check();
+        STATUS.get()
+    }
 
     /// A thread that begins to wait for a callback advances this event, which ends a pause.
     static HURRY: Event = Event::new();
@@ -169,7 +176,7 @@ mod thread {
     /// stays queued. Later calls try again, and `barrier` does the work of its own domain. Until
     /// then, a domain that has queued work keeps its page, also if the domain is dropped.
     pub(crate) fn start() {
-        if STATUS.get() != RUNNING {
+        if status() != RUNNING {
             start_if_absent();
         }
     }
@@ -184,7 +191,7 @@ mod thread {
     /// function must not allocate there, because the caller may be inside an allocator, and relies
     /// on its earlier call of `prepare`.
     pub(crate) fn start_unless_forked() {
-        match STATUS.get() {
+        match status() {
             NEVER => start_if_absent(),
             HELD => drop(STATUS.want()),
             _ => {}
@@ -193,7 +200,7 @@ mod thread {
 
     /// Starts the reclaimer in the child of a fork that has inherited work.
     pub(crate) fn start_if_inherited() {
-        if STATUS.get() == GONE && !INBOX.is_empty() {
+        if status() == GONE && !INBOX.is_empty() {
             start();
         }
     }
@@ -232,7 +239,7 @@ mod thread {
                 });
             });
         }
-        STATUS.get() == RUNNING
+        status() == RUNNING
     }
 
     /// Whether the reclaimer has no work, and sleeps or is about to: it is in no function of libc
@@ -240,13 +247,13 @@ mod thread {
     /// cannot wait for its own sleep.
     #[doc(hidden)]
     pub fn reclaimer_sleeps() -> bool {
-        let is_there = matches!(STATUS.get(), HELD | RUNNING);
+        let is_there = matches!(status(), HELD | RUNNING);
         !is_there || current::is_reclaimer() || (INBOX.is_empty() && INBOX.event.has_sleepers())
     }
 
     /// Tells whether there is no reclaimer, and no thread starts it or acts in its place.
     fn is_absent() -> bool {
-        matches!(STATUS.get(), NEVER | GONE)
+        matches!(status(), NEVER | GONE)
     }
 
     /// Starts the reclaimer. If the system gives no thread, calls `instead`.
@@ -288,6 +295,7 @@ mod thread {
     /// Waits until all callbacks queued before the call have returned. Returns whether no callback
     /// was queued meanwhile.
     pub(crate) fn barrier(state: &State) -> bool {
+        process::check();
         if is_idle(state) {
             return true;
         }
@@ -366,6 +374,11 @@ mod thread {
         HURRY.after_fork();
         STATUS.after_fork();
         false
+    }
+
+    /// In the child of a fork: the reclaimer exists only in the parent.
+    pub(crate) fn lose() {
+        STATUS.after_fork();
     }
 
     /// In the child of a fork: puts a domain with work into the inbox.

@@ -6,11 +6,13 @@
 #include "../checked.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -61,10 +63,16 @@ static void unmap(void *memory, size_t pages)
 		mmu_notifier_invalidate_range_end(&range);
 }
 
-/* Returns whether `f` succeeds in the child of a fork. */
-static bool child_succeeds(void (*f)(void))
+/* Forks as a program does that calls clone() itself: libc runs no handler of pthread_atfork(). */
+static pid_t raw_fork(void)
 {
-	pid_t child = fork();
+	return (pid_t)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0);
+}
+
+/* Returns whether `f` succeeds in a child made by `make`. */
+static bool child_succeeds(pid_t (*make)(void), void (*f)(void))
+{
+	pid_t child = make();
 	int status;
 
 	if (child == 0) {
@@ -574,7 +582,8 @@ static void the_child_of_a_fork_is_answered(void)
 	parent.cache = cache_of(&parent.device, NULL);
 	CHECK(mmun_regcache_get(parent.cache, parent.memory, PAGE, &parent.lease) == 0);
 	parent.seq = mmun_fill_begin(mmun);
-	CHECK(child_succeeds(the_child));
+	CHECK(child_succeeds(fork, the_child));
+	CHECK(child_succeeds(raw_fork, the_child));
 	mmun_regcache_put(&parent.lease);
 	CHECK(mmun_regcache_close(parent.cache) == 0);
 	CHECK(mmun_unsubscribe(parent.subscription) == 0);
