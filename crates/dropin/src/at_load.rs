@@ -1,4 +1,7 @@
-//! Registers the process for `membarrier` while it has one thread.
+//! What the library does when it is loaded.
+//!
+//! It registers handlers for forks ([`fork`](crate::ucx::fork)), and registers the process for
+//! `membarrier` if it has one thread.
 //!
 //! The sources need two kinds of `membarrier`: `hook` to replace code, the core for its read
 //! sections. The kernel registers a process with one thread at once. If there are more threads, it
@@ -16,6 +19,7 @@ static AT_LOAD: extern "C" fn() = register;
 
 /// In a process with threads, as after a `dlopen`, the sources register when they start.
 extern "C" fn register() {
+    crate::ucx::fork::register();
     if !is_single_threaded() {
         return;
     }

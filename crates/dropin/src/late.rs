@@ -1,4 +1,7 @@
-//! Changes that wait for a look-up, for UCX 1.14 to 1.16.
+//! Changes of which UCX learns at its next look-up.
+//!
+//! A change that is reported while a thread forks waits here until the fork is over
+//! (`ucx::fork`). With UCX 1.14 to 1.16 each change that the `kernel` source reports waits here.
 //!
 //! In these versions UCP's look-up reads the page table without the cache's lock, which
 //! `ucm_vm_munmap` takes to remove regions. So UCX relies on the program: memory must change in the
@@ -12,10 +15,16 @@ use std::sync::{Mutex, PoisonError};
 /// The most ranges that wait. The next one replaces them all by a range of all memory.
 const MOST: usize = 1024;
 
-/// Starts and lengths of changed ranges. The list has room for [`MOST`] from the beginning and
-/// never grows, because a callback must not allocate.
+/// Starts and lengths of changed ranges.
+///
+/// The list has room for [`MOST`] from the beginning and never grows, because a callback must not
+/// allocate. A callback must not wait for UCX either. So a thread that reports takes the ranges out
+/// of the list first, into the second one, and holds only the second lock while it reports.
 #[derive(Debug)]
-pub(crate) struct Late(Mutex<Vec<(usize, usize)>>);
+pub(crate) struct Late {
+    list: Mutex<Vec<(usize, usize)>>,
+    reporting: Mutex<Vec<(usize, usize)>>,
+}
 
 /// See [`is_waiting`].
 static IS_WAITING: AtomicBool = AtomicBool::new(false);
@@ -27,13 +36,23 @@ pub(crate) fn is_waiting() -> bool {
     IS_WAITING.load(Ordering::Acquire)
 }
 
+/// Makes look-ups take their slow path, although no change may be waiting, until a thread calls
+/// [`Late::report`].
+pub(crate) fn stop_fast_paths() {
+    IS_WAITING.store(true, Ordering::Relaxed);
+}
+
 impl Late {
     pub(crate) fn new() -> Late {
-        Late(Mutex::new(Vec::with_capacity(MOST)))
+        let list = || Mutex::new(Vec::with_capacity(MOST));
+        Late {
+            list: list(),
+            reporting: list(),
+        }
     }
 
     pub(crate) fn add(&self, start: usize, len: usize) {
-        let mut ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         if ranges.len() == MOST {
             ranges.clear();
             ranges.push((0, usize::MAX));
@@ -43,16 +62,23 @@ impl Late {
         IS_WAITING.store(true, Ordering::Relaxed);
     }
 
-    /// Reports the waiting changes. Holds the lock meanwhile, so another thread that calls this
-    /// waits: the look-up of that thread must not continue before the changes are reported.
+    /// Reports the waiting changes. Another thread that calls this meanwhile waits: the look-up of
+    /// that thread must not continue before the changes are reported.
     pub(crate) fn report(&self, mut report: impl FnMut(usize, usize)) {
-        let mut ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = self
+            .reporting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let list = || self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::swap(&mut *list(), &mut *ranges);
         for (start, len) in ranges.drain(..) {
             report(start, len);
         }
-        // ORDER(dropin-late): Release, after the reports: a thread that reads false does not call
-        // this function, and must see the reports' effect. Partner: `is_waiting`.
-        IS_WAITING.store(false, Ordering::Release);
+        if list().is_empty() {
+            // ORDER(dropin-late): Release, after the reports: a thread that reads false does not
+            // call this function, and must see the reports' effect. Partner: `is_waiting`.
+            IS_WAITING.store(false, Ordering::Release);
+        }
     }
 }
 

@@ -17,6 +17,8 @@
 
 mod caches;
 mod calls;
+pub(crate) mod fork;
+mod locks;
 
 use crate::counts;
 use crate::first::First;
@@ -34,7 +36,7 @@ use srcu::Thread;
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::time::Duration;
 
 /// `UCM_EVENT_VM_UNMAPPED`.
@@ -107,11 +109,30 @@ impl Feed {
 /// would.
 const END: usize = 1 << 56;
 
-/// Reports that a range is about to change, or has changed.
+/// Reports that a range is about to change, or has changed. While another thread forks, puts the
+/// report off.
 fn report(start: usize, len: usize) {
+    while !fork::enter() {
+        if let Some(space) = space::current() {
+            space.late.add(start, len);
+            return caches::reported();
+        }
+        // The child of a fork drops its parent's registrations, in a thread that holds no lock.
+        std::thread::yield_now();
+    }
+    tell(start, len);
+}
+
+/// Like [`report`], also while a thread forks: for a look-up, which holds no lock for which `fork`
+/// waits.
+fn report_now(start: usize, len: usize) {
+    fork::enter_always();
+    tell(start, len);
+}
+
+/// Calls UCX's handlers, then leaves them: the caller has entered.
+fn tell(start: usize, len: usize) {
     let len = len.min(END - start.min(END));
-    // Relaxed: the count publishes no data. A fork waits for 0 as best effort only.
-    FEEDING.fetch_add(1, Ordering::Relaxed);
     for vm_munmap in &VM_MUNMAPS {
         let Some(vm_munmap) = NonNull::new(vm_munmap.load(Ordering::Relaxed)) else {
             break;
@@ -124,15 +145,16 @@ fn report(start: usize, len: usize) {
         unsafe { vm_munmap(ptr::without_provenance_mut(start), len) };
     }
     caches::reported();
-    FEEDING.fetch_sub(1, Ordering::Relaxed);
+    fork::leave();
 }
 
 /// Whether UCP's look-ups hold no lock that `ucm_vm_munmap` respects: in UCX 1.14 to 1.16
 /// ([`late`]).
 static LOOKS_UNLOCKED: AtomicBool = AtomicBool::new(false);
 
-/// Notes how the caller's version of UCX looks up: without a lock, and in code inside `libucp`.
-fn note_version() {
+/// Returns the caller's version of UCX, and notes how that version looks up: without a lock, and in
+/// code inside `libucp`.
+fn note_version() -> Option<(u32, u32)> {
     let version = version();
     if version.is_some_and(|version| ((1, 14)..(1, 17)).contains(&version)) {
         LOOKS_UNLOCKED.store(true, Ordering::Relaxed);
@@ -140,22 +162,7 @@ fn note_version() {
     if version.is_some_and(|version| version >= (1, 14)) {
         IS_INLINED.store(true, Ordering::Relaxed);
     }
-}
-
-/// How many threads are inside of UCX's handlers.
-static FEEDING: AtomicU32 = AtomicU32::new(0);
-
-/// Runs in the parent, before a fork: waits until no thread is inside of UCX's handlers, for a
-/// tenth of a second at most.
-///
-/// The handlers take a spin lock of UCX's cache. If the program forks while a thread holds the
-/// lock, the lock is never released in the child, and the child waits for ever. The handler's
-/// thread must not wait for the fork instead: that thread can be inside `free` and hold a lock of
-/// the allocator, for which `fork` waits.
-extern "C" fn before_fork() {
-    space::wait_for_threads();
-    let is_free = || FEEDING.load(Ordering::Relaxed) == 0;
-    wait_until(Duration::from_millis(100), is_free);
+    version
 }
 
 /// Connects UCX to the sources of this address space, if that was not done before.
@@ -166,12 +173,7 @@ fn serve() {
     let _whole = srcu::Uncancelled::enter();
     place::begin();
     // Two threads may run this at the same time. Each step may run twice without harm.
-    let served = SERVED.get_or_make(|| {
-        // SAFETY: the handler is a function of this object; glibc removes it when the object is
-        // unloaded.
-        unsafe { libc::pthread_atfork(Some(before_fork), None, Some(serve_child)) };
-        try_serve()
-    });
+    let served = SERVED.get_or_make(try_serve);
     // Not in the first look-up, which may hold a lock of UCX.
     calls::prepare();
     match served.clone().and_then(|()| announce()) {
@@ -259,10 +261,8 @@ fn feed(space: &'static Space) -> bool {
 /// these registrations. Not here, because most children use no cache, the start takes milliseconds,
 /// and UCX can hang (see `begin_child`). If look-ups do not call this library, both happen here,
 /// because the child's first look-up cannot be noticed.
-extern "C" fn serve_child() {
-    // Relaxed, all of these: the child has one thread. A thread that finds the child's space finds
-    // these stores or later ones, because the space is published afterwards.
-    FEEDING.store(0, Ordering::Relaxed);
+fn serve_child() {
+    // Relaxed: see `fork::in_child`.
     counts::LOOKED_UP.store(false, Ordering::Relaxed);
     if !CALLS_US.load(Ordering::Relaxed) {
         begin_child();
@@ -366,7 +366,7 @@ fn settle(space: &Space) {
     space.settle();
     // Before UCX is connected there is no cache that needs the report.
     if late::is_waiting() {
-        space.late.report(report);
+        space.late.report(report_now);
     }
 }
 

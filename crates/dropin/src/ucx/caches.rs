@@ -57,9 +57,11 @@
     reason = "pointers that are published once and never freed"
 )]
 
+use super::{fork, locks};
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::time::Instant;
 
 /// A cache's page table begins less than this many bytes after the cache's address: at byte 72 to
 /// 136 in UCX 1.12 to 1.22. A cache has at least 264 bytes, so no other object's page table begins
@@ -83,6 +85,12 @@ pub(super) struct Entry {
     seen: AtomicU64,
     /// The functions of the cache's `libucs`.
     real: Functions,
+    /// The address of the cache's page table; 0 before the first registration.
+    table: AtomicUsize,
+    /// Whether the places of the cache's locks are known.
+    has_locks: AtomicBool,
+    /// How many of these locks the thread that forks holds.
+    held: AtomicUsize,
     next: *const Entry,
 }
 
@@ -114,8 +122,9 @@ fn entries() -> impl Iterator<Item = &'static Entry> {
     })
 }
 
-/// Adds a new cache, with the functions of its `libucs`.
-pub(super) fn add(cache: usize, real: Functions) {
+/// Adds a new cache, with the functions of its `libucs`, and whether the places of its locks are
+/// known.
+pub(super) fn add(cache: usize, real: Functions, has_locks: bool) {
     // All accesses but the exchange of `FIRST` are relaxed, because the creation of a cache happens
     // before its look-ups.
     let is_taken = |entry: &Entry| {
@@ -126,6 +135,8 @@ pub(super) fn add(cache: usize, real: Functions) {
     };
     if let Some(entry) = entries().find(|entry| is_taken(entry)) {
         entry.seen.store(NONE, Ordering::Relaxed);
+        entry.table.store(0, Ordering::Relaxed);
+        entry.has_locks.store(has_locks, Ordering::Relaxed);
         let copy = |to: &AtomicPtr<c_void>, from: AtomicPtr<c_void>| {
             to.store(from.into_inner(), Ordering::Relaxed);
         };
@@ -137,6 +148,9 @@ pub(super) fn add(cache: usize, real: Functions) {
         cache: AtomicUsize::new(cache),
         seen: AtomicU64::new(NONE),
         real,
+        table: AtomicUsize::new(0),
+        has_locks: AtomicBool::new(has_locks),
+        held: AtomicUsize::new(0),
         next: FIRST.load(Ordering::Relaxed),
     }));
     loop {
@@ -149,12 +163,48 @@ pub(super) fn add(cache: usize, real: Functions) {
     }
 }
 
-/// Removes a cache that is about to be destroyed.
+/// Removes a cache that is about to be destroyed. While another thread forks, waits, because that
+/// thread holds the cache's locks.
 pub(super) fn remove(cache: usize) {
+    fork::enter_after_fork();
     for entry in entries() {
         let _ = entry
             .cache
             .compare_exchange(cache, 0, Ordering::Relaxed, Ordering::Relaxed);
+    }
+    fork::leave();
+}
+
+/// The caches whose locks are known and may be in use, with their page tables.
+fn with_locks() -> impl Iterator<Item = (&'static Entry, usize)> {
+    entries().filter_map(|entry| {
+        let table = entry.table.load(Ordering::Relaxed);
+        let is_live = table != 0 && entry.cache.load(Ordering::Relaxed) != 0;
+        (is_live && entry.has_locks()).then_some((entry, table))
+    })
+}
+
+/// Takes the locks of every cache, except those that are not free until `end`.
+///
+/// For the thread that forks. Its accesses are relaxed, because no other thread accesses `held`,
+/// and because a cache is removed only while no thread forks.
+pub(super) fn take_locks(end: Instant) {
+    for (entry, table) in with_locks() {
+        entry.held.store(locks::take(table, end), Ordering::Relaxed);
+    }
+}
+
+/// Releases the locks that [`take_locks`] has taken.
+pub(super) fn release_locks() {
+    for (entry, table) in with_locks() {
+        locks::release(table, entry.held.swap(0, Ordering::Relaxed));
+    }
+}
+
+/// Makes the locks anew that [`take_locks`] has taken, in the child of a fork.
+pub(super) fn renew_locks() {
+    for (entry, table) in with_locks() {
+        locks::renew(table, entry.held.swap(0, Ordering::Relaxed));
     }
 }
 
@@ -173,6 +223,17 @@ pub(super) fn with_table(table: usize) -> Option<&'static Entry> {
 }
 
 impl Entry {
+    /// Notes where the cache's page table is.
+    #[inline]
+    pub(super) fn note_table(&self, table: usize) {
+        self.table.store(table, Ordering::Relaxed);
+    }
+
+    /// Whether the places of the cache's locks are known: in UCX 1.12 and 1.13.
+    pub(super) fn has_locks(&self) -> bool {
+        self.has_locks.load(Ordering::Relaxed)
+    }
+
     pub(super) fn real(&self) -> &Functions {
         &self.real
     }
@@ -211,7 +272,7 @@ mod tests {
     fn a_page_table_belongs_to_the_cache_around_it() {
         let caches = [0x10000, 0x20000];
         for cache in caches {
-            add(cache, Functions::default());
+            add(cache, Functions::default(), false);
         }
         for cache in caches {
             assert!(entry(cache).is_some());
@@ -224,15 +285,15 @@ mod tests {
         remove(0x10000);
         assert!(entry(0x10000).is_none() && with_table(0x10000 + 72).is_none());
         let count = entries().count();
-        add(0x30000, Functions::default());
+        add(0x30000, Functions::default(), false);
         assert!(entry(0x30000).is_some());
         assert_eq!(entries().count(), count, "the entry was used again");
     }
 
     #[test]
     fn each_cache_sees_a_report_once() {
-        add(0x50000, Functions::default());
-        add(0x60000, Functions::default());
+        add(0x50000, Functions::default(), false);
+        add(0x60000, Functions::default(), false);
         let [one, other] = [0x50000, 0x60000].map(|cache| with_table(cache).expect("added"));
         reported();
         for entry in [one, other] {

@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code, reason = "calls UCX; see the crate's Safety section")]
 
-use super::{IS_INLINED, UNSUPPORTED, ask, caches, note_version, report, settle};
+use super::{IS_INLINED, UNSUPPORTED, ask, caches, fork, locks, note_version, report, settle};
 use crate::found::{self, UCS};
 use crate::say::complain;
 use crate::{counts, late, space};
@@ -127,6 +127,9 @@ unsafe extern "C" fn ask_first(
     if RCACHE_GET.known().is_none() {
         RCACHE_GET.address.store(real.as_ptr(), Ordering::Relaxed);
     }
+    if entry.is_some_and(caches::Entry::has_locks) {
+        fork::wait();
+    }
     // In UCX 1.14 or later, a cache without an entry is one of imported memory, or its creation did
     // not call this library. In the second case its other look-ups do not call this library either.
     // So this call must not count as a look-up: otherwise the report would claim that look-ups are
@@ -161,7 +164,7 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
         complain("ucs_rcache_create: no libucs is loaded");
         return UNSUPPORTED;
     };
-    note_version();
+    let version = note_version();
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real = unsafe { std::mem::transmute::<NonNull<c_void>, Create>(real) };
     // SAFETY: the arguments are valid for `ucs_rcache_create`, because the caller promises so (see
@@ -187,7 +190,7 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
         // the same contract, needs such a string.
         let name = unsafe { CStr::from_ptr(name) };
         if !name.to_bytes().starts_with(IMPORTED) {
-            caches::add(cache.addr(), real);
+            caches::add(cache.addr(), real, version.is_some_and(locks::are_known));
         }
     }
     status
@@ -268,8 +271,13 @@ unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mu
         return ptr::null_mut();
     };
     if let Some(cache) = caches::with_table(table.addr()) {
-        ask();
-        if !cache.sees_all() {
+        // UCX 1.12 and 1.13 call this function inside of `ucs_rcache_get`, which has asked. Here the
+        // look-up holds a lock, for which a thread that forks may wait.
+        let has_asked = cache.has_locks();
+        if !has_asked {
+            ask();
+        }
+        if !cache.sees_all() && !has_asked {
             return ptr::null_mut();
         }
     }
@@ -307,14 +315,24 @@ pub(crate) unsafe extern "C" fn ucs_pgtable_insert(
     // SAFETY: the arguments are valid for `ucs_pgtable_insert`, because the caller promises so (see
     // # Safety).
     let status = unsafe { real(table, region) };
-    if status == OK && caches::with_table(table.addr()).is_some() {
+    let cache = caches::with_table(table.addr());
+    if let Some(cache) = cache.filter(|_| status == OK) {
+        cache.note_table(table.expose_provenance());
         let _whole = srcu::Uncancelled::enter();
-        if space::current().is_some_and(|space| !space.wait_for_changes()) {
+        let is_over = |space: &space::Space| {
+            // While a thread forks, does not wait with UCX's locks held.
+            fork::enter() && {
+                let is_over = space.wait_for_changes();
+                fork::leave();
+                is_over
+            }
+        };
+        if space::current().is_some_and(|space| space.kernel().is_ok() && !is_over(space)) {
             // SAFETY: the region is alive during this call, because the real function, which has
             // the same contract, needs that.
             let Region { start, end } = unsafe { region.read() };
             // The cache's lock is held, so UCX queues the range, and drops the region at the next
-            // look-up.
+            // look-up. While a thread forks, the next look-up makes the report.
             report(start, end - start);
         }
     }

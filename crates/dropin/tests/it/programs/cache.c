@@ -16,6 +16,7 @@
  * cache close            closes all descriptors but the standard ones and the device's, then does
  *                        what `stale` does, in this process
  * cache forks N          N forks while five threads register, look up and unmap
+ * cache children N       the same, and each child looks up: prints how many children hang
  * cache middle           a fork, then close_range, while five threads map and unmap
  * cache inherited, domains
  *                        registrations of several buffers, or in two caches, then a fork: the child
@@ -37,6 +38,7 @@
 #include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -684,6 +686,41 @@ static int forks(int count)
     return 0;
 }
 
+/* Returns whether a child ends within 20 seconds; ends it otherwise. */
+static int ends(pid_t child)
+{
+    int status;
+    for (double end = now() + 20e9; now() < end; usleep(200))
+        if (waitpid(child, &status, WNOHANG) == child)
+            return status == 0;
+    fprintf(stderr, "child %d hangs\n", child);
+    if (getenv("KEEP"))
+        pause();
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
+    return 0;
+}
+
+static int children(int count)
+{
+    pthread_t threads[5];
+    int hung = 0;
+    device.is_off = 1;
+    cache_open();
+    char *at = map();
+    cache_get(at, LENGTH);
+    five(register_and_unmap, threads);
+    for (int i = 0; i < count; i++) {
+        pid_t child = fork();
+        if (child == 0)
+            _exit(cache_get(at, LENGTH) < 0);
+        hung += !ends(child);
+    }
+    join(threads);
+    printf("%d hung\n", hung);
+    return 0;
+}
+
 static int middle(void)
 {
     pthread_t threads[5];
@@ -729,6 +766,8 @@ int main(int count, char **words)
         return middle();
     if (!strcmp(what, "forks"))
         return forks(atoi(number));
+    if (!strcmp(what, "children"))
+        return children(atoi(number));
     if (!strcmp(what, "speed"))
         return speed(atoi(number));
     if (!strcmp(what, "threads"))
@@ -749,6 +788,6 @@ int main(int count, char **words)
         return inherited();
     if (!strcmp(what, "domains"))
         return domains();
-    fprintf(stderr, "cache stale|patcher first|last|speed|middle|forks N|threads SECONDS|cycles N|again N|close|during|under N|fork|inherited|domains\n");
+    fprintf(stderr, "cache stale|patcher first|last|speed|middle|forks N|children N|threads SECONDS|cycles N|again N|close|during|under N|fork|inherited|domains\n");
     return 2;
 }
