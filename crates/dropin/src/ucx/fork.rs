@@ -12,9 +12,10 @@
 //! 3. After the fork, the parent releases the locks and makes the reports that were put off. The
 //!    child makes the locks anew.
 //!
-//! From 1.14 on a look-up holds a lock of UCP's context, which this library cannot take. To take
-//! the cache's locks would do harm there: a thread that waits for them holds the context's lock at
-//! the fork. So the second step is left out, and no look-up waits.
+//! From 1.14 on a look-up holds a lock of UCP's context, which this library cannot take. The longer
+//! look-ups take during a fork, the more often a thread holds that lock at the fork. So with these
+//! versions the thread that forks only waits until no other thread is inside of UCX for this
+//! library.
 //!
 //! Each wait of the thread that forks has a limit, because that thread may hold one of the locks.
 //!
@@ -25,7 +26,7 @@
 #![allow(unsafe_code, reason = "`pthread_atfork` and `gettid`")]
 
 use super::locks::until;
-use super::{LOOKS_UNLOCKED, SERVED, caches, report_now, serve_child};
+use super::{IS_INLINED, SERVED, caches, report_now, serve_child};
 use crate::{late, space};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -115,6 +116,10 @@ extern "C" fn before() {
     }
     space::wait_for_threads();
     let end = Instant::now() + LIMIT;
+    if IS_INLINED.load(Ordering::Relaxed) {
+        until(end, || INSIDE.load(Ordering::SeqCst) == 0);
+        return;
+    }
     // ORDER(dropin-fork): SeqCst, before the load of `INSIDE`. Partner: `enter`. It also acquires
     // the end of another thread's fork. Partner: the store in `after`.
     let claim = || {
@@ -142,8 +147,7 @@ extern "C" fn after() {
     caches::release_locks();
     // ORDER(dropin-fork): Release, after the locks. Partner: the exchange in `before`.
     FORKING.store(0, Ordering::Release);
-    // With UCX 1.14 to 1.16 only a look-up may make the reports.
-    if let Some(space) = space::current().filter(|_| !LOOKS_UNLOCKED.load(Ordering::Relaxed)) {
+    if let Some(space) = space::current() {
         let _whole = srcu::Uncancelled::enter();
         space.late.report(report_now);
     }
