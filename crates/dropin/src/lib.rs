@@ -5,10 +5,11 @@
 //! LD_PRELOAD=/usr/lib/libmmun_dropin.so ./application
 //! ```
 //!
-//! When it is loaded, the library registers the process for `membarrier`, by two system calls, and
-//! handlers for forks, which do nothing as long as UCX is not used. It does nothing else until the program calls `ucm_set_event_handler` (UCX's registration caches
-//! do), `fi_getinfo` or `fi_fabric`. The library defines these three functions itself, and those by
-//! which UCX makes, searches and destroys a cache. It passes each call on to the real function.
+//! When it is loaded, the library registers the process for `membarrier`, by two system calls,
+//! and handlers for forks, which do nothing as long as UCX is not used. It does nothing else
+//! until the program calls `ucm_set_event_handler` (UCX's registration caches do), `fi_getinfo`
+//! or `fi_fabric`. The library defines these three functions itself, and those by which UCX
+//! makes, searches and destroys a cache. It passes each call on to the real function.
 //!
 //! * **UCX**: the library announces itself as an external source of events, so UCX does not patch
 //!   libc. It reports memory that is about to change through `ucm_vm_munmap`. Every look-up of a

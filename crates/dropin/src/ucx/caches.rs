@@ -57,7 +57,7 @@
     reason = "pointers that are published once and never freed"
 )]
 
-use super::{fork, locks};
+use super::locks;
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -163,16 +163,13 @@ pub(super) fn add(cache: usize, real: Functions, has_locks: bool) {
     }
 }
 
-/// Removes a cache that is about to be destroyed. While another thread forks, waits, because that
-/// thread holds the cache's locks.
+/// Removes a cache that is about to be destroyed.
 pub(super) fn remove(cache: usize) {
-    fork::enter_after_fork();
     for entry in entries() {
         let _ = entry
             .cache
             .compare_exchange(cache, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
-    fork::leave();
 }
 
 /// The caches whose locks are known and may be in use, with their page tables.

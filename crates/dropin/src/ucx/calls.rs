@@ -212,7 +212,10 @@ pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
         complain("ucs_rcache_destroy: no libucs is loaded");
         return;
     };
+    // A thread that forks holds the cache's locks.
+    fork::enter_after_fork();
     caches::remove(cache.addr());
+    fork::leave();
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real =
         unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(*mut c_void)>(real) };
@@ -271,8 +274,8 @@ unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mu
         return ptr::null_mut();
     };
     if let Some(cache) = caches::with_table(table.addr()) {
-        // UCX 1.12 and 1.13 call this function inside of `ucs_rcache_get`, which has asked. Here the
-        // look-up holds a lock, for which a thread that forks may wait.
+        // UCX 1.12 and 1.13 call this function inside of `ucs_rcache_get`, which has asked. Here
+        // the look-up holds a lock, for which a thread that forks may wait.
         let has_asked = cache.has_locks();
         if !has_asked {
             ask();

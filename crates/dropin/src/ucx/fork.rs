@@ -4,8 +4,8 @@
 //! the fork, no thread of the child releases that lock, and the child's first look-up waits for
 //! ever. So the thread that forks makes three steps:
 //! 1. It sets [`FORKING`], and waits until no other thread is inside of UCX for this library. A
-//!    report of another thread must not wait for the fork: that thread can be inside `free` and hold
-//!    a lock of the allocator, for which `fork` waits. So reports are put off from now on
+//!    report of another thread must not wait for the fork: that thread can be inside `free` and
+//!    hold a lock of the allocator, for which `fork` waits. So reports are put off from now on
 //!    ([`late`]), and the next look-up makes them.
 //! 2. With UCX 1.12 and 1.13 it takes the locks of each cache ([`locks`](super::locks)). Look-ups
 //!    that begin now wait before they take a lock, because these locks prefer readers.
@@ -48,8 +48,8 @@ pub(crate) fn register() {
     unsafe { libc::pthread_atfork(Some(before), Some(after), Some(in_child)) };
 }
 
-/// Marks the calling thread as inside of UCX until [`leave`]. Returns false, and marks nothing, if a
-/// thread forks.
+/// Marks the calling thread as inside of UCX until [`leave`]. Returns false, and marks nothing, if
+/// a thread forks.
 pub(super) fn enter() -> bool {
     enter_always();
     // ORDER(dropin-fork): SeqCst: either this load sees the fork, or the thread that forks sees the
