@@ -11,8 +11,9 @@
 //! cache's last look-up. For the caches that are noted here, null is always a correct answer: it
 //! costs the slow path, no more.
 //!
-//! UCP's caches of imported memory are not noted, because null could be wrong there. After null,
-//! UCP attaches the region that the slow path returns, even if the slow path has found an old one.
+//! UCP's caches of imported memory are noted only as such, because null could be wrong there.
+//! After null, UCP attaches the region that the slow path returns, even if the slow path has
+//! found an old one.
 //!
 //! # Case analysis
 //! A change happens before a look-up by UCP. Step 2 waits until the change is reported, and then
@@ -89,6 +90,8 @@ pub(super) struct Entry {
     table: AtomicUsize,
     /// Whether the places of the cache's locks are known.
     has_locks: AtomicBool,
+    /// Whether the cache holds imported memory.
+    is_imported: AtomicBool,
     /// How many of these locks the thread that forks holds.
     held: AtomicUsize,
     next: *const Entry,
@@ -122,9 +125,17 @@ fn entries() -> impl Iterator<Item = &'static Entry> {
     })
 }
 
-/// Adds a new cache, with the functions of its `libucs`, and whether the places of its locks are
-/// known.
-pub(super) fn add(cache: usize, real: Functions, has_locks: bool) {
+/// What is known of a new cache.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Kind {
+    /// Whether the places of the cache's locks are known.
+    pub(super) has_locks: bool,
+    /// Whether the cache holds imported memory. Its look-ups are not checked: see the module.
+    pub(super) is_imported: bool,
+}
+
+/// Adds a new cache, with the functions of its `libucs`.
+pub(super) fn add(cache: usize, real: Functions, kind: Kind) {
     // All accesses but the exchange of `FIRST` are relaxed, because the creation of a cache happens
     // before its look-ups.
     let is_taken = |entry: &Entry| {
@@ -136,7 +147,8 @@ pub(super) fn add(cache: usize, real: Functions, has_locks: bool) {
     if let Some(entry) = entries().find(|entry| is_taken(entry)) {
         entry.seen.store(NONE, Ordering::Relaxed);
         entry.table.store(0, Ordering::Relaxed);
-        entry.has_locks.store(has_locks, Ordering::Relaxed);
+        entry.has_locks.store(kind.has_locks, Ordering::Relaxed);
+        entry.is_imported.store(kind.is_imported, Ordering::Relaxed);
         let copy = |to: &AtomicPtr<c_void>, from: AtomicPtr<c_void>| {
             to.store(from.into_inner(), Ordering::Relaxed);
         };
@@ -149,7 +161,8 @@ pub(super) fn add(cache: usize, real: Functions, has_locks: bool) {
         seen: AtomicU64::new(NONE),
         real,
         table: AtomicUsize::new(0),
-        has_locks: AtomicBool::new(has_locks),
+        has_locks: AtomicBool::new(kind.has_locks),
+        is_imported: AtomicBool::new(kind.is_imported),
         held: AtomicUsize::new(0),
         next: FIRST.load(Ordering::Relaxed),
     }));
@@ -210,12 +223,12 @@ pub(super) fn entry(cache: usize) -> Option<&'static Entry> {
     entries().find(|entry| entry.cache.load(Ordering::Relaxed) == cache)
 }
 
-/// The cache with this page table.
+/// The cache with this page table, unless the cache holds imported memory.
 #[inline]
 pub(super) fn with_table(table: usize) -> Option<&'static Entry> {
     entries().find(|entry| {
         let cache = entry.cache.load(Ordering::Relaxed);
-        table.wrapping_sub(cache) < TABLE_WITHIN
+        table.wrapping_sub(cache) < TABLE_WITHIN && !entry.is_imported()
     })
 }
 
@@ -229,6 +242,10 @@ impl Entry {
     /// Whether the places of the cache's locks are known: in UCX 1.12 and 1.13.
     pub(super) fn has_locks(&self) -> bool {
         self.has_locks.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_imported(&self) -> bool {
+        self.is_imported.load(Ordering::Relaxed)
     }
 
     pub(super) fn real(&self) -> &Functions {
@@ -269,7 +286,7 @@ mod tests {
     fn a_page_table_belongs_to_the_cache_around_it() {
         let caches = [0x10000, 0x20000];
         for cache in caches {
-            add(cache, Functions::default(), false);
+            add(cache, Functions::default(), Kind::default());
         }
         for cache in caches {
             assert!(entry(cache).is_some());
@@ -282,15 +299,15 @@ mod tests {
         remove(0x10000);
         assert!(entry(0x10000).is_none() && with_table(0x10000 + 72).is_none());
         let count = entries().count();
-        add(0x30000, Functions::default(), false);
+        add(0x30000, Functions::default(), Kind::default());
         assert!(entry(0x30000).is_some());
         assert_eq!(entries().count(), count, "the entry was used again");
     }
 
     #[test]
     fn each_cache_sees_a_report_once() {
-        add(0x50000, Functions::default(), false);
-        add(0x60000, Functions::default(), false);
+        add(0x50000, Functions::default(), Kind::default());
+        add(0x60000, Functions::default(), Kind::default());
         let [one, other] = [0x50000, 0x60000].map(|cache| with_table(cache).expect("added"));
         reported();
         for entry in [one, other] {

@@ -130,11 +130,11 @@ unsafe extern "C" fn ask_first(
     if entry.is_some_and(caches::Entry::has_locks) {
         fork::wait();
     }
-    // In UCX 1.14 or later, a cache without an entry is one of imported memory, or its creation did
-    // not call this library. In the second case its other look-ups do not call this library either.
-    // So this call must not count as a look-up: otherwise the report would claim that look-ups are
-    // checked.
-    if entry.is_some() || !IS_INLINED.load(Ordering::Relaxed) {
+    // In UCX 1.14 or later, the creation of a cache without an entry did not call this library, so
+    // the cache's other look-ups do not call this library either. This call must not count as a
+    // look-up: otherwise the report would claim that look-ups are checked. A look-up of imported
+    // memory does not count either, because it is not checked.
+    if entry.is_some_and(|entry| !entry.is_imported()) || !IS_INLINED.load(Ordering::Relaxed) {
         ask();
     } else if let Some(space) = space::current() {
         settle(space);
@@ -147,7 +147,7 @@ unsafe extern "C" fn ask_first(
     found::returned(unsafe { real(a, b, c, d, e, f, g) })
 }
 
-/// Creates a cache with the real function, and notes the cache unless its memory is imported.
+/// Creates a cache with the real function, and notes the cache.
 ///
 /// # Safety
 /// As for `ucs_rcache_create`.
@@ -189,9 +189,11 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
         // SAFETY: `name` is a string that is alive during this call: the real function, which has
         // the same contract, needs such a string.
         let name = unsafe { CStr::from_ptr(name) };
-        if !name.to_bytes().starts_with(IMPORTED) {
-            caches::add(cache.addr(), real, version.is_some_and(locks::are_known));
-        }
+        let kind = caches::Kind {
+            has_locks: version.is_some_and(locks::are_known),
+            is_imported: name.to_bytes().starts_with(IMPORTED),
+        };
+        caches::add(cache.addr(), real, kind);
     }
     status
 }
