@@ -5,10 +5,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Advice, MemfdFlags, fadvise, ftruncate, memfd_create};
+use rustix::fs::{Advice, MemfdFlags, fadvise, fstat, ftruncate, memfd_create};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use super::advice::{huge_page, known, small_pages};
+use super::advice::{known, small_pages};
 use super::maps::PAGES;
 use super::{LIBC, NONE, is_guest, until_changed};
 use crate::coverage::files::scratch_file;
@@ -87,9 +87,11 @@ pub(super) const OPERATIONS: &[Operation] = &[
                 );
             }
             let file = memfd_create("coverage", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB)?;
-            ftruncate(&file, huge_page() as u64)?;
+            // The size of the reserved pages, which need not be that of transparent ones.
+            let size = fstat(&file)?.st_blksize as usize;
+            ftruncate(&file, size as u64)?;
             let file = fs::File::from(file);
-            let region = Region::shared(&file, huge_page() / page_size())?;
+            let region = Region::shared(&file, size / page_size())?;
             Ok(Prepared::new(&region, 0, move || Ok(ftruncate(&file, 0)?)))
         },
     },
