@@ -61,7 +61,18 @@ fn open_mpi_over_ucx() {
 #[test]
 fn open_mpi_over_libfabric() {
     open_mpi(
-        &["--mca", "pml", "cm", "--mca", "mtl", "ofi"],
+        &[
+            "--mca",
+            "pml",
+            "cm",
+            "--mca",
+            "mtl",
+            "ofi",
+            // Open MPI 5 excludes providers such as tcp otherwise.
+            "--mca",
+            "mtl_ofi_provider_exclude",
+            "shm",
+        ],
         "hook",
         &["libfabric"],
     );

@@ -12,7 +12,7 @@ use super::{Arch, Foreign};
 macro_rules! lacks {
     ($more:literal) => {
         concat!(
-            "rdma vfio i386calls program(\"chromium\") program(\"systemd-analyze\") \
+            "vfio i386calls program(\"chromium\") program(\"systemd-analyze\") \
              program(\"systemd-socket-activate\") library(\"libopen-pal.so.40\") \
              library(\"libmimalloc.so.2.0\")",
             $more
@@ -38,7 +38,7 @@ pub(super) const ARCH: Arch = Arch {
         Series {
             distribution: Distribution::Ubuntu,
             flavour: "-generic-64k",
-            megabytes: 4096,
+            megabytes: 8192,
             ..Series::debian("7.0-64k", "resolute", LACKS)
         },
         Series::debian("newest", "trixie-backports", LACKS),
@@ -159,6 +159,7 @@ pub(super) const ARCH: Arch = Arch {
             "ucx-utils",
             "libfabric-dev",
             "libfabric-bin",
+            "ibverbs-providers",
             "openmpi-bin",
             "libopenmpi-dev",
             "mpich",

@@ -137,7 +137,7 @@ pthread_t spawn(void *(*run)(void *), void *argument)
 	return thread;
 }
 
-/* Runs `what` in a process of its own, which is killed after a minute. */
+/* Runs `what` in a process of its own, which is killed after four minutes (an emulator is slow). */
 void run(const char *name, void (*what)(void))
 {
 	int status;
@@ -146,7 +146,7 @@ void run(const char *name, void (*what)(void))
 	CHECK(child >= 0);
 	if (child == 0) {
 		signal(SIGALRM, SIG_DFL);
-		alarm(60);
+		alarm(240);
 		what();
 		_exit(0);
 	}

@@ -100,7 +100,7 @@ static void forks_among_threads(void)
 
 		CHECK(child >= 0);
 		if (child == 0) {
-			alarm(60);
+			alarm(240);
 			CHECK(!mmun_watch_valid(watch));
 			CHECK(mmun_watch(shared, memory, LENGTH, &none) == -ESRCH && !none);
 			everything();
