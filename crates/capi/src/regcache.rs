@@ -2,7 +2,7 @@
 
 use crate::args::{self, Growing};
 use crate::border::{Uncancelled, die, export, guarded};
-use crate::error::{INVALID, Refused, fail, of_cache};
+use crate::error::{IN_CALLBACK, INVALID, Refused, fail, of_cache};
 use crate::sources::{Mmun, code, share};
 use ::regcache::{Cause, Device, Lease as Held, Merge, RegCache, Registrar};
 use libc::{c_int, c_void};
@@ -265,6 +265,10 @@ impl Regcache {
     /// Deregisters all regions. Fails if a region is leased. Then the cache can still be used.
     fn empty(&self) -> Result<(), c_int> {
         self.mmun.may_wait()?;
+        // The caller calls `synchronize`, which waits for the callbacks of every address space.
+        if mmu_notifier::raw::is_inside() {
+            return Err(fail(-libc::EDEADLK, IN_CALLBACK));
+        }
         self.cache.flush();
         if self.cache.stats().regions != 0 {
             // A callback may still be deregistering regions that it has removed from the look-up.

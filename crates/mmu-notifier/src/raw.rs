@@ -18,6 +18,7 @@ pub use crate::mm::PlacedBracket;
 pub use crate::mm::notifier::Sealed;
 pub use crate::mm::subscriptions::{Embedded, Node, SurplusPut};
 
+use crate::mm::context;
 use crate::mm::subscriptions::registrar;
 use crate::mm::subscriptions::{NodeRef, NotCounted};
 use crate::{
@@ -184,4 +185,11 @@ pub fn origin(range: &InvalidateRange<'_>) -> usize {
 #[must_use]
 pub fn would_deadlock(mm: &Mm) -> bool {
     mm.would_deadlock()
+}
+
+/// Tells whether [`Notifiers::synchronize`] and [`Subsystem::synchronize`] would be refused: inside
+/// a bracket, a callback or a deferred free of any address space.
+#[must_use]
+pub fn is_inside() -> bool {
+    context::is_inside()
 }

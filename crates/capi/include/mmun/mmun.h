@@ -378,7 +378,7 @@ int mmun_regcache_open(const struct mmun *mmun, const struct mmun_registrar *reg
 /* Deregisters every region and ends the cache: after the function has returned 0, the library does
  * not call the registrar any more. For NULL the function does nothing. No other thread may use the
  * cache meanwhile. Returns -EBUSY if a lease has not been put, and -EDEADLK in a callback or inside
- * an invalidation; in both cases the cache stays open. */
+ * an invalidation, of any address space; in both cases the cache stays open. */
 int mmun_regcache_close(struct mmun_regcache *cache);
 
 /*

@@ -425,6 +425,13 @@ static void a_cache_ends_after_its_leases(void)
 	CHECK(mmun_regcache_close(cache) == -EBUSY);
 	mmun_regcache_put(&lease);
 	mmun_regcache_reap(cache);
+	struct mm_struct *other = mmun_mm_new();
+	struct mmu_notifier_range range;
+	mmu_notifier_range_init(&range, MMU_NOTIFY_UNMAP, 0, other, 0x1000, 0x2000);
+	mmu_notifier_invalidate_range_start(&range);
+	CHECK(mmun_regcache_close(cache) == -EDEADLK);
+	mmu_notifier_invalidate_range_end(&range);
+	mmput(other);
 	CHECK(mmun_regcache_close(cache) == 0);
 	CHECK(device.registered == device.deregistered);
 	unmap(memory, 1);
