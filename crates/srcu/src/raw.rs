@@ -28,6 +28,8 @@ pub(crate) mod ids;
 pub(crate) mod lock;
 #[cfg(not(mmun_loom))]
 mod pages;
+#[cfg(not(any(mmun_loom, miri)))]
+mod pin;
 #[cfg(not(mmun_loom))]
 mod place;
 #[cfg(not(mmun_loom))]
