@@ -506,9 +506,13 @@ impl Ranges {
 
     #[cold]
     fn enter_notes(&self, table: &mut Table) {
-        // Ranges are marked before the bits are cleared, so a stale range never looks clean.
-        // ORDER(dropin-dirty): Acquire. Partner: `changed`.
-        let bits = self.pending.load(Ordering::Acquire);
+        // Take the notes before the walk: a note that is set during the walk can be of a change
+        // after its range was looked at. Meanwhile the table counts as dirty.
+        // ORDER(dropin-dirty): Relaxed: the next line publishes it.
+        self.dirty.fetch_add(1, Ordering::Relaxed);
+        // ORDER(dropin-dirty): Acquire of the notes; Release: publishes the new `dirty` before the
+        // bits are cleared. Partners: `changed`, `is_clean`.
+        let bits = self.pending.swap(0, Ordering::AcqRel);
         let mut marked = 0;
         let Table { classes, marks, .. } = table;
         for ((start, len, _), entry) in classes.iter_mut().flatten() {
@@ -523,14 +527,11 @@ impl Ranges {
                 marked += usize::from(entry.meet(change, marks));
             }
         }
-        // ORDER(dropin-dirty): Release, before the bits are cleared. Partner: `is_clean`.
-        self.dirty.fetch_add(marked, Ordering::Release);
-        // Bits that were set meanwhile stay. A bit of `bits` that was set again may be cleared:
-        // each range that has it is stale, or has a valid watch. The kernel source reports a later
-        // change of a watched range again, see `Entry::is_met`.
-        // ORDER(dropin-dirty): Release: publishes the new `dirty` before the bits are cleared.
-        // Partner: `is_clean`.
-        self.pending.fetch_and(!bits, Ordering::AcqRel);
+        #[cfg(test)]
+        tests::after_the_walk(self);
+        // ORDER(dropin-dirty): Release: the marks come first. Partner: `is_clean`.
+        self.dirty
+            .fetch_add(marked.wrapping_sub(1), Ordering::Release);
     }
 
     fn mark(&self, table: &mut Table, change: Change) -> bool {

@@ -52,6 +52,34 @@ fn a_change_makes_stale_what_it_meets_and_nothing_else() {
     );
 }
 
+std::thread_local! {
+    /// A change that another thread makes while this thread enters notes.
+    static DURING_THE_WALK: std::cell::Cell<Option<Change>> = const { std::cell::Cell::new(None) };
+}
+
+/// `enter_notes` calls this when it has looked at each range.
+pub(super) fn after_the_walk(ranges: &Ranges) {
+    if let Some(change) = DURING_THE_WALK.take() {
+        assert!(
+            ranges.changed(change),
+            "the table is locked, so it is noted"
+        );
+    }
+}
+
+#[test]
+fn a_note_that_is_set_again_while_notes_are_entered_stays() {
+    let ranges = Ranges::new(false);
+    let table = ranges.lock();
+    assert!(ranges.changed(change(0x1000, 1)));
+    drop(table);
+    DURING_THE_WALK.set(Some(change(0x1000, 1)));
+    drop(ranges.lock());
+    assert!(!ranges.is_clean(), "the second note is still to be entered");
+    drop(ranges.lock());
+    assert!(ranges.is_clean());
+}
+
 #[test]
 fn equal_ranges_are_counted() {
     let ranges = Ranges::new(false);
