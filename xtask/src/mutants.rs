@@ -82,6 +82,13 @@ const MUTANTS: &[Mutant] = &[
         test: "-p mmu-source --lib without_its_broker",
     },
     Mutant {
+        name: "a-machine-in-vain-is-made-again",
+        file: "crates/mmu-source/src/kernel/machine.rs",
+        from: "if !self.has_b() && !self.is_vain {",
+        to: "if !self.has_b() {",
+        test: "-p mmu-source --lib one_machine_for_a_flood",
+    },
+    Mutant {
         name: "a-nested-miss-allocates-a-table",
         file: "crates/regcache/src/miss.rs",
         from: "            if past.is_nested {\n                // Perhaps",
@@ -156,8 +163,8 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         name: "the-count-of-the-older-machine",
         file: "crates/mmu-source/src/kernel/machine.rs",
-        from: "match self.keeper.show_b(made.as_fd()) {",
-        to: "match self.keeper.show_b(live.a.as_fd()) {",
+        from: "let is_shown = self.keeper.show_b(made.as_fd());",
+        to: "let is_shown = self.keeper.show_b(live.a.as_fd());",
         test: "stress kernel --seconds 50 --slow",
     },
     Mutant {

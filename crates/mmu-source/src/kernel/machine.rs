@@ -22,6 +22,9 @@ pub(super) struct Machines {
     keeper: Keeper,
     live: Option<Live>,
     later: Letterbox<Self>,
+    /// Whether the program could not read the count of the last machine that was made as B. Then
+    /// only a wait makes another one.
+    is_vain: bool,
     /// When a loss was last reported because the number of skipped runs was unknown.
     unknown: Option<Instant>,
 }
@@ -93,6 +96,7 @@ impl Machines {
             keeper,
             live,
             later,
+            is_vain: false,
             unknown: None,
         }
     }
@@ -123,6 +127,7 @@ impl Machines {
         if let (Keeper::Own(programs), Some(live)) = (&mut self.keeper, &self.live) {
             programs.set_resolver(resolver);
             programs.show(live.a.as_fd(), Role::Own);
+            self.is_vain = false;
         }
     }
 
@@ -134,7 +139,9 @@ impl Machines {
             return Ok(());
         };
         let made = create_vm(&live.kvm)?;
-        match self.keeper.show_b(made.as_fd()) {
+        let is_shown = self.keeper.show_b(made.as_fd());
+        self.is_vain = is_shown != Some(true);
+        match is_shown {
             Some(true) => {
                 let before = live.b.replace(made);
                 self.tell_b();
@@ -185,10 +192,11 @@ impl Machines {
         });
     }
 
-    /// Makes B, without a request, if there is none.
+    /// Makes B, without a request, if there is none, unless the program could not read the count of
+    /// the last one: each machine stops all changes of this address space for a moment.
     pub(super) fn make_b(&mut self, inner: &Inner) {
         inner.waits.change_b(|| {
-            if !self.has_b() {
+            if !self.has_b() && !self.is_vain {
                 // If this fails, the only harm is needless records.
                 let _ = self.renew_b();
             }

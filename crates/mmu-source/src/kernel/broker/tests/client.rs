@@ -158,6 +158,58 @@ fn without_its_broker_a_client_does_not_claim_that_no_run_was_skipped() {
 }
 
 #[test]
+fn without_its_broker_a_client_makes_one_machine_for_a_flood() {
+    if !can_run() {
+        return;
+    }
+    let at = At(new_path());
+    let group = nobodys_group();
+    // SAFETY: the child makes a broker and is killed.
+    let broker = unsafe { libc::fork() };
+    if broker == 0 {
+        let options = Options {
+            group,
+            max_clients: 4,
+        };
+        Broker::bind(&at.0, &options)
+            .expect("root with KVM and BPF can")
+            .serve(|_| ());
+    }
+    until(|| socket::connect_to(&at.0, SOON).is_ok());
+    let (mut go, mut going) = pipe();
+    let (mut come, mut coming) = pipe();
+    let ended = std::thread::spawn(move || {
+        let has_come = come.read_exact(&mut [0]).is_ok();
+        end(broker);
+        going.write_all(&[0]).expect("the client lives");
+        has_come
+    });
+    let good = in_child(|| {
+        become_nobody();
+        // SAFETY: the child of a fork has one thread.
+        unsafe { std::env::set_var(VARIABLE, &at.0) };
+        let kernel = Kernel::start().expect("the broker helps");
+        kernel.wait_for_threads();
+        coming.write_all(&[0]).expect("the parent lives");
+        go.read_exact(&mut [0]).expect("the parent lives");
+        let inner = std::sync::Arc::clone(&kernel.inner);
+        // A machine that is not used is closed after this closure.
+        kernel.vault().run(move |machines| {
+            let open = || {
+                let all = fs::read_dir("/proc/thread-self/fd").expect("proc is there");
+                all.filter_map(|one| fs::read_link(one.ok()?.path()).ok())
+                    .filter(|name| name.as_os_str() == "anon_inode:kvm-vm")
+                    .count()
+            };
+            let before = open();
+            (0..10).for_each(|_| machines.make_b(&inner));
+            open() - before == 1
+        })
+    });
+    assert!(ended.join().expect("no panic") && good);
+}
+
+#[test]
 fn a_hostile_socket_is_refused_and_not_believed() {
     if !can_run() {
         return;
