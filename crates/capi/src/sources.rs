@@ -203,16 +203,47 @@ impl Mmun {
     }
 }
 
-/// Copies a text into a field of a struct. Cuts a text that is too long, and ends it with a zero
-/// byte.
+/// Copies a text into a field of a struct, and ends it with a zero byte. Shortens a text that is
+/// too long.
 fn text(text: &str) -> [c_char; WHY] {
     let mut field = [0; WHY];
+    let text = shortened(text, WHY - 1);
     let bytes = text.bytes().map(|byte| byte as c_char);
     field
         .iter_mut()
-        .zip(bytes.take(WHY - 1))
+        .zip(bytes)
         .for_each(|(place, byte)| *place = byte);
     field
+}
+
+/// Returns a text of at most `most` bytes. Never cuts a command, because half a command can do harm
+/// if it is run: leaves out whole clauses of the reason, and keeps the command at the end if there
+/// is room for it.
+fn shortened(text: &str, most: usize) -> String {
+    const GAP: &str = " ...";
+    if text.len() <= most {
+        return text.to_owned();
+    }
+    let (reason, hint) = match text.rfind(" (try: ") {
+        Some(at) if text.ends_with(')') && text.len() - at <= most / 2 => text.split_at(at),
+        Some(at) => (&text[..at], ""),
+        None => (text, ""),
+    };
+    let room = most - GAP.len() - hint.len();
+    let ends_clause = |at: usize| {
+        let (before, after) = reason.split_at(at);
+        let is_outside = before.matches('(').count() == before.matches(')').count();
+        let is_end = ["; ", ": ", ", ", " ("]
+            .iter()
+            .any(|mark| after.starts_with(mark));
+        is_outside && is_end
+    };
+    let ends = (0..=room).filter(|at| reason.is_char_boundary(*at) && ends_clause(*at));
+    let end = match reason.len() <= room {
+        true => reason.len(),
+        false => ends.max().unwrap_or(0),
+    };
+    format!("{}{GAP}{hint}", &reason[..end])
 }
 
 /// Returns a further reference to the object behind the program's handle.
@@ -325,6 +356,33 @@ export! {
 
 const _: () =
     assert!(size_of::<Status>() == Status::FIRST && size_of::<Options>() == Options::FIRST);
+
+#[cfg(test)]
+mod tests {
+    use super::shortened;
+
+    #[test]
+    fn a_text_that_is_too_long_loses_clauses_and_keeps_its_command() {
+        let lack = "source kernel lacks the right to open /dev/kvm, owner 0, group kvm, mode 0600";
+        let more = ": Permission denied (os error 13); the broker at /run/mmun/broker.sock cannot \
+                    help: none listens there (Connection refused (os error 111))";
+        let hint = " (try: sudo setfacl -m u:$(id -un):rw /dev/kvm)";
+        let whole = format!("{lack}{more}{hint}");
+        for most in 0..200 {
+            let most = most + 60;
+            let short = shortened(&whole, most);
+            assert!(short.len() <= most, "{short}");
+            assert_eq!(short.contains("sudo"), short.ends_with(hint), "{short}");
+        }
+        assert!(shortened(&whole, 255).starts_with(&format!("{lack}: Permission denied")));
+        assert_eq!(shortened(&whole, 400), whole);
+        assert_eq!(
+            shortened("no command, no end of a clause", 20),
+            "no command ..."
+        );
+        assert_eq!(shortened("äöü (run: rm -r /tmp/x)", 16), "äöü ...");
+    }
+}
 
 crate::layout::layout! {
     "mmun_options" = Options { size, sources, required }

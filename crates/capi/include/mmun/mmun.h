@@ -152,7 +152,8 @@ struct mmun_status {
 	uint64_t changes;       /* Changes of watched memory that the kernel source has counted. */
 	uint64_t lost;          /* How often the kernel source lost records. After each loss it
 				 * reports a change of all memory. */
-	char no_hook[256];      /* Why the hook does not run; empty if it runs or was not requested. */
+	char no_hook[256];      /* Why the hook does not run; empty if it runs or was not requested. A
+				 * text that is too long lacks clauses, but no part of a command. */
 	char no_kernel[256];    /* The same for the kernel source. */
 };
 
