@@ -46,7 +46,7 @@ sources! {
     "hook":
         "changes through libc: munmap, mmap over live memory, mremap, madvise, brk, sbrk, shmat, shmdt, mprotect, syscall(2)",
         "before and after the change, in the calling thread",
-        "truncated and punched files (ftruncate, fallocate), copy on write (fork), mlock, system call instructions outside of libc, a second libc, other processes",
+        "truncated or punched files (ftruncate, fallocate), copy on write (fork), mlock, calls that bypass libc, a second libc, other processes",
         "subscribe, put, map and unmap; it must not allocate, because it may run inside free()",
         "some 50 ns for each call",
         "x86-64 or aarch64, glibc";
@@ -60,7 +60,7 @@ sources! {
     "process":
         "memory calls, fork, exec and exit of other processes",
         "before and after the change, while the task is stopped",
-        "changes that no memory call of a traced task makes: truncated and punched files, page faults, other processes; if a call splits a huge page, the rest of that page",
+        "changes without a memory call of a traced task (truncated or punched files, page faults); if a call splits a huge page, the rest of it",
         "allocate, lock and block; it must not wait for a stopped task",
         "two stops of the task for each memory call",
         "ptrace of a program that has no tracer and does not trace itself (AddressSanitizer: LSAN_OPTIONS=detect_leaks=0), Linux 5.3, x86-64 or aarch64";
