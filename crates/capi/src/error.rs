@@ -49,6 +49,30 @@ pub(crate) fn fail_with(code: c_int, text: String) -> c_int {
     code
 }
 
+/// Formats an error of a source with its remedy as one line.
+pub(crate) fn line_of_source(error: &Error) -> String {
+    let mut line = match error {
+        // The first advice is the broker, which lends the program nothing but the source.
+        Error::Unavailable {
+            source: source @ "kernel",
+            missing,
+            remedy,
+        } if GRANTS.iter().any(|grant| remedy.starts_with(grant)) => {
+            let broker = mmu_source::kernel::BROKER;
+            let missing = missing.replace(&format!(" ({broker})"), "");
+            format!("source {source} lacks {missing} (try: {broker})")
+        }
+        _ => line(error),
+    };
+    if let Some(hint) = error.hint() {
+        let _ = write!(line, "; {hint}");
+    }
+    line
+}
+
+/// How the commands begin that give a right to a user or to a program.
+const GRANTS: [&str; 3] = ["sudo setcap ", "sudo setfacl ", "sudo usermod "];
+
 /// Formats an error and its chain of sources as one line.
 pub(crate) fn line(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
@@ -68,12 +92,12 @@ pub(crate) fn of_source(error: &Error) -> c_int {
         Error::AfterFork { .. } => fail(-libc::ESRCH, INHERITED),
         Error::InCallback { .. } => fail(-libc::EDEADLK, IN_CALLBACK),
         Error::Unavailable { .. } | Error::Unsupported { .. } => {
-            fail_with(-libc::EOPNOTSUPP, line(error))
+            fail_with(-libc::EOPNOTSUPP, line_of_source(error))
         }
         Error::Kernel { source, .. } | Error::Arm { source, .. } => {
-            fail_with(errno(source), line(error))
+            fail_with(errno(source), line_of_source(error))
         }
-        _ => fail_with(-libc::EIO, line(error)),
+        _ => fail_with(-libc::EIO, line_of_source(error)),
     }
 }
 
@@ -138,9 +162,11 @@ export! {
             Some(libc::ENOSPC) => c"the registration cache is full, and every region in it is leased",
             Some(libc::EFBIG) => c"the range is larger than the limit of the registration cache",
             Some(libc::EFAULT) => c"not all of the range is mapped",
-            Some(libc::ENOMEM) => c"out of memory, or over the limit of locked memory (ulimit -l)",
+            Some(libc::ENOMEM) => c"out of memory or of mappings (sysctl vm.max_map_count), or over the limit of locked memory (ulimit -l)",
             Some(libc::EPERM) => c"operation not permitted",
-            Some(libc::EAGAIN) => c"try again",
+            Some(libc::EMFILE) => c"the limit of open files is reached (ulimit -n)",
+            Some(libc::ENFILE) => c"the system's limit of open files is reached (sysctl fs.file-max)",
+            Some(libc::EAGAIN) => c"a limit of threads, processes or locked memory is reached",
             Some(libc::EIO) => c"input/output error",
             _ => c"an error number of the operating system or the registrar",
         };

@@ -2,7 +2,7 @@
 
 use crate::args::{self, Growing};
 use crate::border::{Uncancelled, export};
-use crate::error::{IN_CALLBACK, INHERITED, INVALID, fail, fail_with, line, of_source};
+use crate::error::{IN_CALLBACK, INHERITED, INVALID, fail, fail_with, line_of_source, of_source};
 use crate::fills::Fills;
 use libc::{c_char, c_int};
 use mmu_notifier::MmWithUser;
@@ -86,9 +86,10 @@ impl Mmun {
             if required & which != 0 || is_fault {
                 Err(of_source(error))
             } else {
-                Ok(line(error))
+                Ok(line_of_source(error))
             }
         };
+        mmu_source::prepare().map_err(|error| of_source(&error))?;
         let mm = mmu_source::current_ref();
         let (mut kernel, mut no_kernel) = (None, String::new());
         if wanted & KERNEL != 0 {

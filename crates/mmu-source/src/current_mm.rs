@@ -1,6 +1,7 @@
 //! The address space of this process.
 
-use crate::fork::{keep, marks, space};
+use crate::Error;
+use crate::fork::{keep, marks, space, try_marks};
 use mmu_notifier::MmWithUser;
 use std::sync::atomic::Ordering;
 
@@ -22,6 +23,8 @@ use std::sync::atomic::Ordering;
 /// # Blocking
 /// The first use allocates, and waits while another thread makes the address space. Later uses do
 /// not block.
+/// # Panics
+/// If the first use finds no memory for a page. Start a source before: it returns an error instead.
 /// # Examples
 /// ```
 /// let mm = mmu_source::current();
@@ -36,6 +39,8 @@ pub fn current() -> MmWithUser {
 ///
 /// # Blocking
 /// As [`current`].
+/// # Panics
+/// As [`current`].
 pub fn current_ref() -> &'static MmWithUser {
     current_if_made().unwrap_or_else(make)
 }
@@ -49,6 +54,15 @@ pub fn current_ref() -> &'static MmWithUser {
 pub fn current_if_made() -> Option<&'static MmWithUser> {
     // ORDER(source-space): Acquire, for the content. Partner: the store in `make`.
     space(marks().space.load(Ordering::Acquire))
+}
+
+/// Maps the memory without which [`current`] panics.
+///
+/// # Errors
+/// [`Error::Kernel`] if there is no memory, or if the limit of mappings is reached.
+#[doc(hidden)]
+pub fn prepare() -> Result<(), Error> {
+    try_marks().map(drop)
 }
 
 #[cold]

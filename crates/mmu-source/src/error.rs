@@ -102,6 +102,21 @@ impl Error {
                     "ptrace may be forbidden here, as in some containers"
                 })
             }
+            Error::Spawn { source, .. }
+            | Error::Kernel {
+                call: START,
+                source,
+                ..
+            } if source.raw_os_error() == Some(libc::EAGAIN) => Some(
+                "the limit of processes and threads is reached (ulimit -u, or pids.max of the control group)",
+            ),
+            Error::Kernel {
+                call: "mmap" | "mremap" | "mprotect",
+                source,
+                ..
+            } if source.raw_os_error() == Some(libc::ENOMEM) => Some(
+                "a limit of memory or mappings is reached (ulimit -v, sysctl vm.max_map_count)",
+            ),
             Error::Unsupported { .. } => Some("Linux 5.3 or later on x86-64 or aarch64 is needed"),
             Error::Spawn { source, .. }
             | Error::Kernel { source, .. }
@@ -170,6 +185,9 @@ impl std::error::Error for Error {
         }
     }
 }
+
+/// The call of [`Error::Kernel`] if the system gives no thread.
+pub(crate) const START: &str = "start of a thread";
 
 /// Tells whether this thread is traced. If `/proc` cannot be read, returns false.
 fn is_traced() -> bool {
@@ -240,6 +258,18 @@ mod tests {
             source: io::Error::from_raw_os_error(libc::EMFILE),
         };
         assert!(error.hint().is_some_and(|hint| hint.contains("ulimit -n")));
+        for (call, errno, advice) in [
+            (START, libc::EAGAIN, "ulimit -u"),
+            ("mmap", libc::ENOMEM, "vm.max_map_count"),
+        ] {
+            let source = io::Error::from_raw_os_error(errno);
+            let error = Error::Kernel {
+                call,
+                tid: None,
+                source,
+            };
+            assert!(error.hint().is_some_and(|hint| hint.contains(advice)));
+        }
     }
 
     #[test]

@@ -21,6 +21,7 @@
 use crate::Error;
 use crate::wait::until;
 use std::any::Any;
+use std::io;
 use std::mem;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
@@ -57,26 +58,43 @@ static PAGE: AtomicPtr<Marks> = AtomicPtr::new(ptr::null_mut());
 /// Returns the page of this address space.
 ///
 /// # Panics
-/// If the page cannot be mapped.
+/// If the page cannot be mapped. After [`try_marks`] has succeeded, this function does not panic.
 #[inline]
 pub(crate) fn marks() -> &'static Marks {
+    mapped().unwrap_or_else(|| map().expect("there is memory for one page"))
+}
+
+/// Like [`marks`], for functions that can return an error.
+pub(crate) fn try_marks() -> Result<&'static Marks, Error> {
+    let failed = |source| Error::Kernel {
+        call: "mmap",
+        tid: None,
+        source,
+    };
+    mapped().map_or_else(map, Ok).map_err(failed)
+}
+
+#[inline]
+fn mapped() -> Option<&'static Marks> {
     // ORDER(source-marks): Acquire: another thread's mapping of the page happens before its use
     // here. Partner: the exchange in `map`.
     let page = PAGE.load(Ordering::Acquire);
     // SAFETY: a dereference needs a live, initialised `Marks`. `PAGE` is null or the page that
     // `map` mapped. That page is never unmapped, and zeroes are a valid `Marks`.
-    unsafe { page.as_ref() }.unwrap_or_else(map)
+    unsafe { page.as_ref() }
 }
 
 #[cold]
-fn map() -> &'static Marks {
+fn map() -> io::Result<&'static Marks> {
     let (protection, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
     );
     // SAFETY: the kernel chooses the address of the new mapping, so no existing memory changes.
     let page = unsafe { libc::mmap(ptr::null_mut(), 4096, protection, flags, -1, 0) };
-    assert_ne!(page, libc::MAP_FAILED, "one page can be mapped");
+    if page == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
     // SAFETY: the advice changes only how a fork copies the page mapped above.
     let wiped = unsafe { libc::madvise(page, 4096, libc::MADV_WIPEONFORK) } == 0;
     let page = page.cast::<Marks>();
@@ -93,14 +111,14 @@ fn map() -> &'static Marks {
                 unsafe { libc::pthread_atfork(None, None, Some(wipe)) };
             }
             // SAFETY: the page was mapped above and is never unmapped.
-            unsafe { &*page }
+            Ok(unsafe { &*page })
         }
         Err(first) => {
             // SAFETY: `PAGE` never held this page, so no other code has a pointer into it.
             unsafe { libc::munmap(page.cast(), 4096) };
             // SAFETY: the exchange failed, so `first` is the page that another thread mapped. That
             // page is never unmapped, and zeroes are a valid `Marks`.
-            unsafe { &*first }
+            Ok(unsafe { &*first })
         }
     }
 }

@@ -107,7 +107,7 @@
 mod glibc;
 
 use crate::Error;
-use crate::fork::{mark, marks};
+use crate::fork::{mark, marks, try_marks};
 use std::sync::atomic::Ordering;
 
 /// The patches in libc. The patches stay installed while at least one `Hook` exists.
@@ -135,6 +135,7 @@ impl Hook {
     /// kernel refuses to replace a page of code (`EACCES` or `EPERM` under a security module, or
     /// where code is sealed). Then nothing is patched.
     pub fn install() -> Result<Self, Error> {
+        try_marks()?;
         glibc::install().map(|()| Self { id: mark() })
     }
 

@@ -140,6 +140,8 @@ mod wait;
 mod watching;
 
 pub use armed::{Armed, ReadSeq};
+#[doc(hidden)]
+pub use missing::BROKER;
 pub use probe::{Features, probe, probe_all};
 pub(crate) use watching::Watching;
 

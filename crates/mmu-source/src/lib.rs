@@ -129,6 +129,8 @@ mod wait;
 mod watch;
 mod watch_table;
 
+#[doc(hidden)]
+pub use current_mm::prepare;
 pub use current_mm::{current, current_if_made, current_ref};
 pub use error::Error;
 pub use sources::{SOURCES, SourceInfo};

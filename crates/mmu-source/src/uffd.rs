@@ -46,7 +46,7 @@ mod sys;
 
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::{marks, running};
+use crate::fork::{marks, running, try_marks};
 use crate::ranges::whole_pages;
 use crate::vault::Vault;
 use crate::wait;
@@ -149,7 +149,7 @@ impl Uffd {
     /// [`Error::Unavailable`] if the kernel or this process's privileges lack something;
     /// [`Error::Kernel`] if a thread cannot be started or another system call fails.
     pub fn start() -> Result<Arc<Self>, Error> {
-        running(&marks().uffd, Self::make)
+        running(&try_marks()?.uffd, Self::make)
     }
 
     fn make(id: u64) -> Result<Self, Error> {

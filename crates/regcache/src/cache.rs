@@ -39,8 +39,8 @@ impl<R: Registrar> Cache<R> {
     pub(crate) fn new(registrar: Arc<R>, options: Options) -> io::Result<Self> {
         Ok(Self {
             index: Index::new(options.max_regions)?,
-            handles: Handles::new(options.max_regions as usize),
-            state: Mutex::new(State::new(options.max_regions)),
+            handles: Handles::new(options.max_regions as usize)?,
+            state: Mutex::new(State::new(options.max_regions)?),
             ended: Condvar::new(),
             in_callbacks: registrar.deregisters_in_callbacks(),
             registrar,

@@ -69,8 +69,8 @@ impl Index {
     pub(crate) fn new(regions: u32) -> io::Result<Self> {
         Ok(Self {
             page: Page::new()?,
-            regions: Array::zeroes(regions as usize + 1),
-            threads: Threads::new(barrier::prepare()),
+            regions: Array::zeroes(regions as usize + 1)?,
+            threads: Threads::new(barrier::prepare())?,
             counted_hits: AtomicU64::new(0),
             unasked: AtomicBool::new(false),
         })

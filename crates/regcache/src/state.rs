@@ -26,6 +26,7 @@ use crate::walk::{Levels, Summary, Walked, walk};
 use list::List;
 use mmu_notifier::{PAGE_SIZE, VaRange};
 use open::Open;
+use std::io;
 
 /// How many regions may overlap in one granule. If there are as many, a further request is merged
 /// with them, even with `Merge::Never`.
@@ -96,9 +97,9 @@ fn with_neighbours(range: VaRange) -> VaRange {
 }
 
 impl State {
-    pub(crate) fn new(regions: u32) -> Self {
-        Self {
-            entries: Array::zeroes(regions as usize),
+    pub(crate) fn new(regions: u32) -> io::Result<Self> {
+        Ok(Self {
+            entries: Array::zeroes(regions as usize)?,
             free: 0,
             high: 0,
             live: List::default(),
@@ -106,7 +107,7 @@ impl State {
             registering: List::default(),
             killed: 0,
             scan: 0,
-            summary: Summary::new(),
+            summary: Summary::new()?,
             regions: 0,
             bytes: 0,
             live_regions: 0,
@@ -116,7 +117,7 @@ impl State {
             closed: false,
             waiters: 0,
             counts: Counts::default(),
-        }
+        })
     }
 
     fn entry(&mut self, region: u32) -> &mut Entry {

@@ -8,6 +8,7 @@
 use crate::granule::{BLOCK_SHIFT, Granule, LEVELS, SMALL_LEVELS, level_of, shift, span};
 use crate::raw::memory::Array;
 use mmu_notifier::{Va, VaRange};
+use std::io;
 
 const SMALL: u64 = (1 << SMALL_LEVELS) - 1;
 const COUNTERS: usize = 4096;
@@ -25,13 +26,13 @@ pub(crate) struct Summary {
 }
 
 impl Summary {
-    pub(crate) fn new() -> Self {
-        Self {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self {
             levels: [0; LEVELS as usize],
             in_use: 0,
             largest: 0,
-            blocks: Array::zeroes(COUNTERS),
-        }
+            blocks: Array::zeroes(COUNTERS)?,
+        })
     }
 
     /// Adds a region. Returns whether the levels that look-ups read may have to be updated.
@@ -214,7 +215,7 @@ mod tests {
             range(1 << 20, 1 << 16),
             range(0, 100_000),
         ];
-        let mut summary = Summary::new();
+        let mut summary = Summary::new().expect("there is memory");
         regions.iter().for_each(|region| _ = summary.add(*region));
         for walked in [
             range(0, 1),
@@ -248,7 +249,7 @@ mod tests {
 
     #[test]
     fn a_walk_over_everything_gives_up() {
-        let mut summary = Summary::new();
+        let mut summary = Summary::new().expect("there is memory");
         let _: Levels = summary.add(range(0, 1));
         let walked_all = walk(
             &mut summary,

@@ -33,6 +33,11 @@
  *
  * Errors     A function returns 0 or a negative error number. mmun_last_error() returns the details
  *            as one line of text.
+ * Memory     Functions that open return -ENOMEM for the large parts: mmun_open() also at the limit
+ *            of mappings (sysctl vm.max_map_count), mmun_regcache_open() for its tables. A lack of
+ *            memory for small objects, such as a watch, for a table of a cache that grows, and for
+ *            the counters of a new thread ends the process with a message, as it does in most
+ *            programs of Rust.
  * Arguments  A null handle, a null or misaligned pointer to a struct or to a result, an empty range
  *            and a range that wraps are -EINVAL. A function that fails sets a resulting handle to
  *            NULL. Arguments may overlap: a function reads all inputs before it writes an output.
@@ -132,7 +137,8 @@ struct mmun_options {
  *
  * -EOPNOTSUPP: a required source does not work here, or no source works. mmun_last_error() then
  * names the missing feature or right, and how to grant it. -EINVAL, -E2BIG: the options are wrong.
- * Other errors come from the kernel.
+ * -ENOMEM: no memory, or the limit of mappings is reached. Other errors come from the kernel. While
+ * the kernel source runs, mmun_watch() and functions that wait need up to eight free descriptors.
  */
 int mmun_open(const struct mmun_options *options, struct mmun **mmun);
 
@@ -176,6 +182,9 @@ struct mmun_watch;
  * A change of the range makes the watch invalid. If the kernel source runs, it detects the changes.
  * Otherwise the hook and the invalidations that the program opens do. The function may wait for
  * changes under way, so it returns -EDEADLK in a callback or inside an invalidation.
+ *
+ * -EINVAL: the range is empty or wraps. -ESRCH: the handle is the parent's. With the kernel source
+ * also -EMFILE and -ENFILE (a limit of open files) and other errors of KVM.
  */
 int mmun_watch(const struct mmun *mmun, const void *address, size_t length, struct mmun_watch **watch);
 
@@ -188,7 +197,9 @@ int mmun_watch(const struct mmun *mmun, const void *address, size_t length, stru
  * again after the use. It returns false for NULL.
  *
  * With the kernel source it may return false although the range has not changed. This happens while
- * another thread keeps reading the source's records, and after a change of other memory nearby. If
+ * another thread keeps reading the source's records, after a change of the same addresses in
+ * another process with a virtual machine, such as a parent or child that has opened the library
+ * too, and after a change of other memory nearby. If
  * munmap(), mprotect() or mremap() cuts a mapping at an address that is not a multiple of 2 MiB,
  * the kernel announces a change of the whole 2 MiB around the cut, even if no huge page lies there.
  * So give buffers that are unmapped one by one mappings of their own, with a gap or different
@@ -273,7 +284,8 @@ struct mmun_ops {
  * mmun_settle() before each look-up, or keeps a watch in each entry and uses callbacks only to free
  * entries early.
  *
- * -EDEADLK in a callback or inside an invalidation.
+ * -EDEADLK in a callback or inside an invalidation. -ESRCH: the handle is the parent's. -EINVAL,
+ * -E2BIG: `ops` is wrong.
  */
 int mmun_subscribe(const struct mmun *mmun, const struct mmun_ops *ops, void *context,
 		   struct mmun_subscription **subscription);
@@ -372,7 +384,8 @@ struct mmun_lease {
 };
 
 /* Opens a cache for this process's memory. If `options` is NULL, every option is zero. The library
- * copies `registrar`. */
+ * copies `registrar`. -EINVAL, -E2BIG: the registrar or the options are wrong. -ENOMEM: no memory
+ * for the tables. -EDEADLK in a callback or inside an invalidation. -ESRCH: `mmun` is the parent's. */
 int mmun_regcache_open(const struct mmun *mmun, const struct mmun_registrar *registrar,
 		       const struct mmun_regcache_options *options, struct mmun_regcache **cache);
 
@@ -390,7 +403,9 @@ int mmun_regcache_close(struct mmun_regcache *cache);
  * mmun_lease_valid() returns false, and no later mmun_regcache_get() finds the region.
  *
  * An error of the registrar is returned as it is. -ENOSPC: every region in the full cache is
- * leased. -EFBIG: the request is larger than max_bytes. -EDEADLK: a miss in a callback of the
+ * leased. -EFBIG: the request is larger than max_bytes. -EINVAL: the range is empty or wraps.
+ * -ESRCH: the cache is the parent's. -EMFILE: a limit of open files, with the kernel source.
+ * -EDEADLK: a miss in a callback of the
  * kernel source, or a request that would wait for its own thread. After an error the lease is
  * empty.
  */

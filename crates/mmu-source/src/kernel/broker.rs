@@ -134,7 +134,18 @@ impl Broker {
                 _ => return Err(kernel_error("bind", io::ErrorKind::AddrInUse.into())),
             }
         }
-        let listener = socket::bind_at(path).map_err(failed("bind"))?;
+        let listener = socket::bind_at(path).map_err(|error| {
+            let call = match error.kind() {
+                io::ErrorKind::NotFound => {
+                    "bind in a folder that does not exist (root makes that of the default; others choose --socket PATH)"
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "bind in a folder where this user may not write (choose --socket PATH)"
+                }
+                _ => "bind",
+            };
+            kernel_error(call, error)
+        })?;
         std::os::unix::fs::chown(path, None, group).map_err(failed("chown of the socket"))?;
         let mode = if group.is_some() { 0o660 } else { 0o600 };
         fs::set_permissions(path, fs::Permissions::from_mode(mode))

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 /// The command that starts a broker, which gives an ordinary user the source without privileges.
 /// The command needs root.
-pub(super) const BROKER: &str = "sudo mmun broker --group \"$(id -gn)\"";
+pub const BROKER: &str = "sudo mmun broker --group \"$(id -gn)\"";
 
 pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
     Error::Unavailable {
@@ -18,6 +18,17 @@ pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
 
 fn exhausted(error: &io::Error) -> Option<Error> {
     crate::error::exhausted(error).map(|(missing, remedy)| unavailable(missing, &remedy))
+}
+
+/// Turns the failure of a call whose limit was reached into the lack of what is limited.
+pub(super) fn of_exhaustion(error: Error) -> Error {
+    match error {
+        Error::Kernel { call, source, .. } if call != "mmap" => match exhausted(&source) {
+            Some(lack) => lack,
+            None => super::kernel_error(call, source),
+        },
+        error => error,
+    }
 }
 
 pub(super) fn kvm_missing(error: &io::Error) -> Error {

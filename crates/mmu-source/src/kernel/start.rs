@@ -15,7 +15,7 @@ use super::wait::Waits;
 use super::{Inner, Kernel, kernel_error};
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::{mark, marks, running};
+use crate::fork::{mark, marks, running, try_marks};
 use crate::queue::Queue;
 use crate::vault::Vault;
 use srcu::Thread;
@@ -43,7 +43,8 @@ impl Kernel {
     /// suffice. The error names the missing requirement, and a command that provides it.
     /// [`Error::Kernel`] if a thread cannot be started or memory cannot be mapped.
     pub fn start() -> Result<Arc<Self>, Error> {
-        running(&marks().kernel, |mark| Self::make(mark, RING, true))
+        running(&try_marks()?.kernel, |mark| Self::make(mark, RING, true))
+            .map_err(missing::of_exhaustion)
     }
 
     /// Starts a source that gets no events from the kernel, only those of [`inject`](Self::inject).

@@ -7,7 +7,7 @@
 
 use crate::Error;
 use crate::current_mm::current_ref;
-use crate::fork::{marks, running_unlocked};
+use crate::fork::{marks, running_unlocked, try_marks};
 use crate::watch_table::{Id, Table, Word, enter};
 use mmu_notifier::{InvalidateRange, Notifier, Registration, VaRange};
 use std::sync::atomic::{AtomicBool, Ordering, fence};
@@ -54,7 +54,7 @@ impl Notifier for Marks {
 
 impl Brackets {
     fn running() -> Result<Arc<Self>, Error> {
-        running_unlocked(&marks().brackets, |id| {
+        running_unlocked(&try_marks()?.brackets, |id| {
             let marks = Marks(Mutex::new(Table::with_room(64)));
             let registration = Registration::new(current_ref(), marks)
                 .map_err(|_| Error::InCallback { source: "watch" })?;

@@ -2,6 +2,7 @@
 
 use super::memory::{Array, Zero};
 use std::cell::UnsafeCell;
+use std::io;
 use std::mem::MaybeUninit;
 
 /// # Invariants
@@ -25,8 +26,8 @@ unsafe impl<T> Zero for Place<T> {
 unsafe impl<T: Send + Sync> Sync for Handles<T> {}
 
 impl<T> Handles<T> {
-    pub(crate) fn new(len: usize) -> Self {
-        Self(Array::zeroes(len))
+    pub(crate) fn new(len: usize) -> io::Result<Self> {
+        Array::zeroes(len).map(Self)
     }
 
     /// Writes a region's handle.

@@ -1,5 +1,6 @@
 //! Large arrays of zeroes. The kernel allocates memory only for the parts that are touched.
 
+use std::io;
 use std::ops::Deref;
 use std::ptr::NonNull;
 
@@ -41,19 +42,19 @@ unsafe impl<T: Sync> Sync for Array<T> {}
 const HUGE: usize = 2 << 20;
 
 impl<T: Zero> Array<T> {
-    /// Makes an array of `len` zeroes.
-    pub(crate) fn zeroes(len: usize) -> Self {
+    /// Makes an array of `len` zeroes. Fails with `OutOfMemory`.
+    pub(crate) fn zeroes(len: usize) -> io::Result<Self> {
         #[cfg(not(mmun_loom))]
         if size_of::<T>() * len >= HUGE {
             if let Some(huge) = Self::huge(len) {
-                return huge;
+                return Ok(huge);
             }
         }
         // INVARIANT: the box was just leaked.
-        Self {
-            elements: NonNull::from(Box::leak(boxed(len))),
+        Ok(Self {
+            elements: NonNull::from(Box::leak(boxed(len)?)),
             mapped: None,
-        }
+        })
     }
 
     /// Makes an array in a mapping of its own, aligned to a huge page.
@@ -83,27 +84,28 @@ impl<T: Zero> Array<T> {
     }
 }
 
-/// Makes a box of `len` zeroes.
+/// Makes a box of `len` zeroes. Fails with `OutOfMemory`.
 #[cfg(not(mmun_loom))]
-pub(super) fn boxed<T: Zero>(len: usize) -> Box<[T]> {
-    use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
+pub(super) fn boxed<T: Zero>(len: usize) -> io::Result<Box<[T]>> {
+    use std::alloc::{Layout, alloc_zeroed};
     let layout = Layout::array::<T>(len).expect("an array fits in the address space");
     if layout.size() == 0 {
-        return Box::new([]);
+        return Ok(Box::new([]));
     }
     // SAFETY: the size must not be zero, which was checked above.
     let zeroes = unsafe { alloc_zeroed(layout) }.cast::<T>();
     if zeroes.is_null() {
-        handle_alloc_error(layout);
+        // The error of the system call, so that it has a number.
+        return Err(rustix::io::Errno::NOMEM.into());
     }
     // SAFETY: the box must own an allocation with the layout of `len` valid elements. The
     // allocation was just made with that layout, and `T: Zero` says that zeroes are valid.
-    unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(zeroes, len)) }
+    Ok(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(zeroes, len)) })
 }
 
 #[cfg(mmun_loom)]
-pub(super) fn boxed<T: Zero>(len: usize) -> Box<[T]> {
-    (0..len).map(|_| T::zero()).collect()
+pub(super) fn boxed<T: Zero>(len: usize) -> io::Result<Box<[T]>> {
+    Ok((0..len).map(|_| T::zero()).collect())
 }
 
 impl<T> Deref for Array<T> {
@@ -150,7 +152,7 @@ mod tests {
     #[test]
     fn arrays_are_zero_whether_large_or_small() {
         for len in [0, 1, 1000, HUGE / 4, HUGE] {
-            let mut array = Array::<u32>::zeroes(len);
+            let mut array = Array::<u32>::zeroes(len).expect("there is memory");
             assert_eq!(
                 (array.len(), array.mapped.is_some()),
                 (len, len * 4 >= HUGE)

@@ -156,7 +156,8 @@ impl Table {
     /// Makes an empty table of `1 << log2` entries.
     pub(crate) fn new(log2: u32) -> Box<Self> {
         let log2 = log2.clamp(SMALLEST, LARGEST);
-        let lines = Array::<Line>::zeroes(1 + (1 << log2) / PER_LINE);
+        let lines = Array::<Line>::zeroes(1 + (1 << log2) / PER_LINE)
+            .unwrap_or_else(|_| std::alloc::handle_alloc_error(std::alloc::Layout::new::<Line>()));
         lines[0].0[PER_LINE - 1].store(1 << log2, Ordering::Relaxed);
         Box::new(Self {
             lines,

@@ -12,6 +12,7 @@ use super::memory::{Zero, boxed};
 use super::number;
 use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::unless;
+use std::io;
 
 /// The number of slots of one thread.
 const SLOTS: usize = if cfg!(mmun_loom) { 2 } else { 124 };
@@ -206,10 +207,9 @@ fn compiler_fence() {
 
 impl Threads {
     /// Without slots there are no blocks, and every lease is counted in its region.
-    pub(crate) fn new(slots: bool) -> Self {
-        Self {
-            blocks: boxed(if slots { number::MAX } else { 0 }),
-        }
+    pub(crate) fn new(slots: bool) -> io::Result<Self> {
+        let blocks = boxed(if slots { number::MAX } else { 0 })?;
+        Ok(Self { blocks })
     }
 
     /// Returns this thread's block, if the thread has a number already.

@@ -1,8 +1,8 @@
 //! The errors that callers get.
 
 use crate::support::{Refusal, book, counting, pages};
-use mmu_notifier::{Event, MmWithUser, VaRange};
-use regcache::{Cause, Device, Error, Merge, Options, RegCache, Registrar};
+use mmu_notifier::{Event, GetError, MmWithUser, VaRange};
+use regcache::{Cause, Counting, Device, Error, Merge, Options, RegCache, Registrar};
 use std::error::Error as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -279,4 +279,26 @@ fn stats_have_names() {
     assert!(
         stats.metrics().contains(&("misses_total", 1)) && stats.to_string().contains("regions 1")
     );
+}
+
+/// The limit leaves room for a page, and not for the arrays of a large cache.
+#[test]
+fn a_cache_without_memory_is_an_error() {
+    assert!(testkit::in_child(|| {
+        let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+        let limit = pages * rustix::param::page_size() as u64 + (1 << 20);
+        let limit = libc::rlimit {
+            rlim_cur: limit,
+            rlim_max: limit,
+        };
+        let device = Device::new(Counting::default(), Options::new().max_regions(1 << 22));
+        let mm = MmWithUser::new();
+        // SAFETY: the call reads a limit, which is a local variable.
+        let refused = unsafe { libc::setrlimit(libc::RLIMIT_AS, &raw const limit) };
+        assert_eq!(refused, 0);
+        let refused = device.open(&mm).map(drop);
+        matches!(refused, Err(Error::Open { source: GetError::Alloc(error) })
+            if error.kind() == std::io::ErrorKind::OutOfMemory)
+    }));
 }

@@ -180,7 +180,7 @@ fn build(
             "room for trampolines within {reach} MiB of {}",
             segment.module
         ),
-        remedy: "cat /proc/PID/maps; the kernel source needs no libc",
+        remedy: "wc -l /proc/PID/maps; sysctl vm.max_map_count; the kernel source needs no libc",
     };
     let mut arena = Arena::near(segment.start, end, found.len() + rest.len()).ok_or_else(room)?;
     let bytes = |from: u64, length: usize| &code.bytes[(from - code.start) as usize..][..length];
