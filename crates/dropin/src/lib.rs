@@ -11,8 +11,9 @@
 //! or `fi_fabric`. The library defines these three functions itself, and those by which UCX
 //! makes, searches and destroys a cache. It passes each call on to the real function.
 //!
-//! * **UCX**: the library announces itself as an external source of events, so UCX does not patch
-//!   libc. It reports memory that is about to change through `ucm_vm_munmap`. Every look-up of a
+//! * **UCX**: the library keeps UCX from patching libc at load (`ucm_mmap_init`), and announces
+//!   itself as an external source of events, so that UCX does not patch later either. It reports
+//!   memory that is about to change through `ucm_vm_munmap`. Every look-up of a
 //!   cache calls `ucs_rcache_get` or `ucs_pgtable_lookup`, in which the library first waits until
 //!   the `kernel` source has reported all changes.
 //! * **libfabric**: the library imports a memory monitor through libfabric's public API. Each hit

@@ -1,6 +1,9 @@
 //! UCX: this library acts as UCX's external source of events, and settles the kernel source at each
 //! look-up.
 //!
+//! UCX patches libc when it is loaded, whether or not a cache will be used: `libucs`'s constructor
+//! has `ucm_mmap_init` called. This library defines that function, and patches nothing.
+//!
 //! UCX's registration caches subscribe with `ucm_set_event_handler`. If another library has
 //! announced with `ucm_set_external_event` that it reports unmapped memory, UCX patches no function
 //! for that event. The other library then calls `ucm_vm_munmap`. UCX's cache drops the
@@ -309,6 +312,28 @@ fn begin_child() {
 /// Takes locks of UCX's caches, see `begin_child`.
 fn drop_parents() {
     report(0, usize::MAX);
+}
+
+/// Keeps UCX from patching libc as it is loaded. If this library cannot feed it, or if somebody
+/// subscribes to other events, UCX patches at that subscription.
+///
+/// UCX's patches and this library's reports would tell each change twice. And on aarch64 a patch is
+/// not safe while another thread executes the function: it replaces the system call's instruction
+/// and the one to which that call returns.
+#[unsafe(no_mangle)]
+pub(crate) extern "C" fn ucm_mmap_init() {
+    // This function runs before a cache is used, so strictness does not end the process here.
+    if settings().choice != Choice::Off {
+        return;
+    }
+    let Some(real) = found::for_caller(UCM, c"ucm_mmap_init") else {
+        complain("ucm_mmap_init: no libucm is loaded");
+        return;
+    };
+    // SAFETY: this is the function's type from UCX 1.12 to 1.22.
+    let real = unsafe { std::mem::transmute::<NonNull<c_void>, extern "C" fn()>(real) };
+    real();
+    found::returned(());
 }
 
 /// Connects UCX to the sources, then calls the real `ucm_set_event_handler`.

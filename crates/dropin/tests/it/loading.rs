@@ -1,8 +1,8 @@
-//! The library is loaded by `dlopen`, and a cache is used for the first time, while five threads
-//! map, unmap and fork.
+//! What happens when the library and the caches are loaded.
 
-use crate::cache::{ALL, Cache, flags, runs};
+use crate::cache::{ALL, Cache, flags, program, runs};
 use crate::support::{build, library, output, text};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -44,5 +44,40 @@ fn it_can_be_loaded_while_five_threads_map_unmap_and_fork() {
                 );
             }
         }
+    }
+}
+
+/// An ordinary user, for whom the `kernel` source does not work.
+const NOBODY: u32 = 65534;
+
+#[test]
+fn ucx_patches_libc_only_where_nothing_tells_it_of_changes() {
+    let Some(program) = program(Cache::Ucx) else {
+        return;
+    };
+    let patches = |source: Option<&str>, user: Option<u32>| {
+        let mut command = Command::new(&program);
+        command
+            .args(["again", "1"])
+            .env("UCX_MEM_LOG_LEVEL", "debug");
+        if let Some(source) = source {
+            command.env("LD_PRELOAD", library()).env("MMUN", source);
+        }
+        if let Some(user) = user {
+            command.uid(user).gid(user);
+        }
+        let output = output(command);
+        let (out, error) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "{source:?}: {out}{error}");
+        (out + &error)
+            .matches(" installing bistro hook for munmap ")
+            .count()
+    };
+    assert_eq!(patches(None, None), 1, "the control");
+    assert_eq!(patches(Some("off"), None), 1);
+    assert_eq!(patches(Some("kernel"), Some(NOBODY)), 1);
+    for source in ["hook", "auto"] {
+        assert_eq!(patches(Some(source), None), 0, "{source}");
+        assert_eq!(patches(Some(source), Some(NOBODY)), 0, "{source}");
     }
 }
