@@ -158,6 +158,13 @@ const MUTANTS: &[Mutant] = &[
         to: ".map_or(true, |_| true)",
         test: "-p mmun-dropin --test it a_registration_during_a_change_that_only",
     },
+    Mutant {
+        name: "late-changes-are-forgotten",
+        file: "crates/dropin/src/late.rs",
+        from: "        let list = list();\n        if list.is_empty() {",
+        to: "        if list().is_empty() {",
+        test: "-p mmun-dropin --lib a_change_that_comes_while",
+    },
     // Each of the following mutants removes one premise of the kernel source's wait
     // (`kernel/wait.rs`).
     Mutant {

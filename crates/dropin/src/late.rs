@@ -74,7 +74,9 @@ impl Late {
         for (start, len) in ranges.drain(..) {
             report(start, len);
         }
-        if list().is_empty() {
+        // With the list locked: a change that is added between the two lines would be forgotten.
+        let list = list();
+        if list.is_empty() {
             // ORDER(dropin-late): Release, after the reports: a thread that reads false does not
             // call this function, and must see the reports' effect. Partner: `is_waiting`.
             IS_WAITING.store(false, Ordering::Release);
@@ -85,9 +87,42 @@ impl Late {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::AtomicUsize;
+
+    /// The tests share [`IS_WAITING`].
+    static ALONE: Mutex<()> = Mutex::new(());
+
+    #[test]
+    fn a_change_that_comes_while_others_are_reported_is_not_forgotten() {
+        const CHANGES: usize = 20_000;
+        let _alone = ALONE.lock();
+        let (late, reported) = (Late::new(), AtomicUsize::new(0));
+        let is_over = AtomicBool::new(false);
+        let forgotten = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    late.report(|change, _| reported.store(change, Ordering::Relaxed));
+                }
+            });
+            let is_forgotten = |change: &usize| {
+                late.add(*change, 1);
+                let is_reported = || reported.load(Ordering::Acquire) == *change;
+                while is_waiting() && !is_reported() {
+                    std::hint::spin_loop();
+                }
+                // Once no change is waiting, this one was reported.
+                !is_reported()
+            };
+            let forgotten = (1..=CHANGES).find(is_forgotten);
+            is_over.store(true, Ordering::Relaxed);
+            forgotten
+        });
+        assert_eq!(forgotten, None);
+    }
 
     #[test]
     fn every_change_is_reported_once_and_none_is_lost_when_there_are_many() {
+        let _alone = ALONE.lock();
         let late = Late::new();
         let reported = || {
             let mut ranges = Vec::new();
