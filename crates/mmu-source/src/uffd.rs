@@ -40,6 +40,13 @@
 //! A fork makes all private memory copy on write. So if a range is armed, the source invalidates
 //! the parent's whole address space. In the child, `arm` and `settle` of the inherited handle
 //! return [`Error::AfterFork`], and the child's memory is not registered.
+//!
+//! # The end of the source
+//! The kernel makes a descriptor for each fork, which the source closes. If no descriptor is free
+//! (`RLIMIT_NOFILE`, `fs.file-max`), the source closes the userfaultfd, because the thread that
+//! forks would wait for ever. Subscribers are notified of a change of everything, for the last
+//! time. From then on `arm` and `settle` fail with that error. Once all handles are dropped,
+//! [`start`](Uffd::start) starts the source anew.
 
 mod queue;
 mod sys;
@@ -56,10 +63,10 @@ use srcu::Thread;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use sys::Message;
+use sys::{Message, Userfaultfd};
 
 /// The source, which runs while a handle exists.
 pub struct Uffd {
@@ -81,6 +88,8 @@ struct Inner {
     /// `answered` after it has read all events.
     asked: AtomicU64,
     answered: AtomicU64,
+    /// The error number with which the reader has closed the userfaultfd, or 0.
+    failure: AtomicI32,
     armed: Mutex<Vec<VaRange>>,
 }
 
@@ -93,7 +102,7 @@ struct Reader {
 
 #[derive(Debug)]
 struct Descriptors {
-    uffd: OwnedFd,
+    uffd: Userfaultfd,
     /// Wakes the reader, which then answers `asked` or stops.
     nudge: OwnedFd,
 }
@@ -162,6 +171,7 @@ impl Uffd {
             stop_telling: AtomicBool::new(false),
             asked: AtomicU64::new(0),
             answered: AtomicU64::new(0),
+            failure: AtomicI32::new(0),
             armed: Mutex::new(Vec::new()),
         });
         let shared = Arc::clone(&inner);
@@ -205,11 +215,12 @@ impl Uffd {
     /// # Errors
     /// [`Error::Arm`] if a part of the range is not mapped (`ENOMEM`), belongs to another
     /// userfaultfd (`EBUSY`), or cannot be registered (`EINVAL`). Then nothing is armed.
-    /// [`Error::AfterFork`] in the child of a fork.
+    /// [`Error::AfterFork`] in the child of a fork; [`Error::Kernel`] if the source has ended.
     pub fn arm(self: &Arc<Self>, range: VaRange) -> Result<Armed, Error> {
         if self.inner.is_inherited() {
             return Err(Error::AfterFork { source: "uffd" });
         }
+        self.inner.goes_on()?;
         // The kernel registers only whole kernel pages.
         let range = whole_pages(range);
         let failed = |source| Error::Arm {
@@ -220,7 +231,7 @@ impl Uffd {
         let mut armed = self.inner.armed();
         sys::is_mapped(range).map_err(failed)?;
         self.vault()
-            .run(move |reader| sys::register(reader.descriptors.uffd.as_fd(), range))
+            .run(move |reader| sys::register(&reader.descriptors.uffd, range))
             .map_err(failed)?;
         armed.push(range);
         drop(armed);
@@ -236,7 +247,7 @@ impl Uffd {
     /// Waits while callbacks run.
     /// # Errors
     /// [`Error::AfterFork`] in the child of a fork; [`Error::InCallback`] in a callback of this
-    /// source.
+    /// source; [`Error::Kernel`] if the source has ended. Then nothing reports later changes.
     pub fn settle(&self) -> Result<(), Error> {
         let inner = &self.inner;
         if inner.is_inherited() {
@@ -248,7 +259,7 @@ impl Uffd {
         self.ask();
         let (written, lost) = (inner.queue.written(), inner.queue.lost());
         wait::until(|| inner.queue.read() >= written && inner.queue.is_told(lost));
-        Ok(())
+        inner.goes_on()
     }
 
     /// Tells whether the caller runs in a callback of this source.
@@ -282,6 +293,19 @@ impl Inner {
         marks().alive.load(Ordering::Relaxed) != self.id
     }
 
+    /// # Errors
+    /// If the reader has closed the userfaultfd.
+    fn goes_on(&self) -> Result<(), Error> {
+        // ORDER: Relaxed: no data. A call of `settle` has seen the answer, which comes later.
+        match self.failure.load(Ordering::Relaxed) {
+            0 => Ok(()),
+            errno => Err(kernel_error(
+                "read of a userfaultfd",
+                io::Error::from_raw_os_error(errno),
+            )),
+        }
+    }
+
     fn armed(&self) -> MutexGuard<'_, Vec<VaRange>> {
         self.armed.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -294,24 +318,19 @@ impl Inner {
             // addition in `ask`.
             let asked = self.asked.load(Ordering::Acquire);
             let mut any = false;
-            while let Some(message) = sys::read(uffd.as_fd()) {
-                any = true;
-                match message {
-                    Message::Remove { start, end } => {
-                        self.queue.push([Kind::Clear as u64, start, end])
+            loop {
+                match sys::read(uffd) {
+                    Ok(Some(message)) => self.take_in(message),
+                    Ok(None) => break,
+                    Err(error) if uffd.descriptor().is_some() => {
+                        self.failure
+                            .store(error.raw_os_error().unwrap_or(libc::EIO), Ordering::Relaxed);
+                        uffd.close();
+                        self.take_in(Message::Other);
                     }
-                    Message::Unmap { start, end } => {
-                        self.queue.push([Kind::Unmap as u64, start, end])
-                    }
-                    Message::Remap { from, to, len } => {
-                        self.queue
-                            .push([Kind::Unmap as u64, from, from.wrapping_add(len)]);
-                        self.queue
-                            .push([Kind::Unmap as u64, to, to.wrapping_add(len)]);
-                    }
-                    Message::Fork => self.queue.push([Kind::Protection as u64, 0, 0]),
-                    Message::Other => self.queue.push([Kind::Clear as u64, 0, 0]),
+                    Err(_) => break,
                 }
+                any = true;
             }
             if any {
                 self.wake_teller();
@@ -322,9 +341,25 @@ impl Inner {
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            if !wait::readable(uffd.as_fd(), nudge.as_fd(), None) {
+            let events = uffd.descriptor().unwrap_or(nudge.as_fd());
+            if !wait::readable(events, nudge.as_fd(), None) {
                 wait::clear(nudge.as_fd());
             }
+        }
+    }
+
+    fn take_in(&self, message: Message) {
+        match message {
+            Message::Remove { start, end } => self.queue.push([Kind::Clear as u64, start, end]),
+            Message::Unmap { start, end } => self.queue.push([Kind::Unmap as u64, start, end]),
+            Message::Remap { from, to, len } => {
+                self.queue
+                    .push([Kind::Unmap as u64, from, from.wrapping_add(len)]);
+                self.queue
+                    .push([Kind::Unmap as u64, to, to.wrapping_add(len)]);
+            }
+            Message::Fork => self.queue.push([Kind::Protection as u64, 0, 0]),
+            Message::Other => self.queue.push([Kind::Clear as u64, 0, 0]),
         }
     }
 
@@ -387,7 +422,7 @@ impl Uffd {
                 // fails harmlessly.
                 drop(
                     self.vault()
-                        .run(move |reader| sys::unregister(reader.descriptors.uffd.as_fd(), free)),
+                        .run(move |reader| sys::unregister(&reader.descriptors.uffd, free)),
                 );
             }
             match next.and_then(VaRange::end) {
@@ -409,7 +444,7 @@ enum Kind {
 impl Reader {
     /// Opens the descriptors and starts the reader. Runs in the vault.
     fn start(inner: Arc<Inner>) -> Result<Self, Error> {
-        let uffd = sys::open().map_err(|error| missing(&error))?;
+        let uffd = Userfaultfd::open().map_err(|error| missing(&error))?;
         let nudge = wait::event_fd().map_err(|error| kernel_error("eventfd", error))?;
         let descriptors = Arc::new(Descriptors { uffd, nudge });
         let (shared, own) = (Arc::clone(&inner), Arc::clone(&descriptors));
@@ -431,7 +466,7 @@ impl Drop for Reader {
         // Close the userfaultfd before the reader ends. The reader may need the allocator's lock in
         // order to end, and the holder of that lock could be waiting for the reader. Once the
         // userfaultfd is closed, no thread waits for it.
-        sys::replace(uffd.as_fd(), nudge.as_fd());
+        uffd.close();
         wait::wake(nudge.as_fd());
         if let Some(thread) = self.thread.take() {
             thread.join();

@@ -6,7 +6,8 @@
 //!
 //! # Safety
 //! This is the only module of the source with unsafe code. The calls take integers, and pointers to
-//! local variables that are as large as the call expects.
+//! local variables that are as large as the call expects. A [`Userfaultfd`] owns its descriptor
+//! until it is closed.
 
 #![allow(
     unsafe_code,
@@ -16,7 +17,8 @@
 use mmu_notifier::VaRange;
 use std::ffi::{c_ulong, c_void};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::atomic::{AtomicI32, Ordering};
 
 const UFFD_API: u64 = 0xaa;
 const UFFD_USER_MODE_ONLY: i32 = 1;
@@ -45,6 +47,51 @@ pub(super) enum Message {
     Fork,
     /// An event that this source did not request.
     Other,
+}
+
+/// A userfaultfd, which a thread can close while others use it. It lies in a descriptor table in
+/// which no other code opens descriptors afterwards, so nothing else gets its number.
+#[derive(Debug)]
+pub(super) struct Userfaultfd(AtomicI32);
+
+impl Userfaultfd {
+    const CLOSED: i32 = -1;
+
+    /// Opens a userfaultfd with the required features.
+    pub(super) fn open() -> io::Result<Self> {
+        open().map(|owned| Self(AtomicI32::new(owned.into_raw_fd())))
+    }
+
+    /// Returns the descriptor, unless it is closed.
+    pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        // ORDER: Relaxed: a thread that misses the close gets `EBADF` from the kernel.
+        let descriptor = self.0.load(Ordering::Relaxed);
+        // SAFETY: the descriptor must not be -1, which was checked, and must stay open. If another
+        // thread closes it, nothing else gets its number (see above).
+        (descriptor != Self::CLOSED).then(|| unsafe { BorrowedFd::borrow_raw(descriptor) })
+    }
+
+    /// Closes the descriptor: the kernel unregisters all of its memory, and every thread that waits
+    /// for it continues, once no other thread is in a call with it.
+    pub(super) fn close(&self) {
+        let descriptor = self.0.swap(Self::CLOSED, Ordering::Relaxed);
+        if descriptor != Self::CLOSED {
+            // SAFETY: this value owned the descriptor until the line above.
+            drop(unsafe { OwnedFd::from_raw_fd(descriptor) });
+        }
+    }
+
+    /// As `f` does, or `EBADF` if the descriptor is closed.
+    fn with<T>(&self, f: impl FnOnce(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+        let closed = || io::Error::from_raw_os_error(libc::EBADF);
+        self.descriptor().ok_or_else(closed).and_then(f)
+    }
+}
+
+impl Drop for Userfaultfd {
+    fn drop(&mut self) {
+        self.close();
+    }
 }
 
 /// Opens a userfaultfd with the required features.
@@ -81,17 +128,21 @@ fn words(range: VaRange) -> Option<[u64; 2]> {
 
 /// Registers a range for write protection. No page is ever protected, because the source needs only
 /// the events.
-pub(super) fn register(uffd: BorrowedFd<'_>, range: VaRange) -> io::Result<()> {
+pub(super) fn register(uffd: &Userfaultfd, range: VaRange) -> io::Result<()> {
     let [start, len] = words(range).ok_or(io::ErrorKind::InvalidInput)?;
     let mut request = [start, len, UFFDIO_REGISTER_MODE_WP, 0];
-    // SAFETY: the ioctl accesses four words, `struct uffdio_register`.
-    check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, request.as_mut_ptr()) })
+    uffd.with(|uffd| {
+        // SAFETY: the ioctl accesses four words, `struct uffdio_register`.
+        check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_REGISTER, request.as_mut_ptr()) })
+    })
 }
 
-pub(super) fn unregister(uffd: BorrowedFd<'_>, range: VaRange) -> io::Result<()> {
+pub(super) fn unregister(uffd: &Userfaultfd, range: VaRange) -> io::Result<()> {
     let mut request = words(range).ok_or(io::ErrorKind::InvalidInput)?;
-    // SAFETY: the ioctl reads two words, `struct uffdio_range`.
-    check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, request.as_mut_ptr()) })
+    uffd.with(|uffd| {
+        // SAFETY: the ioctl reads two words, `struct uffdio_range`.
+        check(unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_UNREGISTER, request.as_mut_ptr()) })
+    })
 }
 
 /// Fails if a part of the range is not mapped. Registering would silently skip holes.
@@ -102,16 +153,17 @@ pub(super) fn is_mapped(range: VaRange) -> io::Result<()> {
     check(unsafe { libc::msync(start, len as usize, libc::MS_ASYNC) })
 }
 
-/// Closes a userfaultfd: the kernel unregisters all of its memory, and every thread that waits for
-/// it continues. Afterwards the descriptor refers to the file of `event`.
-pub(super) fn replace(uffd: BorrowedFd<'_>, event: BorrowedFd<'_>) {
-    // SAFETY: both descriptors are open. The owner of the first one owns an open descriptor
-    // afterwards too.
-    unsafe { libc::dup3(event.as_raw_fd(), uffd.as_raw_fd(), libc::O_CLOEXEC) };
+/// Reads one event, if there is one. Allocates nothing.
+///
+/// # Errors
+/// The event of a fork comes with a new descriptor, so there may be none left (`EMFILE`, `ENFILE`,
+/// `ENOMEM`). The event stays, and the thread that forks waits. `EBADF` if the descriptor is
+/// closed.
+pub(super) fn read(uffd: &Userfaultfd) -> io::Result<Option<Message>> {
+    uffd.with(read_from)
 }
 
-/// Reads one event, if there is one. Allocates nothing.
-pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
+fn read_from(uffd: BorrowedFd<'_>) -> io::Result<Option<Message>> {
     let mut message = [0_u64; 4];
     // SAFETY: the call writes at most the 32 bytes of the local, `struct uffd_msg`.
     let got = unsafe {
@@ -122,10 +174,14 @@ pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
         )
     };
     if got != size_of_val(&message) as isize {
-        return None;
+        let error = io::Error::last_os_error();
+        return match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(None),
+            _ => Err(error),
+        };
     }
     let [event, a, b, c] = message;
-    Some(match event as u8 {
+    Ok(Some(match event as u8 {
         0x13 => {
             // SAFETY: `a` is the descriptor of the child's userfaultfd. The kernel has just put it
             // into this thread's table, so no other code owns it. Closing it unregisters the
@@ -141,5 +197,5 @@ pub(super) fn read(uffd: BorrowedFd<'_>) -> Option<Message> {
         0x15 => Message::Remove { start: a, end: b },
         0x16 => Message::Unmap { start: a, end: b },
         _ => Message::Other,
-    })
+    }))
 }

@@ -340,3 +340,38 @@ fn closing_every_descriptor_does_not_silence_the_source() {
         assert!(in_child(|| closed_and_used_again(true)));
     }
 }
+
+/// The kernel makes a descriptor for each fork, which the source closes.
+#[test]
+fn without_a_free_descriptor_a_fork_does_not_wait_and_the_source_ends() {
+    if !require(Cap::Userfaultfd) {
+        return;
+    }
+    let mut most = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: the call writes to a local.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut most) } == 0;
+    assert!(known);
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        ..most
+    };
+    // SAFETY: the call reads a local.
+    let limit = |limit| unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, limit) } == 0;
+    let has_ended = |error| matches!(error, Some(Error::Kernel { .. }));
+    assert!(in_child(|| {
+        let uffd = Uffd::start().expect("userfaultfd is there");
+        let memory = Scratch::anonymous(2);
+        let armed = uffd.arm(memory.range()).expect("armed");
+        let log = Log::about(&current(), memory.range());
+        let forks = limit(&none) && in_child(|| true) && limit(&most);
+        let ended = has_ended(uffd.settle().err())
+            && has_ended(uffd.arm(memory.range()).err())
+            && !log.take().is_empty();
+        drop((armed, uffd));
+        let anew = Uffd::start().expect("it can be started anew");
+        forks && ended && anew.arm(memory.range()).is_ok() && in_child(|| true)
+    }));
+}
