@@ -26,7 +26,7 @@ pub use alloc::Counting;
 pub use cap::{Cap, PYTHON, edu, has_optional_program, is_guest, require, rounds};
 pub use cgroup::Cgroup;
 pub use child::{in_child, in_raw_child};
-pub use program::{copy_program, write_program};
+pub use program::{copy_program, example_library, write_program};
 pub use refuse::{refuse_calls, refuse_threads};
 pub use signals::{has_timers, signal_every};
 pub use within::within;

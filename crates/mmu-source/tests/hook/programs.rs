@@ -7,46 +7,11 @@ use std::sync::OnceLock;
 use std::{env, fs};
 use testkit::{Cap, has_optional_program, require};
 
-/// Returns the library to preload, and builds it if necessary: `cargo test --test hook` alone does
-/// not build examples.
+/// Returns the library to preload.
 pub(crate) fn library(is_optimised: bool) -> &'static Path {
     static LIBRARIES: [OnceLock<PathBuf>; 2] = [const { OnceLock::new() }; 2];
-    LIBRARIES[usize::from(is_optimised)].get_or_init(|| {
-        let program = env::current_exe().expect("this program has a name");
-        let mut folder = program
-            .ancestors()
-            .nth(2)
-            .expect("it lies in target/PROFILE/deps")
-            .to_owned();
-        if is_optimised {
-            folder.set_file_name("release");
-        }
-        let library = folder.join("examples/libpreload.so");
-        // On a machine without Cargo, the library was built beforehand.
-        if !Path::new(env!("CARGO")).exists() {
-            assert!(library.exists(), "{}", library.display());
-            return library;
-        }
-        let mut build = Command::new(env!("CARGO"));
-        build.args([
-            "build",
-            "--quiet",
-            "--package",
-            "mmu-source",
-            "--example",
-            "preload",
-        ]);
-        if folder.ends_with("release") {
-            build.arg("--release");
-        }
-        build
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .arg("--target-dir")
-            .arg(folder.parent().expect("target"));
-        assert!(build.status().expect("cargo runs").success());
-        assert!(library.exists(), "{}", library.display());
-        library
-    })
+    LIBRARIES[usize::from(is_optimised)]
+        .get_or_init(|| testkit::example_library("mmu-source", "preload", is_optimised))
 }
 
 /// A test's scratch directory. It is removed on drop.

@@ -4,42 +4,10 @@
 
 use std::ffi::{CString, c_void};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-
-/// Returns the library, and builds it if necessary: `cargo test --test unload` alone does not build
-/// examples.
-fn library() -> PathBuf {
-    let program = std::env::current_exe().expect("this program has a name");
-    let folder = program.ancestors().nth(2);
-    let folder = folder.expect("it lies in target/PROFILE/deps");
-    let library = folder.join("examples/libunloaded.so");
-    // On a machine without Cargo, the library was built beforehand.
-    if Path::new(env!("CARGO")).exists() {
-        let mut build = Command::new(env!("CARGO"));
-        build.args([
-            "build",
-            "--quiet",
-            "--package",
-            "srcu",
-            "--example",
-            "unloaded",
-        ]);
-        if folder.ends_with("release") {
-            build.arg("--release");
-        }
-        build
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .arg("--target-dir")
-            .arg(folder.parent().expect("target"));
-        assert!(build.status().expect("cargo runs").success());
-    }
-    library
-}
 
 #[test]
 fn a_library_with_the_background_thread_stays_loaded() {
-    let path = library();
+    let path = testkit::example_library("srcu", "unloaded", false);
     let name = CString::new(path.as_os_str().as_bytes()).expect("a path has no zero byte");
     let is_loaded = || {
         std::fs::read_to_string("/proc/self/maps")
