@@ -393,21 +393,6 @@ pub(super) fn libc_function(name: &CStr) -> Option<u64> {
     (!function.is_null()).then(|| function.expose_provenance() as u64)
 }
 
-/// Keeps the library with this code loaded for ever, because trampolines jump into it.
-pub(super) fn pin() {
-    if let Some(info) = info_at(pin as fn() as *const () as u64) {
-        // SAFETY: the name is the loader's own name of a loaded module, so no library is loaded. If
-        // this code is part of the program itself, the call finds nothing, and no pinning is
-        // needed.
-        unsafe {
-            libc::dlopen(
-                info.dli_fname,
-                libc::RTLD_NOW | libc::RTLD_NOLOAD | libc::RTLD_NODELETE,
-            )
-        };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,5 +1,5 @@
 //! The plan: which sites to patch, and the trampolines that the patches jump to. A process keeps
-//! its plan for its whole life.
+//! its plan for its whole life, and the library with this code stays loaded (`srcu::raw::pin`).
 
 #![allow(unsafe_code, reason = "reads code")]
 
@@ -135,7 +135,6 @@ fn make() -> Made {
     if !missing.is_empty() {
         return Err(lack(&segments, &missing, &sites));
     }
-    module::pin();
     sites.sort_by_key(|site| site.address);
     Ok(Plan { sites, hidden })
 }
