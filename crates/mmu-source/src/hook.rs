@@ -83,7 +83,7 @@
 //!     }
 //! }
 //!
-//! let watch = Registration::new(&mmu_source::current(), Last::default()).map_err(|_| "refused")?;
+//! let watch = Registration::new(&mmu_source::current(), Last::default())?;
 //! let hook = Hook::install()?;
 //! // SAFETY: maps a page and unmaps it.
 //! let page = unsafe {

@@ -56,7 +56,7 @@
 //!     }
 //! }
 //! let mm = mmu_source::current();
-//! let changes = Registration::new(&mm, Changes::default()).map_err(|_| "refused")?;
+//! let changes = Registration::new(&mm, Changes::default())?;
 //! let hook = mmu_source::hook::Hook::install()?;
 //! drop(vec![0_u8; 64 << 20]); // libc unmaps it.
 //! assert!(changes.0.load(Ordering::Relaxed) > 0);

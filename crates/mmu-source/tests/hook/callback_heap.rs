@@ -49,9 +49,7 @@ fn a_callback_that_allocates_is_named() {
         "callback_heap::a_callback_that_allocates_is_named",
         says,
         || {
-            let _watch = Registration::new(&mmu_source::current(), Allocates)
-                .map_err(|_| "refused")
-                .expect("registers");
+            let _watch = Registration::new(&mmu_source::current(), Allocates).expect("registers");
             let _hook = Hook::install().expect("the hook works on this machine");
             unmap(map(1, 0), 1);
         },
@@ -66,9 +64,7 @@ fn an_allocation_under_a_lock_that_a_callback_takes_is_reported() {
         says,
         || {
             let shadow = InvalidateSeq::new([VaRange::ALL], SoftTlb::<u64>::new(1));
-            let shadow = Registration::new(&mmu_source::current(), shadow)
-                .map_err(|_| "refused")
-                .expect("registers");
+            let shadow = Registration::new(&mmu_source::current(), shadow).expect("registers");
             let _hook = Hook::install().expect("the hook works on this machine");
             unmap(map(1, 0), 1);
             shadow.with_shadow(|_| drop(black_box(Box::new(1))));
@@ -182,8 +178,7 @@ fn a_second_pass_runs_in_the_middle_of_free() {
                     waited.fetch_add(table.iter().sum(), Ordering::Relaxed);
                 });
                 let device = Device(Some(finish));
-                let device = IntervalNotifier::insert(&mmu_source::current(), range, device)
-                    .map_err(|_| "refused");
+                let device = IntervalNotifier::insert(&mmu_source::current(), range, device);
                 let device = device.expect("outside of brackets");
                 let given_back = gives_back(block);
                 assert!(!given_back || waits.load(Ordering::Relaxed) == 1000);

@@ -125,9 +125,7 @@ pub(crate) struct Watch {
 
 impl Watch {
     pub(crate) fn new() -> Self {
-        let log = Registration::new(&mmu_source::current(), Log::new())
-            .map_err(|_| "refused")
-            .expect("registers");
+        let log = Registration::new(&mmu_source::current(), Log::new()).expect("registers");
         Self {
             log,
             hook: Hook::install().expect("the hook works on this machine"),

@@ -351,9 +351,7 @@ fn cache(world: &World) -> Registration<Cache> {
         base: world.base,
         entries,
     };
-    Registration::new(&mmu_source::current(), cache)
-        .map_err(|_| "refused")
-        .expect("registers")
+    Registration::new(&mmu_source::current(), cache).expect("registers")
 }
 
 const EMPTY: Entry = Entry {

@@ -233,9 +233,7 @@ mod tests {
 
     #[test]
     fn a_stub_preserves_the_registers_that_it_promises() {
-        let watch = Registration::new(current_ref(), Destroyer)
-            .map_err(|_| "refused")
-            .expect("registers");
+        let watch = Registration::new(current_ref(), Destroyer).expect("registers");
         check("lean", through_sse, lean, Keep::Nothing, 2);
         check("sse", through_sse, all_sse, Keep::All, 2);
         if is_x86_feature_detected!("avx") {
