@@ -9,6 +9,7 @@ use mmu_source::kernel::broker::{Broker, Event, Options, SOCKET};
 use crate::args::BrokerArgs;
 use crate::complain;
 use crate::outcome::Outcome;
+use crate::sys;
 
 const FAILED: Outcome = Outcome::Exit(2);
 
@@ -21,7 +22,7 @@ pub(crate) fn main(args: BrokerArgs) -> Outcome {
         Ok(Some(broker)) => Ok(broker),
         Ok(None) => {
             make_folder(&args.socket);
-            Broker::bind(&args.socket, &options)
+            Broker::bind(&args.socket, &options).inspect(|_| sys::remove_at_end(&args.socket))
         }
         Err(error) => Err(error),
     };

@@ -1,9 +1,10 @@
 //! System calls that the standard library lacks: fork, signal handlers, dying of a signal.
 //!
 //! # Safety
-//! Handlers only access atomics and make system calls, and they preserve `errno`. The traced
-//! program does not inherit handlers, because `execve` resets them. It does inherit which signals
-//! are ignored, so the tracer ignores no signal before it has spawned the program.
+//! Handlers only access atomics and make system calls, and they preserve `errno` unless they end
+//! the process. The traced program does not inherit handlers, because `execve` resets them. It does
+//! inherit which signals are ignored, so the tracer ignores no signal before it has spawned the
+//! program.
 #![expect(unsafe_code, reason = "system calls without a safe wrapper")]
 
 mod privileges;
@@ -17,12 +18,14 @@ pub(crate) use relay::{
 };
 pub(crate) use streams::{ignores_sigpipe, inherit_sigpipe, keep_closed_in_programs};
 
-use std::ffi::{CStr, OsStr, c_char};
+use std::ffi::{CStr, CString, OsStr, c_char};
 use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::Relaxed};
 
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -118,6 +121,24 @@ pub(crate) fn stop_on_ending_signals() {
     // but it inherits which signals are ignored, so an ignored signal stays ignored here.
     if !is_ignored(libc::SIGALRM) {
         set_handler(libc::SIGALRM, on_alarm as *const () as usize);
+    }
+}
+
+/// The file that a signal in [`ENDING`] removes: its path, its device and its inode.
+static REMOVED: OnceLock<(CString, u64, u64)> = OnceLock::new();
+
+/// From now on a signal in [`ENDING`] removes the file at `path` before it ends this process,
+/// unless another file is there by then. Ignored signals stay ignored.
+pub(crate) fn remove_at_end(path: &Path) {
+    let name = CString::new(path.as_os_str().as_bytes());
+    let (Ok(name), Ok(about)) = (name, path.symlink_metadata()) else {
+        return;
+    };
+    let _ = REMOVED.set((name, about.dev(), about.ino()));
+    for signal in ENDING {
+        if !is_ignored(signal) {
+            set_handler(signal, on_end as *const () as usize);
+        }
     }
 }
 
@@ -365,6 +386,23 @@ pub(crate) fn rename(name: &std::ffi::CStr) {
 extern "C" fn on_ending(signal: i32) {
     let _ = ASKED_BY.compare_exchange(0, signal, Relaxed, Relaxed);
     request_stop();
+}
+
+extern "C" fn on_end(signal: i32) {
+    if let Some((name, device, inode)) = REMOVED.get() {
+        let mut about = MaybeUninit::<libc::stat>::zeroed();
+        // SAFETY: the name is a string that ends in a zero byte, and the call writes to a local.
+        unsafe { libc::lstat(name.as_ptr(), about.as_mut_ptr()) };
+        // SAFETY: all zeroes are a valid value, which the call may have overwritten.
+        let about = unsafe { about.assume_init() };
+        if (about.st_dev, about.st_ino) == (*device, *inode) {
+            // SAFETY: the name is a string that ends in a zero byte.
+            unsafe { libc::unlink(name.as_ptr()) };
+        }
+    }
+    set_handler(signal, libc::SIG_DFL);
+    // SAFETY: `raise` takes any integer. The signal stays pending until this handler has returned.
+    unsafe { libc::raise(signal) };
 }
 
 extern "C" fn on_orphaned(_: i32) {

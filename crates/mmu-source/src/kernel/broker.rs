@@ -146,16 +146,16 @@ impl Broker {
             };
             kernel_error(call, error)
         })?;
-        std::os::unix::fs::chown(path, None, group).map_err(failed("chown of the socket"))?;
-        let mode = if group.is_some() { 0o660 } else { 0o600 };
-        fs::set_permissions(path, fs::Permissions::from_mode(mode))
-            .map_err(failed("chmod of the socket"))?;
-        let made = Self::new(listener, group, options.max_clients).and_then(|made| {
-            socket::start_listening(&made.listener)
-                .map_err(failed("listen"))
-                .map(|()| made)
-        });
-        made.inspect_err(|_| drop(fs::remove_file(path)))
+        let listen = || {
+            std::os::unix::fs::chown(path, None, group).map_err(failed("chown of the socket"))?;
+            let mode = if group.is_some() { 0o660 } else { 0o600 };
+            fs::set_permissions(path, fs::Permissions::from_mode(mode))
+                .map_err(failed("chmod of the socket"))?;
+            let made = Self::new(listener, group, options.max_clients)?;
+            socket::start_listening(&made.listener).map_err(failed("listen"))?;
+            Ok(made)
+        };
+        listen().inspect_err(|_| drop(fs::remove_file(path)))
     }
 
     /// Makes a broker on the socket that a service manager has opened and passed on (`LISTEN_FDS`).

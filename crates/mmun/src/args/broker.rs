@@ -15,7 +15,8 @@ use mmu_source::kernel::broker::SOCKET;
 /// Each client makes changes of memory a little slower for every process with a virtual machine
 /// (see SECURITY.md).
 ///
-/// After the broker has ended, its clients still see changes; only their waits become slower.
+/// After the broker has ended, its clients still see changes; only their waits become slower. A
+/// signal that ends it removes the socket, unless a service manager has passed the socket on.
 ///
 /// Exits 2 if it cannot serve; otherwise it runs until a signal ends it.
 #[derive(Args, Debug)]

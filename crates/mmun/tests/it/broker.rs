@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -161,6 +161,25 @@ fn a_user_outside_the_group_is_refused() {
         "{refusal}"
     );
     assert_eq!(lack(&broker.socket, NOBODY), None);
+}
+
+#[test]
+fn a_signal_that_ends_the_broker_removes_its_socket_and_no_other_file() {
+    if !can_run() {
+        return;
+    }
+    for is_replaced in [false, true] {
+        let mut broker = Broker::start(&[]);
+        if is_replaced {
+            fs::remove_file(&broker.socket).unwrap();
+            fs::write(&broker.socket, "another program's").unwrap();
+        }
+        let pid = rustix::process::Pid::from_child(&broker.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = broker.child.wait().unwrap();
+        assert_eq!(status.signal(), Some(15), "{status}");
+        assert_eq!(broker.socket.exists(), is_replaced);
+    }
 }
 
 #[test]
