@@ -165,6 +165,13 @@ const MUTANTS: &[Mutant] = &[
         to: "        if list().is_empty() {",
         test: "-p mmun-dropin --lib a_change_that_comes_while",
     },
+    Mutant {
+        name: "a-fork-takes-no-lock-of-ucx",
+        file: "crates/dropin/src/ucx/fork.rs",
+        from: "caches::take_locks(end);",
+        to: "let _ = caches::take_locks;",
+        test: "-p mmun-dropin --test it children_that_look_up_end",
+    },
     // Each of the following mutants removes one premise of the kernel source's wait
     // (`kernel/wait.rs`).
     Mutant {

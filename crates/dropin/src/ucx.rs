@@ -20,6 +20,7 @@
 
 mod caches;
 mod calls;
+mod context;
 pub(crate) mod fork;
 mod locks;
 

@@ -58,7 +58,7 @@
     reason = "pointers that are published once and never freed"
 )]
 
-use super::locks;
+use super::{context, locks};
 use std::ffi::c_void;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
@@ -92,7 +92,11 @@ pub(super) struct Entry {
     has_locks: AtomicBool,
     /// Whether the cache holds imported memory.
     is_imported: AtomicBool,
-    /// How many of these locks the thread that forks holds.
+    /// The address of the UCP context's pointer to the cache, before the first look-up; then 0.
+    pointer: AtomicUsize,
+    /// The address of the UCP context's lock; 0 if it is not known.
+    context: AtomicUsize,
+    /// How many of the cache's locks, or of the context's one lock, the thread that forks holds.
     held: AtomicUsize,
     next: *const Entry,
 }
@@ -132,6 +136,8 @@ pub(super) struct Kind {
     pub(super) has_locks: bool,
     /// Whether the cache holds imported memory. Its look-ups are not checked: see the module.
     pub(super) is_imported: bool,
+    /// The address of the UCP context's pointer to the cache; 0 if the cache has no context.
+    pub(super) pointer: usize,
 }
 
 /// Adds a new cache, with the functions of its `libucs`.
@@ -146,9 +152,9 @@ pub(super) fn add(cache: usize, real: Functions, kind: Kind) {
     };
     if let Some(entry) = entries().find(|entry| is_taken(entry)) {
         entry.seen.store(NONE, Ordering::Relaxed);
-        entry.table.store(0, Ordering::Relaxed);
         entry.has_locks.store(kind.has_locks, Ordering::Relaxed);
         entry.is_imported.store(kind.is_imported, Ordering::Relaxed);
+        entry.pointer.store(kind.pointer, Ordering::Relaxed);
         let copy = |to: &AtomicPtr<c_void>, from: AtomicPtr<c_void>| {
             to.store(from.into_inner(), Ordering::Relaxed);
         };
@@ -163,6 +169,8 @@ pub(super) fn add(cache: usize, real: Functions, kind: Kind) {
         table: AtomicUsize::new(0),
         has_locks: AtomicBool::new(kind.has_locks),
         is_imported: AtomicBool::new(kind.is_imported),
+        pointer: AtomicUsize::new(kind.pointer),
+        context: AtomicUsize::new(0),
         held: AtomicUsize::new(0),
         next: FIRST.load(Ordering::Relaxed),
     }));
@@ -176,45 +184,69 @@ pub(super) fn add(cache: usize, real: Functions, kind: Kind) {
     }
 }
 
-/// Removes a cache that is about to be destroyed.
+/// Removes a cache that is about to be destroyed. If a thread that forks can use the cache, the
+/// caller has entered (`fork::enter_after_fork`).
 pub(super) fn remove(cache: usize) {
-    for entry in entries() {
-        let _ = entry
-            .cache
-            .compare_exchange(cache, 0, Ordering::Relaxed, Ordering::Relaxed);
+    if let Some(entry) = entry(cache) {
+        // Relaxed: no thread forks now, and the next one that forks sees these stores
+        // (ORDER(dropin-fork)).
+        entry.table.store(0, Ordering::Relaxed);
+        entry.context.store(0, Ordering::Relaxed);
+        entry.cache.store(0, Ordering::Relaxed);
     }
 }
 
-/// The caches whose locks are known and may be in use, with their page tables.
-fn with_locks() -> impl Iterator<Item = (&'static Entry, usize)> {
-    entries().filter_map(|entry| {
-        let table = entry.table.load(Ordering::Relaxed);
-        let is_live = table != 0 && entry.cache.load(Ordering::Relaxed) != 0;
-        (is_live && entry.has_locks()).then_some((entry, table))
-    })
+/// What the thread that forks takes.
+#[derive(Clone, Copy, Debug)]
+enum Lock {
+    /// The lock of a UCP context, from UCX 1.14 on.
+    Context(usize),
+    /// The locks of a transport's cache with this page table, in UCX 1.12 and 1.13.
+    Cache(usize),
 }
 
-/// Takes the locks of every cache, except those that are not free until `end`.
+/// The known locks that may be in use.
+fn all_locks() -> impl Iterator<Item = (&'static Entry, Lock)> {
+    entries().filter_map(|entry| Some((entry, entry.lock()?)))
+}
+
+/// Takes the locks of every context and cache, except those that are not free until `end`.
 ///
-/// For the thread that forks. Its accesses are relaxed, because no other thread accesses `held`,
-/// and because a cache is removed only while no thread forks.
+/// For the thread that forks. Its accesses to `held` are relaxed, because no other thread accesses
+/// it, and because a cache is removed only while no thread forks.
 pub(super) fn take_locks(end: Instant) {
-    for (entry, table) in with_locks() {
-        entry.held.store(locks::take(table, end), Ordering::Relaxed);
+    // The locks of contexts first: a look-up that holds one can report changes, and then waits for
+    // a lock of each cache.
+    for (entry, lock) in all_locks() {
+        if let Lock::Context(lock) = lock {
+            let is_taken = context::take(lock, end);
+            entry.held.store(is_taken.into(), Ordering::Relaxed);
+        }
+    }
+    for (entry, lock) in all_locks() {
+        if let Lock::Cache(table) = lock {
+            entry.held.store(locks::take(table, end), Ordering::Relaxed);
+        }
     }
 }
 
 /// Releases the locks that [`take_locks`] has taken.
 pub(super) fn release_locks() {
-    for (entry, table) in with_locks() {
-        locks::release(table, entry.held.swap(0, Ordering::Relaxed));
-    }
+    release_with(locks::release);
 }
 
 /// Makes the locks anew that [`take_locks`] has taken, in the child of a fork.
 pub(super) fn renew_locks() {
-    for (entry, table) in with_locks() {
-        locks::renew(table, entry.held.swap(0, Ordering::Relaxed));
+    release_with(locks::renew);
+}
+
+fn release_with(release: impl Fn(usize, usize)) {
+    for (entry, lock) in all_locks() {
+        match (lock, entry.held.swap(0, Ordering::Relaxed)) {
+            (_, 0) => {}
+            (Lock::Context(lock), _) => context::release(lock),
+            (Lock::Cache(table), held) => release(table, held),
+        }
     }
 }
 
@@ -237,6 +269,32 @@ impl Entry {
     #[inline]
     pub(super) fn note_table(&self, table: usize) {
         self.table.store(table, Ordering::Relaxed);
+    }
+
+    /// Searches the lock of the cache's UCP context, in the first look-up, which holds it.
+    pub(super) fn find_lock(&self) {
+        // Relaxed: one cache's look-ups by UCP do not run at once.
+        let pointer = self.pointer.load(Ordering::Relaxed);
+        if pointer != 0 {
+            self.pointer.store(0, Ordering::Relaxed);
+            let lock = context::find(pointer).unwrap_or(0);
+            // ORDER(dropin-context): Release, for the lock's content. Partner: `lock`.
+            self.context.store(lock, Ordering::Release);
+        }
+    }
+
+    /// The lock of this cache or of its context, if it is known and may be in use.
+    fn lock(&self) -> Option<Lock> {
+        // ORDER(dropin-context): Acquire, for the lock's content. Partner: `find_lock`.
+        let context = self.context.load(Ordering::Acquire);
+        let table = self.table.load(Ordering::Relaxed);
+        let has_locks = table != 0 && self.has_locks();
+        (self.cache.load(Ordering::Relaxed) != 0)
+            .then(|| match context {
+                0 => has_locks.then_some(Lock::Cache(table)),
+                lock => Some(Lock::Context(lock)),
+            })
+            .flatten()
     }
 
     /// Whether the places of the cache's locks are known: in UCX 1.12 and 1.13.

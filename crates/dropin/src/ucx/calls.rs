@@ -171,6 +171,7 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
     // # Safety).
     let status = unsafe { real(params, name, parent, cache) };
     if status == OK {
+        let pointer = cache.expose_provenance();
         // SAFETY: the caller has passed room for the cache, which the real function has written.
         let cache = unsafe { *cache };
         let function = |name| {
@@ -189,9 +190,11 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
         // SAFETY: `name` is a string that is alive during this call: the real function, which has
         // the same contract, needs such a string.
         let name = unsafe { CStr::from_ptr(name) };
+        let has_context = name == OF_CONTEXT && version.is_some_and(|version| version >= (1, 14));
         let kind = caches::Kind {
             has_locks: version.is_some_and(locks::are_known),
             is_imported: name.to_bytes().starts_with(IMPORTED),
+            pointer: if has_context { pointer } else { 0 },
         };
         caches::add(cache.addr(), real, kind);
     }
@@ -201,6 +204,8 @@ pub(crate) unsafe extern "C" fn ucs_rcache_create(
 /// How the names of UCP's caches of imported memory begin. Memory of another process is registered
 /// there, so changes of this process's memory do not concern them ([`caches`]).
 const IMPORTED: &[u8] = b"ucp_import_rcache";
+/// The name of the one cache that a UCP context points to.
+const OF_CONTEXT: &CStr = c"ucp_rcache";
 
 /// Destroys a cache with the real function.
 ///
@@ -214,10 +219,16 @@ pub(crate) unsafe extern "C" fn ucs_rcache_destroy(cache: *mut c_void) {
         complain("ucs_rcache_destroy: no libucs is loaded");
         return;
     };
-    // A thread that forks holds the cache's locks.
-    fork::enter_after_fork();
-    caches::remove(cache.addr());
-    fork::leave();
+    if caches::entry(cache.addr()).is_some_and(|entry| !entry.is_imported()) {
+        // A thread that forks holds the locks of the cache or of its context.
+        fork::enter_after_fork();
+        caches::remove(cache.addr());
+        fork::leave();
+    } else {
+        // UCP destroys a cache of imported memory with the context's lock held, for which a thread
+        // that forks waits. The thread that forks does not use this cache.
+        caches::remove(cache.addr());
+    }
     // SAFETY: this is the function's type from UCX 1.12 to 1.22.
     let real =
         unsafe { std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(*mut c_void)>(real) };
@@ -280,6 +291,7 @@ unsafe extern "C" fn look_up_slowly(table: *const c_void, address: usize) -> *mu
         // the look-up holds a lock, for which a thread that forks may wait.
         let has_asked = cache.has_locks();
         if !has_asked {
+            cache.find_lock();
             ask();
         }
         if !cache.sees_all() && !has_asked {

@@ -7,17 +7,19 @@
 //!    report of another thread must not wait for the fork: that thread can be inside `free` and
 //!    hold a lock of the allocator, for which `fork` waits. So reports are put off from now on
 //!    ([`late`]), and the next look-up makes them.
-//! 2. With UCX 1.12 and 1.13 it takes the locks of each cache ([`locks`](super::locks)). Look-ups
-//!    that begin now wait before they take a lock, because these locks prefer readers.
+//! 2. It takes the lock of each UCP context ([`context`](super::context)), with which threads share
+//!    the context's caches from UCX 1.14 on. With UCX 1.12 and 1.13 it takes the locks of each
+//!    transport's cache ([`locks`](super::locks)); look-ups that begin now wait before they take a
+//!    lock, because these locks prefer readers.
 //! 3. After the fork, the parent releases the locks and makes the reports that were put off. The
-//!    child makes the locks anew.
+//!    child releases the locks, or makes them anew.
 //!
-//! From 1.14 on a look-up holds a lock of UCP's context, which this library cannot take. The longer
-//! look-ups take during a fork, the more often a thread holds that lock at the fork. So with these
-//! versions the thread that forks only waits until no other thread is inside of UCX for this
-//! library.
+//! A thread that holds a lock of step 2 waits for no lock that the thread that forks has taken
+//! before. It can report changes, so the thread that forks takes the locks of contexts first, which
+//! no report needs.
 //!
-//! Each wait of the thread that forks has a limit, because that thread may hold one of the locks.
+//! Each wait of the thread that forks has a limit, because that thread may hold one of the locks,
+//! or a lock for which the holder of one of them waits: that of an allocator whose handler has run.
 //!
 //! Handlers of a fork run in the reverse order of their registration before the fork. UCX's own
 //! handler takes a cache's lock and releases it. So this module registers its handlers when the
@@ -26,7 +28,7 @@
 #![allow(unsafe_code, reason = "`pthread_atfork` and `gettid`")]
 
 use super::locks::until;
-use super::{IS_INLINED, SERVED, caches, report_now, serve_child};
+use super::{LOOKS_UNLOCKED, SERVED, caches, report_now, serve_child};
 use crate::{late, space};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -116,10 +118,6 @@ extern "C" fn before() {
     }
     space::wait_for_threads();
     let end = Instant::now() + LIMIT;
-    if IS_INLINED.load(Ordering::Relaxed) {
-        until(end, || INSIDE.load(Ordering::SeqCst) == 0);
-        return;
-    }
     // ORDER(dropin-fork): SeqCst, before the load of `INSIDE`. Partner: `enter`. It also acquires
     // the end of another thread's fork. Partner: the store in `after`.
     let claim = || {
@@ -147,6 +145,10 @@ extern "C" fn after() {
     caches::release_locks();
     // ORDER(dropin-fork): Release, after the locks. Partner: the exchange in `before`.
     FORKING.store(0, Ordering::Release);
+    // A report must not meet a look-up of these versions in another thread (see `late`).
+    if LOOKS_UNLOCKED.load(Ordering::Relaxed) {
+        return;
+    }
     if let Some(space) = space::current() {
         let _whole = srcu::Uncancelled::enter();
         space.late.report(report_now);

@@ -29,8 +29,8 @@ unsafe extern "C" {
         lock: *mut libc::pthread_rwlock_t,
         until: *const libc::timespec,
     ) -> c_int;
-    fn pthread_spin_trylock(lock: *mut c_int) -> c_int;
-    fn pthread_spin_unlock(lock: *mut c_int) -> c_int;
+    pub(super) fn pthread_spin_trylock(lock: *mut c_int) -> c_int;
+    pub(super) fn pthread_spin_unlock(lock: *mut c_int) -> c_int;
 }
 
 /// Whether a version's caches have these locks.
@@ -38,8 +38,12 @@ pub(super) fn are_known(version: (u32, u32)) -> bool {
     matches!(version, (1, 12 | 13))
 }
 
+/// How often [`until`] polls before it yields the processor: some 50 us.
+const POLLS: u32 = 100;
+
 /// Waits until `is_done`. Returns false if that takes longer than until `end`.
 pub(super) fn until(end: Instant, is_done: impl Fn() -> bool) -> bool {
+    let mut polls = 0_u32;
     loop {
         if is_done() {
             return true;
@@ -47,7 +51,14 @@ pub(super) fn until(end: Instant, is_done: impl Fn() -> bool) -> bool {
         if Instant::now() >= end {
             return false;
         }
-        std::thread::yield_now();
+        polls += 1;
+        // A thread that runs is done within microseconds. A preempted one needs a processor, which
+        // other threads may use to spin for the lock. After a sleep, unlike after a `sched_yield`,
+        // the scheduler prefers this thread to those.
+        match polls % POLLS {
+            0 => std::thread::sleep(Duration::from_micros(100)),
+            _ => std::hint::spin_loop(),
+        }
     }
 }
 

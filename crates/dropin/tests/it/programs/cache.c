@@ -16,8 +16,7 @@
  * cache close            closes all descriptors but the standard ones and the device's, then does
  *                        what `stale` does, in this process
  * cache forks N          N forks while five threads register, look up and unmap
- * cache children N [any] the same, and each child looks up: prints how many children hang. From UCX
- *                        1.14 on, where some hang as shipped, prints "UCP" without "any"
+ * cache children N       the same, and each child looks up: prints how many children hang
  * cache middle           a fork, then close_range, while five threads map and unmap
  * cache inherited, domains
  *                        registrations of several buffers, or in two caches, then a fork: the child
@@ -702,19 +701,12 @@ static int ends(pid_t child)
     return 0;
 }
 
-static int children(int count, int any)
+static int children(int count)
 {
     pthread_t threads[5];
     int hung = 0;
     device.is_off = 1;
     cache_open();
-#ifdef WITH_UCX
-    if (is_ucp && !any) {
-        puts("UCP");
-        return 0;
-    }
-#endif
-    (void)any;
     char *at = map();
     cache_get(at, LENGTH);
     five(register_and_unmap, threads);
@@ -775,7 +767,7 @@ int main(int count, char **words)
     if (!strcmp(what, "forks"))
         return forks(atoi(number));
     if (!strcmp(what, "children"))
-        return children(atoi(number), count > 3);
+        return children(atoi(number));
     if (!strcmp(what, "speed"))
         return speed(atoi(number));
     if (!strcmp(what, "threads"))
