@@ -52,16 +52,13 @@ pub(crate) fn fail_with(code: c_int, text: String) -> c_int {
 /// Formats an error of a source with its remedy as one line.
 pub(crate) fn line_of_source(error: &Error) -> String {
     let mut line = match error {
-        // The first advice is the broker, which lends the program nothing but the source.
+        // Without the second advice, for which `mmun_status` has no room.
         Error::Unavailable {
-            source: source @ "kernel",
+            source,
             missing,
             remedy,
-        } if GRANTS.iter().any(|grant| remedy.starts_with(grant)) => {
-            let broker = mmu_source::kernel::BROKER;
-            let missing = missing.replace(&format!(" ({broker})"), "");
-            format!("source {source} lacks {missing} (try: {broker})")
-        }
+            ..
+        } => format!("source {source} lacks {missing} (try: {remedy})"),
         _ => line(error),
     };
     if let Some(hint) = error.hint() {
@@ -69,9 +66,6 @@ pub(crate) fn line_of_source(error: &Error) -> String {
     }
     line
 }
-
-/// How the commands begin that give a right to a user or to a program.
-const GRANTS: [&str; 3] = ["sudo setcap ", "sudo setfacl ", "sudo usermod "];
 
 /// Formats an error and its chain of sources as one line.
 pub(crate) fn line(error: &dyn std::error::Error) -> String {

@@ -9,6 +9,7 @@
 )]
 
 use mmu_source::Error;
+use mmu_source::kernel::BROKER;
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
@@ -146,14 +147,19 @@ fn set_of(signals: &[libc::c_int]) -> libc::sigset_t {
 /// Formats an error of a source as one line: the failure, its cause, and the remedy.
 ///
 /// No capability for the program's file is proposed: the loader ignores `LD_PRELOAD` in a program
-/// that has one, so the program would lose the drop-in.
+/// that has one, so the program would lose the drop-in. Neither is another command beside the
+/// broker.
 pub(crate) fn explain(error: &Error) -> String {
     let mut line = match error {
         Error::Unavailable {
             source,
             missing,
             remedy,
-        } if remedy.starts_with("sudo setcap") => format!("source {source} lacks {missing}"),
+            ..
+        } => match remedy.starts_with("sudo setcap") {
+            true => format!("source {source} lacks {missing}"),
+            false => format!("source {source} lacks {missing} (try: {remedy})"),
+        },
         error => error.to_string(),
     };
     if let Some(source) = std::error::Error::source(error) {
@@ -163,7 +169,7 @@ pub(crate) fn explain(error: &Error) -> String {
         let _ = write!(line, "; {hint}");
     }
     // The source reports the first missing thing only: behind the device, it needs capabilities.
-    if line.contains("/dev/kvm") {
+    if line.contains("/dev/kvm") && !line.contains(BROKER) {
         line.push_str("; 'mmun doctor' names everything that is missing, or start the broker");
     }
     line
@@ -180,6 +186,7 @@ mod tests {
                 source: "kernel",
                 missing: missing.to_owned(),
                 remedy: "sudo true".to_owned(),
+                instead: None,
             })
         };
         let line = of("the right to open /dev/kvm");

@@ -55,6 +55,9 @@ pub enum Error {
         missing: String,
         /// A command that provides what is missing.
         remedy: String,
+        /// Another such command, which gives a right to this program or user. If there is one,
+        /// `remedy` starts a broker, which lends the program nothing but the source.
+        instead: Option<String>,
     },
     /// A range could not be armed.
     Arm {
@@ -152,8 +155,13 @@ impl fmt::Display for Error {
                 source,
                 missing,
                 remedy,
+                instead,
             } => {
-                write!(f, "source {source} lacks {missing} (try: {remedy})")
+                write!(f, "source {source} lacks {missing} (try: {remedy}")?;
+                if let Some(instead) = instead {
+                    write!(f, "; or: {instead}")?;
+                }
+                f.write_str(")")
             }
             Error::Arm { call, range, .. } => write!(f, "{call} on {range}"),
             Error::AfterFork { source } => {

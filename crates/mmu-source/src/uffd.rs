@@ -133,6 +133,7 @@ fn missing(error: &io::Error) -> Error {
             source: "uffd",
             missing,
             remedy,
+            instead: None,
         };
     }
     let release = || "uname -r".to_owned();
@@ -148,6 +149,7 @@ fn missing(error: &io::Error) -> Error {
         source: "uffd",
         missing: format!("{missing}: {error}"),
         remedy,
+        instead: None,
     }
 }
 

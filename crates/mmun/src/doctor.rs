@@ -171,10 +171,12 @@ fn as_json(diagnoses: &[Diagnosis]) -> String {
                   }: &Diagnosis| {
         let missing = quoted_or_null(lacks.iter().map(|lack| lack.missing.as_str()), "; ");
         // One command line for the user.
-        let remedy = quoted_or_null(
-            lacks.iter().filter_map(|lack| lack.remedy.as_deref()),
-            " && ",
-        );
+        let mut remedies: Vec<&str> = lacks
+            .iter()
+            .filter_map(|lack| lack.remedy.as_deref())
+            .collect();
+        remedies.dedup();
+        let remedy = quoted_or_null(remedies.into_iter(), " && ");
         let features: Vec<String> = features.iter().map(|feature| quoted(feature)).collect();
         format!(
             "{{\"v\":1,\"source\":{},\"usable\":{},\"missing\":{missing},\"remedy\":{remedy},\"features\":[{}]}}\n",

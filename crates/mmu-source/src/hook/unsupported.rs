@@ -23,5 +23,6 @@ fn missing() -> Error {
         missing: "Linux with glibc on x86-64 or aarch64: there is no decoder for this processor's libc yet"
             .to_owned(),
         remedy: "use the kernel or the uffd source".to_owned(),
+        instead: None,
     }
 }

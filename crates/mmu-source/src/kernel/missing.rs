@@ -1,8 +1,8 @@
 //! What can be missing, and the command that provides it.
 
 use crate::Error;
-use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::{fs, io};
 
 /// The command that starts a broker, which gives an ordinary user the source without privileges.
 /// The command needs root.
@@ -13,6 +13,24 @@ pub(super) fn unavailable(missing: String, remedy: &str) -> Error {
         source: "kernel",
         missing,
         remedy: remedy.to_owned(),
+        instead: None,
+    }
+}
+
+/// For the lack of a right, which `grant` gives to this program or user. Where a broker can serve,
+/// the first advice is the broker.
+fn without_right(missing: String, grant: &str) -> Error {
+    // What the resolver needs: see `programs::offsets`.
+    let has_broker = cfg!(any(target_arch = "x86_64", target_arch = "aarch64"))
+        && fs::exists("/sys/kernel/btf/vmlinux").unwrap_or(false);
+    if !has_broker {
+        return unavailable(missing, grant);
+    }
+    Error::Unavailable {
+        source: "kernel",
+        missing,
+        remedy: BROKER.to_owned(),
+        instead: Some(grant.to_owned()),
     }
 }
 
@@ -36,7 +54,7 @@ pub(super) fn kvm_missing(error: &io::Error) -> Error {
         return lack;
     }
     match error.raw_os_error() {
-        Some(libc::EACCES | libc::EPERM) => match std::fs::metadata("/dev/kvm") {
+        Some(libc::EACCES | libc::EPERM) => match fs::metadata("/dev/kvm") {
             Ok(device) => may_not_open(error, &Device::of(&device)),
             Err(_) => may_not_open(
                 error,
@@ -73,8 +91,8 @@ struct Device {
 }
 
 impl Device {
-    fn of(device: &std::fs::Metadata) -> Device {
-        let groups = std::fs::read_to_string("/etc/group").unwrap_or_default();
+    fn of(device: &fs::Metadata) -> Device {
+        let groups = fs::read_to_string("/etc/group").unwrap_or_default();
         let (owner, group) = (device.uid(), device.gid());
         Device {
             owner,
@@ -116,11 +134,11 @@ fn may_not_open(error: &io::Error, device: &Device) -> Error {
             what,
             "docker run --device /dev/kvm, or what that is where this container is started",
         ),
-        Some(name) if mode & 0o060 == 0o060 && *group != 0 => unavailable(
+        Some(name) if mode & 0o060 == 0o060 && *group != 0 => without_right(
             format!("{what}; a new group counts from the next login on"),
             &format!("sudo usermod -aG {name} $(id -un)"),
         ),
-        _ => unavailable(what, "sudo setfacl -m u:$(id -un):rw /dev/kvm"),
+        _ => without_right(what, "sudo setfacl -m u:$(id -un):rw /dev/kvm"),
     }
 }
 
@@ -155,7 +173,7 @@ fn too_old(error: &io::Error, release: &str, enough: (u32, u32)) -> Option<Error
 fn too_old_here(error: &io::Error) -> Option<Error> {
     too_old(
         error,
-        &std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?,
+        &fs::read_to_string("/proc/sys/kernel/osrelease").ok()?,
         ENOUGH,
     )
 }
@@ -166,8 +184,8 @@ pub(super) fn bpf_missing(error: &io::Error) -> Error {
     }
     match error.kind() {
         io::ErrorKind::PermissionDenied => {
-            let missing = format!("CAP_BPF and CAP_PERFMON, or a broker ({BROKER}): {error}");
-            unavailable(missing, &crate::error::setcap("cap_bpf,cap_perfmon"))
+            let missing = format!("CAP_BPF and CAP_PERFMON: {error}");
+            without_right(missing, &crate::error::setcap("cap_bpf,cap_perfmon"))
         }
         _ => unavailable(
             format!("the programs that listen (BPF): {error}"),
@@ -201,7 +219,9 @@ mod tests {
 
     fn remedy(errno: i32, device: &Device) -> String {
         match may_not_open(&io::Error::from_raw_os_error(errno), device) {
-            Error::Unavailable { remedy, .. } => remedy,
+            Error::Unavailable {
+                remedy, instead, ..
+            } => instead.unwrap_or(remedy),
             other => panic!("{other}"),
         }
     }

@@ -150,17 +150,22 @@ fn broker_refuses(lack: Error, why: &str) -> Error {
     let path = broker::path();
     match lack {
         Error::Unavailable {
-            missing, remedy, ..
-        } => missing::unavailable(
-            format!(
+            source,
+            missing,
+            remedy,
+            instead,
+        } => Error::Unavailable {
+            source,
+            missing: format!(
                 "{missing}; the broker at {} cannot help: {why}",
                 path.display()
             ),
-            match why.contains("--max-clients") {
-                true => "sudo mmun broker with a larger --max-clients",
-                false => &remedy,
+            remedy: match why.contains("--max-clients") {
+                true => "sudo mmun broker with a larger --max-clients".to_owned(),
+                false => remedy,
             },
-        ),
+            instead,
+        },
         other => other,
     }
 }

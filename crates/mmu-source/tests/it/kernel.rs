@@ -538,6 +538,7 @@ fn what_is_missing_is_named_with_a_remedy() {
             source,
             missing,
             remedy,
+            ..
         }) => {
             assert_eq!(source, "kernel");
             assert!(

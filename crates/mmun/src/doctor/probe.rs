@@ -98,7 +98,12 @@ fn lack(error: &Error) -> Lack {
             source,
             missing,
             remedy,
-        } => remedy::lack(source, crate::without_number(missing), remedy),
+            instead,
+        } => remedy::lack(
+            source,
+            crate::without_number(missing),
+            (remedy, instead.as_deref()),
+        ),
         error => Lack {
             missing: crate::explain(error),
             remedy: None,

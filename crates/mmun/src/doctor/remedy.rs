@@ -2,36 +2,34 @@
 //!
 //! A source's error suggests to set capabilities on the program that uses it. Capabilities on
 //! `mmun` itself would be lent to every user of the machine. So this module suggests to set them on
-//! a copy, which only one group may execute. For the source `kernel` it suggests the broker first,
-//! because the broker lends only what the source needs.
+//! a copy, which only one group may execute. It suggests to start the broker from this program, in
+//! the background.
 
-use std::fs;
+use mmu_source::kernel::BROKER;
 
 use super::Lack;
 
 const NOTE: &str = "the copy lends these rights to all who may execute it, in 'doctor' and 'coverage' only; see SECURITY.md";
 
 /// A lack, with commands for `mmun` instead of those for any program.
-pub(super) fn lack(source: &str, missing: String, remedy: &str) -> Lack {
-    let has_broker = source == "kernel" && IS_FOR_BROKERS && fs::exists(BTF).unwrap_or(false);
-    let (remedy, instead, note) = match capabilities(remedy) {
-        None => (Some(remedy.to_owned()), None, None),
-        Some(names) if has_broker => (Some(broker()), Some(copy(source, names)), Some(NOTE)),
-        Some(names) => (Some(copy(source, names)), None, Some(NOTE)),
+pub(super) fn lack(source: &str, missing: String, (remedy, instead): (&str, Option<&str>)) -> Lack {
+    let own = |command: &str| match capabilities(command) {
+        Some(names) => copy(source, names),
+        None if command == BROKER => broker(),
+        None => command.to_owned(),
     };
+    let has_capabilities = |command| capabilities(command).is_some();
     Lack {
         missing,
-        remedy: remedy.filter(|remedy| !remedy.is_empty()),
-        instead,
-        note,
+        remedy: Some(own(remedy)).filter(|remedy| !remedy.is_empty()),
+        instead: instead.map(own),
+        note: [Some(remedy), instead]
+            .into_iter()
+            .flatten()
+            .any(has_capabilities)
+            .then_some(NOTE),
     }
 }
-
-/// Whether a broker can serve on this processor.
-const IS_FOR_BROKERS: bool = cfg!(any(target_arch = "x86_64", target_arch = "aarch64"));
-
-/// The kernel's BTF, which the broker reads.
-const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// The capabilities that a command would set on this program; `None` if it is no such command.
 fn capabilities(remedy: &str) -> Option<&str> {
@@ -67,7 +65,7 @@ mod tests {
         let found = lack(
             "uffd",
             "a right".into(),
-            "sudo setcap cap_sys_ptrace+ep '/a b'",
+            ("sudo setcap cap_sys_ptrace+ep '/a b'", None),
         );
         let remedy = found.remedy.unwrap();
         assert!(
@@ -83,9 +81,25 @@ mod tests {
 
     #[test]
     fn other_commands_stay_as_they_are() {
-        let found = lack("kernel", "a module".into(), "sudo modprobe kvm");
+        let found = lack("kernel", "a module".into(), ("sudo modprobe kvm", None));
         assert_eq!(found.remedy.as_deref(), Some("sudo modprobe kvm"));
         assert_eq!((found.instead, found.note), (None, None));
-        assert_eq!(lack("kernel", "all".into(), "").remedy, None);
+        assert_eq!(lack("kernel", "all".into(), ("", None)).remedy, None);
+    }
+
+    #[test]
+    fn the_broker_comes_first_and_the_right_second() {
+        for (grant, is_noted) in [("sudo setcap cap_bpf+ep 'a'", true), ("sudo true", false)] {
+            let found = lack("kernel", "a right".into(), (BROKER, Some(grant)));
+            assert!(
+                found
+                    .remedy
+                    .unwrap()
+                    .ends_with(" broker --group \"$(id -gn)\"")
+            );
+            let instead = found.instead.unwrap();
+            assert_eq!(instead == grant, !is_noted, "{instead}");
+            assert_eq!(found.note.is_some(), is_noted);
+        }
     }
 }

@@ -69,6 +69,7 @@ pub(super) fn plan(prepare: fn()) -> Result<&'static Plan, Error> {
         source: "hook",
         missing: lack.missing.clone(),
         remedy: lack.remedy.to_owned(),
+        instead: None,
     })
 }
 
