@@ -32,6 +32,23 @@ impl Count {
     }
 }
 
+/// Runs `f` while another thread is in a section.
+fn with_another_section(srcu: &Srcu, f: impl FnOnce()) {
+    let (inside, entered) = channel();
+    let (open, gate) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let _section = srcu.read_lock();
+            inside.send(()).unwrap();
+            // Ends when `open` is dropped, also if `f` panics.
+            let _ = gate.recv();
+        });
+        entered.recv().unwrap();
+        f();
+        drop(open);
+    });
+}
+
 #[test]
 fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
     let _alone = alone();
@@ -68,16 +85,7 @@ fn a_child_uses_inherited_domains_and_runs_inherited_callbacks() {
 fn sections_of_other_threads_are_over_in_the_child() {
     let _alone = alone();
     let srcu = Srcu::new();
-    let (inside, entered) = channel();
-    let (open, gate) = channel::<()>();
-    thread::scope(|scope| {
-        let srcu = &srcu;
-        scope.spawn(move || {
-            let _section = srcu.read_lock();
-            inside.send(()).unwrap();
-            gate.recv().unwrap();
-        });
-        entered.recv().unwrap();
+    with_another_section(&srcu, || {
         let cookie = srcu.start_poll();
         assert!(!srcu.poll(cookie));
         let good = in_child(|| {
@@ -86,7 +94,6 @@ fn sections_of_other_threads_are_over_in_the_child() {
         });
         assert!(good);
         assert!(!srcu.poll(cookie), "in the parent the section is open");
-        open.send(()).unwrap();
     });
     srcu.synchronize().unwrap();
 }
@@ -229,16 +236,7 @@ impl Drop for Stop<'_> {
 fn a_child_without_fork_handlers_is_repaired_by_its_first_call() {
     let _alone = alone();
     let (srcu, count) = (Srcu::new(), Count::default());
-    let (inside, entered) = channel();
-    let (open, gate) = channel::<()>();
-    thread::scope(|scope| {
-        let srcu = &srcu;
-        scope.spawn(move || {
-            let _section = srcu.read_lock();
-            inside.send(()).unwrap();
-            gate.recv().unwrap();
-        });
-        entered.recv().unwrap();
+    with_another_section(&srcu, || {
         let own = count.clone();
         srcu.call(move || own.add());
         let mut section = Some(srcu.read_lock());
@@ -259,8 +257,6 @@ fn a_child_without_fork_handlers_is_repaired_by_its_first_call() {
             assert!(good(first, &mut section), "{number}");
         }
         assert_eq!(srcu::forks(), forks);
-        drop(section);
-        open.send(()).unwrap();
     });
     srcu.barrier().unwrap();
 }
