@@ -6,7 +6,7 @@
 //! does RDMA. Its kernel is one of Debian's. Its root folder is the host's, read-only, below an
 //! overlay in memory. So every program, library and test binary has the same path as on the host,
 //! and nothing has to be packed. A machine of another kind than the host always runs in software,
-//! with a root folder of its own ([`foreign`]), and without RDMA.
+//! with a root folder of its own ([`foreign`]).
 //!
 //! Cargo decides which commands run: Cargo's runner records each command line instead of running it
 //! ([`record`]), except those of doc tests. In the guest, [`agent`] runs the recorded commands. All
@@ -39,6 +39,9 @@ const AGENT: &str = "agent";
 const INSIDE: &str = "agent-inside";
 /// How many machines run at once. Each has two processors.
 const ABREAST: usize = 2;
+
+/// The folders over which a machine mounts its own.
+const HIDDEN: [&str; 5] = ["/dev", "/proc", "/run", "/sys", "/tmp"];
 
 const USAGE: &str = "usage: cargo xtask guest [--arch x86_64|aarch64] [--kernel 5.10|6.1|6.12|6.12-16k|6.18|7.0-64k|newest|newest-16k|all]... [--shell] [--limit SECONDS] [--within SECONDS] [--check [--if VARIABLE] [--kept]] [--table] [--only LABEL]... \
     [-- ARGUMENTS OF CARGO TEST]";
@@ -88,6 +91,11 @@ fn try_run(root: &Path, arguments: &[&str]) -> Result<bool, String> {
     let begin = Instant::now();
     let options = parse(arguments)?;
     check_host(options.arch)?;
+    if let Some(folder) = HIDDEN.iter().find(|folder| root.starts_with(folder)) {
+        return Err(format!(
+            "this checkout is in {folder}, over which the machine mounts its own folder: move the checkout, or clone it elsewhere"
+        ));
+    }
     let store = root.join("target/guest");
     if options.kept && options.arch.foreign.is_some() && !foreign::is_kept(&store, options.arch) {
         return Err(format!(

@@ -44,6 +44,8 @@ pub enum Cap {
     Ucx,
     /// libfabric 1.17 or 2.1, the versions whose cache has a layout that the tests know.
     Libfabric,
+    /// libfabric's provider of this name finds a device.
+    Provider(&'static str),
 }
 
 /// The interpreter whose modules come from Debian's packages.
@@ -156,6 +158,11 @@ fn probe(cap: Cap) -> Result<(), String> {
         Cap::Libfabric => version("fi_info", "--version", |version| {
             [(1, 17), (2, 1)].contains(&version)
         }),
+        Cap::Provider(name) => match Command::new("fi_info").args(["-p", name]).output() {
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(_) => Err(format!("libfabric's provider {name} finds no device")),
+            Err(error) => Err(format!("fi_info: {error}")),
+        },
         Cap::Bpf => bpf().map_err(|error| format!("BPF: {error}")),
         Cap::Kvm => match fs::File::options().read(true).write(true).open("/dev/kvm") {
             Ok(_) => Ok(()),

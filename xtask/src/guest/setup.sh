@@ -11,8 +11,9 @@ for file in passwd group; do
     [ -e /etc/$file ] || cp /usr/share/base-passwd/$file.master /etc/$file
 done
 [ -e /usr/bin/cc ] || ln -s gcc /usr/bin/cc
-# MPI needs a host name.
+# MPI needs a host name, and libfabric its address.
 echo guest >/proc/sys/kernel/hostname
+echo '192.0.2.1 guest' >>/etc/hosts
 mount -t tmpfs tmpfs /dev/shm
 mount -t devpts -o ptmxmode=666 devpts /dev/pts
 mount -t tmpfs tmpfs /run
@@ -65,10 +66,11 @@ echo 1 >/proc/sys/kernel/numa_balancing
 renice -n -15 -p $(pgrep -x 'ksmd|khugepaged') >/dev/null
 echo 1 >/proc/sys/vm/unprivileged_userfaultfd
 
-# A network card that does RDMA in software.
+# A network card that does RDMA in software. The module `dummy` may have made a card `dummy0` when it
+# was loaded: systemd turns that off where it is installed.
 ip link set lo up
-ip link add dummy0 type dummy && ip address add 192.0.2.1/24 dev dummy0 && ip link set dummy0 up
-rdma link add rxe0 type rxe netdev dummy0
+ip link add card0 type dummy && ip address add 192.0.2.1/24 dev card0 && ip link set card0 up
+rdma link add rxe0 type rxe netdev card0
 
 if [ -n "$SHELL_WANTED" ]; then
     stty -F "/dev/$LINE" sane

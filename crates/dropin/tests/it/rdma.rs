@@ -62,7 +62,7 @@ fn compare(options: &str, used: &str) {
 
 #[test]
 fn open_mpi_over_libfabric_and_verbs() {
-    if !require(Cap::Rdma) {
+    if !require(Cap::Rdma) || !require(Cap::Provider("verbs;ofi_rxm")) {
         return;
     }
     let pml = "--mca pml cm --mca mtl ofi --mca mtl_ofi_provider_include verbs;ofi_rxm";

@@ -3,9 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError, mpsc};
-use std::time::Duration;
-use testkit::{Cap, require};
+use std::sync::{Mutex, PoisonError};
+use testkit::{Cap, require, within};
 
 /// The library that Cargo has built for these tests, which is beside them. The library in the
 /// parent folder may be older.
@@ -86,14 +85,9 @@ pub(crate) fn preloaded(program: impl AsRef<std::ffi::OsStr>, source: &str) -> C
     command
 }
 
-/// Runs a command; fails after two minutes, and leaves the command running.
+/// Runs a command, with the time limit of [`within`].
 pub(crate) fn output(mut command: Command) -> Output {
-    let (sender, receiver) = mpsc::channel();
-    std::thread::spawn(move || sender.send(command.output()));
-    receiver
-        .recv_timeout(Duration::from_secs(120))
-        .expect("it hangs")
-        .unwrap()
+    within("the command", move || command.output().unwrap())
 }
 
 pub(crate) fn text(bytes: &[u8]) -> String {

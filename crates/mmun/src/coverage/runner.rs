@@ -21,9 +21,9 @@ use crate::source::Source;
 
 /// How many children run at a time.
 const ABREAST: usize = 2;
-/// The time limit of a child. A child usually takes a tenth of a second, but a busy machine takes
-/// longer.
-const LIMIT: Duration = Duration::from_secs(60);
+/// The time limit of a child. A child usually takes a tenth of a second, but a busy or emulated
+/// machine takes longer.
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// How many times at most to run an operation that the source `kernel` seems to report too late.
 const TRIES: usize = 3;

@@ -48,6 +48,14 @@ struct Lab {
     _alone: MutexGuard<'static, ()>,
 }
 
+/// To this address and those after it the devices send their interrupts, so the IOMMU leaves them
+/// out.
+const INTERRUPTS: u64 = if cfg!(target_arch = "aarch64") {
+    0x800_0000
+} else {
+    0xfee0_0000
+};
+
 static ALONE: Mutex<()> = Mutex::new(());
 
 impl Lab {
@@ -218,7 +226,7 @@ fn without_a_source_the_device_reads_stale_pages_and_with_one_it_does_not() {
 #[test]
 fn addresses_that_are_all_given_out_are_a_limit_and_come_back() {
     // Room for the sink and one more page.
-    let two = 0x800_0000..0x800_0000 + 2 * PAGE as u64;
+    let two = 0xc00_0000..0xc00_0000 + 2 * PAGE as u64;
     let Some(lab) = Lab::with(Source::Nothing, two, DmaAccess::ReadWrite) else {
         return;
     };
@@ -266,8 +274,7 @@ fn addresses_that_the_iommu_leaves_out_are_refused() {
     let Some(lab) = Lab::new(Source::Nothing) else {
         return;
     };
-    // x86 devices send their interrupts to these addresses.
-    let interrupts = 0xfee0_0000..0xfee0_1000;
+    let interrupts = INTERRUPTS..INTERRUPTS + PAGE as u64;
     // SAFETY: no region is registered, so the device uses no address of this registrar.
     let refused = unsafe { Vfio::new(lab.edu.container(), interrupts, DmaAccess::Read) };
     assert!(

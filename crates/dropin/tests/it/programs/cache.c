@@ -532,10 +532,10 @@ enum { LARGE = 1 << 29 };
 
 static int is_there(char *page)
 {
-    unsigned char there;
-    if (mincore(page, PAGE, &there))
+    unsigned char there[PAGE / 4096]; /* the kernel's pages can be smaller than PAGE */
+    if (mincore(page, PAGE, there))
         device_die("mincore");
-    return there & 1;
+    return there[0] & 1;
 }
 
 static void *discard_all(void *at)

@@ -75,8 +75,10 @@ static void late(void *file)
     find(table, 0);
     int *reports = function(file, "stand_in_reports"), *strangers = function(file, "stand_in_strangers");
     int before = __atomic_load_n(reports, __ATOMIC_RELAXED);
-    /* The source's own thread takes these changes in, some of them at least. */
-    for (int round = 0; round < 100; round++) {
+    /* The source's own thread takes some of these changes in. From 1.17 on it also reports them. */
+    const char *minor = getenv("STAND_IN_UCX");
+    int is_told = minor && atoi(minor) >= 17;
+    for (int round = 0; is_told ? __atomic_load_n(reports, __ATOMIC_RELAXED) == before : round < 100; round++) {
         char *at = mmap(NULL, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         *at = 1;
         munmap(at, 65536);
