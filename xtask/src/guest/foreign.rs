@@ -124,7 +124,11 @@ pub(crate) fn cargo(root: &Path, folders: &Folders, arch: &Arch) -> Command {
     let suffix = arch.triple.replace('-', "_");
     command
         .env(format!("CC_{suffix}"), compiler("gcc"))
-        .env(format!("CXX_{suffix}"), compiler("g++"));
+        .env(format!("CXX_{suffix}"), compiler("g++"))
+        .env(
+            format!("BINDGEN_EXTRA_CLANG_ARGS_{suffix}"),
+            format!("-I/usr/{}-linux-gnu/include", arch.name),
+        );
     command
 }
 

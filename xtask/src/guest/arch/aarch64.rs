@@ -65,6 +65,12 @@ pub(super) const ARCH: Arch = Arch {
             "coverage",
             "test -p mmun --test it -- coverage::the_kernel_misses_nothing",
         ),
+        ("RDMA", "build -p regcache-rdma --features verbs --examples"),
+        ("RDMA", "test -p regcache-rdma --features verbs --test it"),
+        (
+            "RDMA",
+            "run -p regcache-rdma --features verbs --example rdma_read",
+        ),
         ("stress kernel", "run -p stress -- kernel --seconds 5"),
         (
             "trace",
@@ -131,6 +137,10 @@ pub(super) const ARCH: Arch = Arch {
             "g++-aarch64-linux-gnu",
             "libc6-dev-arm64-cross",
             "pkgconf-bin",
+            // For the build of `regcache-rdma`.
+            "cmake",
+            "make",
+            "libclang-dev",
             "dash",
             "sed",
             "coreutils",
