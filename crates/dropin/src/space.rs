@@ -23,7 +23,7 @@ use crate::wait::wait_until;
 use mmu_notifier::{InvalidateRange, Notifier, Registration, Va, VaRange};
 use mmu_source::Watch;
 use mmu_source::hook::Hook;
-use mmu_source::kernel::{Armed, Kernel};
+use mmu_source::kernel::{Armed, Counts, Kernel};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,6 +36,8 @@ pub(crate) struct Space {
     id: u64,
     hook: Result<Hook, String>,
     kernel: Result<Arc<Kernel>, String>,
+    /// The counts of the kernel source, for the fast paths.
+    counts: Option<Counts<'static>>,
     /// Whether the kernel can skip the kernel source's program for a change (since Linux 7.0). Then
     /// the hook's reports count as well.
     may_skip: bool,
@@ -86,9 +88,9 @@ pub(crate) fn settled() -> Option<&'static Space> {
     let space = CURRENT.load(Ordering::Acquire);
     // SAFETY: as in `own`.
     let space = unsafe { space.as_ref() }?;
-    let is_settled = match &space.kernel {
-        Ok(kernel) => kernel.is_settled(),
-        Err(_) => mmu_source::current_if_made().is_some_and(|mm| mm.id() == space.id),
+    let is_settled = match &space.counts {
+        Some(counts) => counts.is_settled(),
+        None => mmu_source::current_if_made().is_some_and(|mm| mm.id() == space.id),
     };
     is_settled.then_some(space)
 }
@@ -150,7 +152,10 @@ impl Space {
         }
         let may_skip = kernel.is_ok() && Kernel::may_skip_changes();
         counts::START_NS.set(begin.elapsed().as_nanos() as u64);
+        // The space is never freed, so the source may live as long.
+        let forever = |kernel| &**Box::leak(Box::new(Arc::clone(kernel)));
         let space = Space {
+            counts: kernel.as_ref().ok().map(|kernel| forever(kernel).counts()),
             id: mmu_source::current_ref().id(),
             hook,
             kernel,

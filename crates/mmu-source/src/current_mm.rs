@@ -1,7 +1,7 @@
 //! The address space of this process.
 
 use crate::Error;
-use crate::fork::{keep, marks, space, try_marks};
+use crate::fork::{keep, mapped, marks, space, try_marks};
 use mmu_notifier::MmWithUser;
 use std::sync::atomic::Ordering;
 
@@ -53,7 +53,7 @@ pub fn current_ref() -> &'static MmWithUser {
 #[inline]
 pub fn current_if_made() -> Option<&'static MmWithUser> {
     // ORDER(source-space): Acquire, for the content. Partner: the store in `make`.
-    space(marks().space.load(Ordering::Acquire))
+    space(mapped()?.space.load(Ordering::Acquire))
 }
 
 /// Maps the memory without which [`current`] panics.

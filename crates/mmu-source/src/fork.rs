@@ -74,8 +74,9 @@ pub(crate) fn try_marks() -> Result<&'static Marks, Error> {
     mapped().map_or_else(map, Ok).map_err(failed)
 }
 
+/// The page, if it was mapped. Calls nothing, so fast paths need not save registers.
 #[inline]
-fn mapped() -> Option<&'static Marks> {
+pub(crate) fn mapped() -> Option<&'static Marks> {
     // ORDER(source-marks): Acquire: another thread's mapping of the page happens before its use
     // here. Partner: the exchange in `map`.
     let page = PAGE.load(Ordering::Acquire);

@@ -143,6 +143,8 @@ pub use armed::{Armed, ReadSeq};
 #[doc(hidden)]
 pub use missing::BROKER;
 pub use probe::{Features, probe, probe_all};
+#[doc(hidden)]
+pub use tell::Counts;
 pub(crate) use watching::Watching;
 
 use crate::Error;
@@ -252,6 +254,13 @@ impl Kernel {
     #[inline]
     pub fn is_settled(&self) -> bool {
         self.inner.is_caught_up()
+    }
+
+    /// The counts behind [`is_settled`](Self::is_settled), for a caller that asks very often.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn counts(&self) -> Counts<'_> {
+        self.inner.counts()
     }
 
     /// Runs the callbacks of every change that began before the call, or waits until another thread

@@ -6,7 +6,7 @@ use super::layout::{awake, header};
 use super::{Inner, Kernel};
 use crate::current_mm::current_ref;
 use mmu_notifier::Event;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{MutexGuard, TryLockError};
 use std::thread;
 
@@ -31,6 +31,28 @@ impl Kernel {
 pub(super) struct Turn {
     pub(super) ranges: usize,
     pub(super) lost: bool,
+}
+
+/// The counts by which [`Kernel::is_settled`](super::Kernel::is_settled) answers. Asking these is
+/// two loads less, in two cache lines and pages less.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug)]
+pub struct Counts<'a> {
+    handled: &'a AtomicU64,
+    generation: &'a AtomicU64,
+}
+
+impl Counts<'_> {
+    /// The same as [`Kernel::is_settled`](super::Kernel::is_settled).
+    #[must_use]
+    #[inline]
+    pub fn is_settled(&self) -> bool {
+        // ORDER(source-handled): Acquire, as in `Inner::handled`. Partner: the store in `hand_on`.
+        let handled = self.handled.load(Ordering::Acquire);
+        // ORDER(source-generation): Acquire, as in `Inner::generation`. Partner: the program's
+        // addition.
+        handled >= self.generation.load(Ordering::Acquire)
+    }
 }
 
 impl Inner {
@@ -137,7 +159,14 @@ impl Inner {
 
     #[inline]
     pub(super) fn is_caught_up(&self) -> bool {
-        self.handled() >= self.generation()
+        self.counts().is_settled()
+    }
+
+    pub(super) fn counts(&self) -> Counts<'_> {
+        Counts {
+            handled: &self.progress.handled,
+            generation: self.header.u64(header::GENERATION),
+        }
     }
 
     /// The body of the source's own thread, which runs callbacks when no client drains. If the
