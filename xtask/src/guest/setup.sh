@@ -11,6 +11,12 @@ for file in passwd group; do
     [ -e /etc/$file ] || cp /usr/share/base-passwd/$file.master /etc/$file
 done
 [ -e /usr/bin/cc ] || ln -s gcc /usr/bin/cc
+[ -e /etc/ld.so.cache ] || ldconfig
+# The names that a system makes at its start.
+[ -e /dev/stdin ] || ln -s /proc/self/fd/0 /dev/stdin
+[ -e /dev/stdout ] || ln -s /proc/self/fd/1 /dev/stdout
+[ -e /dev/stderr ] || ln -s /proc/self/fd/2 /dev/stderr
+[ -e /dev/fd ] || ln -s /proc/self/fd /dev/fd
 # MPI needs a host name, and libfabric its address.
 echo guest >/proc/sys/kernel/hostname
 echo '192.0.2.1 guest' >>/etc/hosts
