@@ -106,7 +106,8 @@ impl Space {
             if !part.has_module {
                 let mut code = [0; LONGEST_RETURN];
                 let count = current.read_memory(frame.address(), &mut code);
-                left = machine::leave(&code[..count], &mut now, &mut read);
+                let is_innermost = frames.len() == 1;
+                left = machine::leave(&code[..count], is_innermost, &mut now, &mut read);
             }
             let next = match left {
                 Some(next) => Some(next),

@@ -243,7 +243,11 @@ fn a_live_program_does_not_wait_for_the_page() {
     within("the program", move || gated.must_be_alive());
     let mut rest = String::new();
     page.read_to_string(&mut rest).unwrap();
-    assert!(rest.len() > holds && rest.trim_end().ends_with("</html>"));
+    assert!(rest.trim_end().ends_with("</html>"));
+    if rest.len() <= holds {
+        assert!(rustix::param::page_size() > 4096, "{} bytes", rest.len());
+        println!("SKIP detach::a_live_program: a pipe holds the whole page, so nothing waited");
+    }
     let status = within("mmun trace", move || mmun.wait().unwrap());
     assert_eq!(status.signal(), Some(libc::SIGINT));
 }

@@ -308,19 +308,32 @@ static void bad_subscriptions_are_refused(void)
 	CHECK(mmun_unsubscribe(subscription) == 0);
 }
 
+/* Begins a fill that nothing has collided with so far. The kernel and the library's own threads
+ * can change memory of the process at any time, so it may take several attempts. */
+static uint64_t begin_alone(void)
+{
+	for (int tries = 0; tries < 1000; tries++) {
+		uint64_t seq = mmun_fill_begin(mmun);
+
+		CHECK(seq != 0);
+		if (!mmun_fill_retry(mmun, seq))
+			return seq;
+	}
+	CHECK(0);
+	return 0;
+}
+
 static void a_fill_that_collides_is_repeated(void)
 {
 	char *memory = map(1);
 	struct mmun_watch *watch;
 
 	CHECK(mmun_watch(mmun, memory, PAGE, &watch) == 0);
-	uint64_t seq = mmun_fill_begin(mmun);
+	uint64_t seq = begin_alone();
 
-	CHECK(seq != 0 && !mmun_fill_retry(mmun, seq));
 	unmap(memory, 1);
 	CHECK(mmun_fill_retry(mmun, seq));
-	seq = mmun_fill_begin(mmun);
-	CHECK(seq != 0 && !mmun_fill_retry(mmun, seq));
+	seq = begin_alone();
 	CHECK(mmun_fill_begin(NULL) == 0 && mmun_fill_retry(NULL, seq) && mmun_fill_retry(mmun, 0));
 	mmun_unwatch(watch);
 }

@@ -19,6 +19,7 @@ pub(crate) fn start(registers: &Registers) -> UnwindRegsX86_64 {
 /// have no frame pointer.
 pub(crate) fn leave(
     code: &[u8],
+    _is_innermost: bool,
     registers: &mut UnwindRegsX86_64,
     read: &mut impl FnMut(u64) -> Result<u64, ()>,
 ) -> Option<u64> {
@@ -71,7 +72,7 @@ mod tests {
     /// its own address; `sp` is 0x1000, `bp` 0x1040.
     fn left(code: &[u8]) -> (Option<u64>, u64, u64) {
         let mut registers = UnwindRegsX86_64::new(0x10, 0x1000, 0x1040);
-        let address = leave(code, &mut registers, &mut |at| Ok(at));
+        let address = leave(code, true, &mut registers, &mut |at| Ok(at));
         (address, registers.sp(), registers.bp())
     }
 
@@ -107,7 +108,7 @@ mod tests {
             &[0xc9, 0xc3],
             &[0x48, 0x83, 0xc4, 8, 0xc3],
         ] {
-            assert_eq!(leave(code, &mut registers, &mut read), None);
+            assert_eq!(leave(code, true, &mut registers, &mut read), None);
         }
     }
 }
