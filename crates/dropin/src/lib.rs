@@ -9,13 +9,14 @@
 //! and handlers for forks, which do nothing as long as UCX is not used. It does nothing else
 //! until the program calls `ucm_set_event_handler` (UCX's registration caches do), `fi_getinfo`
 //! or `fi_fabric`. The library defines these three functions itself, and those by which UCX
-//! makes, searches and destroys a cache. It passes each call on to the real function.
+//! patches libc, and makes, searches, fills and destroys a cache. It passes each call on to the
+//! real function, except that by which UCX patches libc.
 //!
-//! * **UCX**: the library keeps UCX from patching libc at load (`ucm_mmap_init`), and announces
-//!   itself as an external source of events, so that UCX does not patch later either. It reports
-//!   memory that is about to change through `ucm_vm_munmap`. Every look-up of a
-//!   cache calls `ucs_rcache_get` or `ucs_pgtable_lookup`, in which the library first waits until
-//!   the `kernel` source has reported all changes.
+//! * **UCX**: if the `hook` is to run, the library keeps UCX from patching libc at load
+//!   (`ucm_mmap_init`). It announces itself as an external source of events, so that UCX does not
+//!   patch later either. It reports memory that is about to change through `ucm_vm_munmap`. Every
+//!   look-up of a cache calls `ucs_rcache_get` or `ucs_pgtable_lookup`, in which the library first
+//!   waits until the `kernel` source has reported all changes.
 //! * **libfabric**: the library imports a memory monitor through libfabric's public API. Each hit
 //!   of the cache asks that monitor whether the registration is still valid.
 //!

@@ -1,8 +1,9 @@
 //! UCX: this library acts as UCX's external source of events, and settles the kernel source at each
 //! look-up.
 //!
-//! UCX patches libc when it is loaded, whether or not a cache will be used: `libucs`'s constructor
-//! has `ucm_mmap_init` called. This library defines that function, and patches nothing.
+//! UCX patches libc when it is loaded, whether or not a cache will be used: the constructor of
+//! `libucs` initializes `libucm`, which calls `ucm_mmap_init`. This library defines that function,
+//! and patches nothing if the `hook` is to run.
 //!
 //! UCX's registration caches subscribe with `ucm_set_event_handler`. If another library has
 //! announced with `ucm_set_external_event` that it reports unmapped memory, UCX patches no function
@@ -315,16 +316,16 @@ fn drop_parents() {
     report(0, usize::MAX);
 }
 
-/// Keeps UCX from patching libc as it is loaded. If this library cannot feed it, or if somebody
-/// subscribes to other events, UCX patches at that subscription.
+/// Keeps UCX from patching libc as it is loaded, if the `hook` is to run. If the sources do not
+/// work, or if a part of the program subscribes to other events of libc's calls, UCX patches at
+/// that subscription.
 ///
-/// UCX's patches and this library's reports would tell each change twice. And on aarch64 a patch is
-/// not safe while another thread executes the function: it replaces the system call's instruction
-/// and the one to which that call returns.
+/// UCX's patches and the `hook` would tell each change twice. And a patch is not safe while another
+/// thread executes the function: on aarch64 it replaces the system call's instruction and the one
+/// to which that call returns.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn ucm_mmap_init() {
-    // This function runs before a cache is used, so strictness does not end the process here.
-    if settings().choice != Choice::Off {
+    if settings().choice.wants_hook() {
         return;
     }
     let Some(real) = found::for_caller(UCM, c"ucm_mmap_init") else {

@@ -289,12 +289,13 @@ impl Entry {
         let context = self.context.load(Ordering::Acquire);
         let table = self.table.load(Ordering::Relaxed);
         let has_locks = table != 0 && self.has_locks();
-        (self.cache.load(Ordering::Relaxed) != 0)
-            .then(|| match context {
-                0 => has_locks.then_some(Lock::Cache(table)),
-                lock => Some(Lock::Context(lock)),
-            })
-            .flatten()
+        if self.cache.load(Ordering::Relaxed) == 0 {
+            return None;
+        }
+        match context {
+            0 => has_locks.then_some(Lock::Cache(table)),
+            lock => Some(Lock::Context(lock)),
+        }
     }
 
     /// Whether the places of the cache's locks are known: in UCX 1.12 and 1.13.

@@ -13,6 +13,7 @@
 //! | the lock: a spin lock, or a mutex | `pthread_spinlock_t` or `pthread_mutex_t` | byte 8 |
 //! | how often the owner of the spin lock has taken it | `int` | byte 12 |
 //! | the owner of the spin lock | `pthread_t` | byte 16 |
+//! | zeros, in the rest of a spin lock's place, which has room for a mutex | | from byte 24 |
 //! | the context's name, not empty | 32 bytes of text | behind the mutex |
 //!
 //! # Safety
@@ -37,8 +38,11 @@ const NAME_LEN: usize = 32;
 
 /// The owner of a free spin lock.
 const NO_OWNER: usize = usize::MAX;
-/// The thread that holds a mutex of glibc: its id, at this byte of the mutex.
+/// What a normal mutex of glibc has at these bytes: how often its owner has taken it again, the
+/// owner's thread id, and the count of owners. The rest is zeros.
+const MUTEX_COUNT: usize = 4;
 const MUTEX_OWNER: usize = 8;
+const MUTEX_USERS: usize = 12;
 
 /// How many bytes behind the pointer to the cache are searched.
 const WITHIN: usize = 1536;
@@ -61,15 +65,28 @@ fn is_held_here(bytes: &[u8]) -> bool {
         let four = bytes[at..].first_chunk().copied();
         four.map_or(0, i32::from_ne_bytes)
     };
+    let are_zero = |from: usize| bytes[from..NAME].iter().all(|byte| *byte == 0);
     let owner = bytes[OWNER..].first_chunk().copied();
     let is_held = match word(0) {
-        SPIN => word(COUNT) > 0 && owner.map(usize::from_ne_bytes) == Some(this_thread()),
-        // SAFETY: the call has no arguments, and always succeeds.
-        MUTEX => word(LOCK) != 0 && word(LOCK + MUTEX_OWNER) == unsafe { libc::gettid() },
+        SPIN => {
+            word(COUNT) > 0
+                && owner.map(usize::from_ne_bytes) == Some(this_thread())
+                && are_zero(OWNER + size_of::<libc::pthread_t>())
+        }
+        MUTEX => {
+            word(LOCK) != 0
+                && word(LOCK + MUTEX_COUNT) == 0
+                // SAFETY: the call has no arguments, and always succeeds.
+                && word(LOCK + MUTEX_OWNER) == unsafe { libc::gettid() }
+                && word(LOCK + MUTEX_USERS) == 1
+                && are_zero(LOCK + MUTEX_USERS + size_of::<c_int>())
+        }
         _ => false,
     };
-    let name = &bytes[NAME..];
-    is_held && name[0] != 0 && name.contains(&0)
+    let mut name = bytes[NAME..].splitn(2, |byte| *byte == 0);
+    let text = name.next().unwrap_or_default();
+    let is_text = !text.is_empty() && text.iter().all(|byte| (b' '..=b'~').contains(byte));
+    is_held && is_text && name.next().is_some()
 }
 
 fn this_thread() -> usize {
@@ -195,6 +212,12 @@ mod tests {
                 word(lock, NAME).store(0, Ordering::Relaxed);
                 assert_eq!(find(pointer), None, "no name follows");
                 word(lock, NAME).store(1, Ordering::Relaxed);
+                assert_eq!(find(pointer), None, "no text follows");
+                word(lock, NAME).store(i32::from_ne_bytes(*b"name"), Ordering::Relaxed);
+                word(lock, NAME - 4).store(1, Ordering::Relaxed);
+                assert_eq!(find(pointer), None, "the lock's place has other content");
+                word(lock, NAME - 4).store(0, Ordering::Relaxed);
+                assert_eq!(find(pointer), Some(lock));
                 release(lock);
                 assert_eq!(find(pointer), None, "the lock is free");
                 assert!(elsewhere(|| take(lock, Instant::now())));

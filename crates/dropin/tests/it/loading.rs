@@ -51,7 +51,7 @@ fn it_can_be_loaded_while_five_threads_map_unmap_and_fork() {
 const NOBODY: u32 = 65534;
 
 #[test]
-fn ucx_patches_libc_only_where_nothing_tells_it_of_changes() {
+fn ucx_patches_libc_only_where_the_hook_does_not_run() {
     let Some(program) = program(Cache::Ucx) else {
         return;
     };
@@ -75,7 +75,8 @@ fn ucx_patches_libc_only_where_nothing_tells_it_of_changes() {
     };
     assert_eq!(patches(None, None), 1, "the control");
     assert_eq!(patches(Some("off"), None), 1);
-    assert_eq!(patches(Some("kernel"), Some(NOBODY)), 1);
+    assert_eq!(patches(Some("kernel"), None), 1);
+    assert_eq!(patches(Some("both"), Some(NOBODY)), 1);
     for source in ["hook", "auto"] {
         assert_eq!(patches(Some(source), None), 0, "{source}");
         assert_eq!(patches(Some(source), Some(NOBODY)), 0, "{source}");

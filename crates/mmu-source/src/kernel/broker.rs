@@ -40,7 +40,7 @@ mod sys;
 #[cfg(test)]
 mod tests;
 
-pub(super) use join::{Session, join, path};
+pub(super) use join::{NONE, Session, join, path};
 pub use message::Refusal;
 
 use super::program;

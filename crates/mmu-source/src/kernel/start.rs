@@ -160,9 +160,13 @@ fn broker_refuses(lack: Error, why: &str) -> Error {
                 "{missing}; the broker at {} cannot help: {why}",
                 path.display()
             ),
-            remedy: match why.contains("--max-clients") {
-                true => "sudo mmun broker with a larger --max-clients".to_owned(),
-                false => remedy,
+            remedy: match &instead {
+                _ if why.contains("--max-clients") => {
+                    "sudo mmun broker with a larger --max-clients".to_owned()
+                }
+                // A second broker cannot listen where this one does.
+                Some(instead) if !why.starts_with(broker::NONE) => instead.clone(),
+                _ => remedy,
             },
             instead,
         },

@@ -53,6 +53,9 @@ fn path_of(variable: Option<OsString>) -> PathBuf {
         .into()
 }
 
+/// How the reason begins if nobody listens at the path.
+pub(in super::super) const NONE: &str = "none listens there";
+
 /// Asks a broker to serve this process. Returns the reason if that fails, and `None` if there is no
 /// broker.
 pub(in super::super) fn join() -> Option<Result<Joined, String>> {
@@ -64,7 +67,7 @@ pub(in super::super) fn join() -> Option<Result<Joined, String>> {
             let is_none = error.kind() == io::ErrorKind::NotFound && path == Path::new(SOCKET);
             let why = match error.kind() {
                 io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                    format!("none listens there ({error})")
+                    format!("{NONE} ({error})")
                 }
                 _ => error.to_string(),
             };
