@@ -17,6 +17,7 @@ use mmu_notifier::{Va, VaRange};
 use mmu_source::hook::Hook;
 use mmu_source::kernel::Kernel;
 use regcache::{Device, DmaAccess, Error, Options, RegCache, Vfio};
+use rustix::param::page_size;
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr::{null_mut, with_exposed_provenance, with_exposed_provenance_mut};
@@ -24,7 +25,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use testkit::{Cap, in_child, require};
 
-const PAGE: usize = 4096;
 const OLD: u8 = b'o';
 const NEW: u8 = b'n';
 
@@ -107,7 +107,7 @@ impl Lab {
 }
 
 fn page(address: usize) -> VaRange {
-    VaRange::covering(Va::new(address as u64), PAGE as u64).unwrap()
+    VaRange::covering(Va::new(address as u64), page_size() as u64).unwrap()
 }
 
 /// Maps a new page, or replaces the page at an address. This function calls libc, because `hook`
@@ -125,7 +125,7 @@ fn map(over: Option<usize>, file: Option<&File>) -> usize {
         file.map_or(-1, AsRawFd::as_raw_fd),
     );
     // SAFETY: a page that is replaced belongs to the test.
-    let start = unsafe { libc::mmap(at, PAGE, access, flags, file, 0) };
+    let start = unsafe { libc::mmap(at, page_size(), access, flags, file, 0) };
     assert_ne!(
         start,
         libc::MAP_FAILED,
@@ -137,7 +137,7 @@ fn map(over: Option<usize>, file: Option<&File>) -> usize {
 
 fn unmap(address: usize) {
     // SAFETY: the page belongs to the test.
-    let result = unsafe { libc::munmap(with_exposed_provenance_mut(address), PAGE) };
+    let result = unsafe { libc::munmap(with_exposed_provenance_mut(address), page_size()) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
@@ -158,7 +158,7 @@ fn file() -> File {
     assert!(number >= 0, "{}", std::io::Error::last_os_error());
     // SAFETY: the descriptor is new and has no other owner.
     let file = unsafe { File::from_raw_fd(number) };
-    file.set_len(PAGE as u64).unwrap();
+    file.set_len(page_size() as u64).unwrap();
     file
 }
 
@@ -203,7 +203,7 @@ fn without_a_source_the_device_reads_stale_pages_and_with_one_it_does_not() {
         let address = map(None, Some(&file));
         let change = move || {
             assert!(in_child(|| file.set_len(0).is_ok()));
-            file.set_len(PAGE as u64).unwrap();
+            file.set_len(page_size() as u64).unwrap();
         };
         (address, Box::new(change))
     };
@@ -226,7 +226,7 @@ fn without_a_source_the_device_reads_stale_pages_and_with_one_it_does_not() {
 #[test]
 fn addresses_that_are_all_given_out_are_a_limit_and_come_back() {
     // Room for the sink and one more page.
-    let two = 0xc00_0000..0xc00_0000 + 2 * PAGE as u64;
+    let two = 0xc00_0000..0xc00_0000 + 2 * page_size() as u64;
     let Some(lab) = Lab::with(Source::Nothing, two, DmaAccess::ReadWrite) else {
         return;
     };
@@ -253,7 +253,7 @@ fn memory_that_is_not_mapped_or_not_for_writing_is_named() {
     let error = lab.cache.get(page(gone)).unwrap_err();
     assert!(matches!(error, Error::NotMapped { .. }), "{error:?}");
     // The program's own code, which is not writable.
-    let code = page(page as *const () as usize & !(PAGE - 1));
+    let code = page(page as *const () as usize & !(page_size() - 1));
     let error = lab.cache.get(code).unwrap_err();
     assert!(matches!(error, Error::NotMapped { .. }), "{error:?}");
     // The code can be registered for devices that only read. That needs another registrar, which
@@ -274,7 +274,7 @@ fn addresses_that_the_iommu_leaves_out_are_refused() {
     let Some(lab) = Lab::new(Source::Nothing) else {
         return;
     };
-    let interrupts = INTERRUPTS..INTERRUPTS + PAGE as u64;
+    let interrupts = INTERRUPTS..INTERRUPTS + page_size() as u64;
     // SAFETY: no region is registered, so the device uses no address of this registrar.
     let refused = unsafe { Vfio::new(lab.edu.container(), interrupts, DmaAccess::Read) };
     assert!(
