@@ -110,7 +110,7 @@ mod tests {
                 while is_waiting() && !is_reported() {
                     std::hint::spin_loop();
                 }
-                // Once no change is waiting, this one was reported.
+                // Once no change is waiting, `change` was reported.
                 !is_reported()
             };
             let forgotten = (1..=CHANGES).find(is_forgotten);

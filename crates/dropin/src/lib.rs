@@ -10,7 +10,7 @@
 //! until the program calls `ucm_set_event_handler` (UCX's registration caches do), `fi_getinfo`
 //! or `fi_fabric`. The library defines these three functions itself, and those by which UCX
 //! patches libc, and makes, searches, fills and destroys a cache. It passes each call on to the
-//! real function, except that by which UCX patches libc.
+//! real function; that by which UCX patches libc only without the `hook`.
 //!
 //! * **UCX**: if the `hook` is to run, the library keeps UCX from patching libc at load
 //!   (`ucm_mmap_init`). It announces itself as an external source of events, so that UCX does not

@@ -120,7 +120,7 @@ pub struct Features {
 /// # Errors
 /// [`Error::Unavailable`] says what is missing, and gives a command that provides it.
 pub fn probe() -> Result<Features, Error> {
-    sys::open().map_err(|error| missing(&error))?;
+    Userfaultfd::open().map_err(|error| missing(&error))?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     Ok(Features {
         release: release.trim().to_owned(),

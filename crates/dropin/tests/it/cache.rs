@@ -3,7 +3,7 @@
 //! libfabric does not export its cache, so the program links Debian's `libfabric.a`. The archive
 //! has the same code as the shared library, and its functions can be called without a network card.
 
-use crate::support::{build, installed, library, output, text};
+use crate::support::{build, installed, library, output, preloaded, text};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use testkit::{Cap, require};
@@ -381,12 +381,8 @@ fn the_report_names_the_registration_that_was_refused() {
     // refuse it.
     let report = (0..50)
         .map(|_| {
-            let mut command = Command::new(&program);
-            command
-                .arg("fork")
-                .env("LD_PRELOAD", library())
-                .env("MMUN", "both")
-                .env("MMUN_REPORT", "-");
+            let mut command = preloaded(&program, "both");
+            command.arg("fork");
             text(&output(command).stderr)
         })
         .find(|report| report.contains("\n  refused   0x"))

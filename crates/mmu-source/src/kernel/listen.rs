@@ -119,17 +119,11 @@ fn listen(
         lease.look(inner, vault);
         // A skipped run is an event that was not counted.
         let shared = Arc::clone(inner);
-        if may_skip {
-            vault.post(move |machines| machines.look_for_missed_runs(&shared));
-        } else if asked.elapsed() >= SECOND {
-            // The release may not tell: a distributor can bring the change of Linux 7.0 to an older
-            // kernel.
+        // The release may not tell: a distributor can bring the change of Linux 7.0 to an older
+        // kernel.
+        if may_skip || asked.elapsed() >= SECOND {
             asked = Instant::now();
-            vault.post(move |machines| {
-                if let Some(missed) = machines.missed_runs() {
-                    shared.note_missed(missed);
-                }
-            });
+            vault.post(move |machines| machines.look_for_missed_runs(&shared, may_skip));
         }
     }
 }

@@ -208,11 +208,12 @@ impl Machines {
     }
 
     /// Reports a loss if the kernel has skipped the program since the last report. If the number of
-    /// skipped runs is unknown, reports a loss at most once in [`UNKNOWN`].
-    pub(super) fn look_for_missed_runs(&mut self, inner: &Inner) {
+    /// skipped runs is unknown, reports a loss at most once in [`UNKNOWN`], and only if the kernel
+    /// can skip runs by its release (`may_skip`).
+    pub(super) fn look_for_missed_runs(&mut self, inner: &Inner, may_skip: bool) {
         match self.missed_runs() {
             Some(missed) => inner.note_missed(missed),
-            None if self.unknown.is_none_or(|told| told.elapsed() >= UNKNOWN) => {
+            None if may_skip && self.unknown.is_none_or(|told| told.elapsed() >= UNKNOWN) => {
                 self.unknown = Some(Instant::now());
                 inner.note_loss();
             }

@@ -164,7 +164,7 @@ fn broker_refuses(lack: Error, why: &str) -> Error {
                 _ if why.contains("--max-clients") => {
                     "sudo mmun broker with a larger --max-clients".to_owned()
                 }
-                // A second broker cannot listen where this one does.
+                // A second broker cannot listen where the first one does.
                 Some(instead) if !why.starts_with(broker::NONE) => instead.clone(),
                 _ => remedy,
             },

@@ -94,8 +94,7 @@ impl Drop for Userfaultfd {
     }
 }
 
-/// Opens a userfaultfd with the required features.
-pub(super) fn open() -> io::Result<OwnedFd> {
+fn open() -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
     // SAFETY: takes an integer, returns a descriptor or -1.
     let descriptor = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };

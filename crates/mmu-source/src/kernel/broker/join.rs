@@ -53,7 +53,7 @@ fn path_of(variable: Option<OsString>) -> PathBuf {
         .into()
 }
 
-/// How the reason begins if nobody listens at the path.
+/// How the reason begins if no process listens at the path.
 pub(in super::super) const NONE: &str = "none listens there";
 
 /// Asks a broker to serve this process. Returns the reason if that fails, and `None` if there is no

@@ -29,13 +29,11 @@ pub(crate) fn leave(
     registers: &mut UnwindRegsAarch64,
     _: &mut impl FnMut(u64) -> Result<u64, ()>,
 ) -> Option<u64> {
-    let instructions = code.chunks_exact(4).map(|four| {
+    let mut instructions = code.chunks_exact(4).map(|four| {
         let four = four.first_chunk().copied();
         u32::from_le_bytes(four.expect("a chunk has four bytes"))
     });
-    let end = instructions
-        .into_iter()
-        .find(|instruction| !computes(*instruction))?;
+    let end = instructions.find(|instruction| !computes(*instruction))?;
     (is_innermost && end == RET && registers.lr() != 0).then(|| registers.lr())
 }
 
